@@ -1,0 +1,81 @@
+"""ResNet-18: build it, save and load a checkpoint, fold batch normalisation for deployment."""
+
+import copy
+import io
+from pathlib import Path
+
+import torch
+import torchvision
+
+from utils.utils import UserError, write_atomic
+
+
+def build(num_classes: int, pretrained: bool = False) -> torch.nn.Module:
+    """torchvision's ResNet-18 with `num_classes` outputs; random weights, or ImageNet's for all but the last layer.
+
+    Raises UserError when the ImageNet weights can't be downloaded.
+    """
+    if not pretrained:
+        return torchvision.models.resnet18(weights=None, num_classes=num_classes)
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    try:
+        model = torchvision.models.resnet18(weights=weights)
+    except OSError as error:  # URLError, time-outs and refused connections are all OSError
+        raise UserError(
+            f"the ImageNet weights can't be downloaded from {weights.url} ({error}); "
+            "connect this machine to the internet, or train from random weights: python train.py"
+        ) from error
+    model.fc = torch.nn.Linear(model.fc.in_features, num_classes)
+    return model
+
+
+def save(path: Path, model: torch.nn.Module, **facts) -> None:
+    """Write the weights and `facts` (classes, image_size, epoch, accuracy, settings, data: plain values) to `path`, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save({"model": {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, **facts}, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_facts(path: Path) -> dict:
+    """The checkpoint as a dict: `model` (the weights, on the CPU) and the facts that save() was given.
+
+    Raises UserError where the file is missing or is not a checkpoint.
+    """
+    size = path.stem.rpartition("_")[2]
+    if not path.is_file():
+        raise UserError(f"{path} is missing; train it first: python train.py --image-sizes {size}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["model"], checkpoint["classes"], checkpoint["image_size"]
+    except Exception as error:  # torch raises anything from EOFError to UnpicklingError on a damaged file
+        raise UserError(f"{path} is not a checkpoint of train.py; train again: python train.py --force --image-sizes {size}") from error
+    return checkpoint
+
+
+def load(path: Path, device: torch.device | str) -> tuple[torch.nn.Module, dict]:
+    """The checkpoint's network in FP32 and evaluation mode on `device`, and its facts.  Raises UserError like load_facts()."""
+    facts = load_facts(path)
+    model = build(len(facts["classes"]))
+    model.load_state_dict(facts.pop("model"))
+    return model.eval().to(device), facts
+
+
+def fold_batch_norm(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy with every batch normalisation folded into its convolution, in FP32.
+
+    Do this before `.half()`: folding in half arithmetic is the least accurate order.
+    """
+    import torch.fx.experimental.optimization as optimization
+
+    return optimization.fuse(copy.deepcopy(model).eval())
+
+
+def count_flops(image_size: int, num_classes: int = 1000) -> int:
+    """Floating-point operations for one image of image_size x image_size pixels, 2 per multiply-add, counted on the network's own
+    convolutions and matrix products (torch.utils.flop_counter); nothing is computed.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.inference_mode(False), torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build(num_classes).eval()(torch.empty(1, 3, image_size, image_size))
+    return counter.get_total_flops()

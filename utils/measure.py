@@ -1,0 +1,397 @@
+"""Check one backend against PyTorch FP32, then time it: what every backend script does, alone or called by benchmark.py.
+
+One (backend, image size, round) leaves one raw record, results/raw/<run>/<backend>_<size>_round<k>.json, with every sample in it.
+"""
+
+import argparse
+import contextlib
+import datetime
+import io
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from utils import gpu, timing
+from utils.utils import (
+    BATCH_SIZES,
+    IMAGE_SIZES,
+    UserError,
+    add_path_arguments,
+    checkpoint_path,
+    environment,
+    fingerprint_of_code,
+    read_json,
+    sha256,
+    write_atomic,
+    write_json,
+)
+
+WARM_UP_SECONDS = 0.5  # at least, besides the calls asked for
+MAX_SECONDS = {"cuda": 30.0, "cpu": 6.0}  # of timed runs per configuration, over all rounds
+SUSTAINED_SECONDS = 3.0
+# The largest logit difference from PyTorch FP32 that passes, as a share of the largest logit.  ResNet-18 has 21 layers with
+# weights, each rounding weights, products' sum and activation: 63 u (Higham, Accuracy and Stability of Numerical Algorithms,
+# 2002, section 3.1) is 3 % for FP16 and TF32 with u = 2^-11.  FP32 sums of up to 4608 products and Winograd's transforms
+# (Lavin and Gray, 2016) lose about three digits more than u = 2^-24 alone.
+TOLERANCE = {"FP32": 1e-3, "TF32": 63 * 2**-11, "FP16": 63 * 2**-11}
+
+
+def add_arguments(parser: argparse.ArgumentParser, backends: list[str], default: list[str]) -> None:
+    parser.add_argument(
+        "--backends", nargs="+", default=default, choices=[*backends, "all"], metavar="NAME", help=", ".join(backends) + " or all"
+    )
+    parser.add_argument("--image-sizes", nargs="+", type=int, help=f"pixels; default {IMAGE_SIZES}")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help=f"default {BATCH_SIZES}")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--runs", type=int, help="timed runs per configuration, over all rounds; default 100")
+    parser.add_argument("--warmup", type=int, default=10, help="untimed calls before them, and at least half a second")
+    parser.add_argument("--rounds", type=int, help="fresh processes that share the runs; default 3")
+    parser.add_argument("--min-seconds", type=float, default=1.0, help="of timed runs per configuration")
+    parser.add_argument("--max-seconds", type=float, help="of timed runs per configuration; default 30 on a GPU, 6 on a CPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", default="main", help="name of this run: one environment on one machine")
+    parser.add_argument("--quick", action="store_true", help="64 and 96 px, batches 1 and 4, 20 runs, into results/quick")
+    add_path_arguments(parser)
+
+
+def make_request(args: argparse.Namespace) -> dict:
+    """Everything that a measurement depends on, in plain values.  Raises UserError for impossible settings and missing checkpoints."""
+    import datasets
+
+    def chosen(value, usual, quick):
+        return value if value is not None else quick if args.quick else usual
+
+    image_sizes = sorted(set(chosen(args.image_sizes, IMAGE_SIZES, [64, 96])))
+    batch_sizes = sorted(set(chosen(args.batch_sizes, BATCH_SIZES, [1, 4])))
+    runs, rounds = chosen(args.runs, 100, 20), chosen(args.rounds, 3, 1)
+    if min(image_sizes) < 32 or min(*batch_sizes, runs, rounds, args.warmup, 1) < 1 or runs < rounds:
+        raise UserError("image sizes start at 32, batch sizes, runs, rounds and warm-up at 1, with at least one run a round; see --help")
+    if not args.run.replace("-", "").replace(".", "").replace("_", "").isalnum():
+        raise UserError(f"the run's name {args.run!r} becomes a folder's; use letters, digits, '.', '-' and '_' in --run")
+    datasets.prepare(args.data, args.seed)
+    missing = [size for size in image_sizes if not checkpoint_path(args.weights, size).is_file()]
+    if missing:
+        path, sizes = checkpoint_path(args.weights, missing[0]), " ".join(map(str, missing))
+        raise UserError(f"{path} is missing; train it first: python train.py{' --quick' if args.quick else f' --image-sizes {sizes}'}")
+    return {
+        "run": args.run,
+        "image_sizes": image_sizes,
+        "batch_sizes": batch_sizes,
+        "device": args.device,
+        "runs": runs,
+        "rounds": rounds,
+        "warmup": args.warmup,
+        "min_seconds": args.min_seconds,
+        "max_seconds": args.max_seconds,
+        "seed": args.seed,
+        "data": args.data.as_posix(),
+        "weights": args.weights.as_posix(),
+        "results": (args.results / "quick" if args.quick and args.results.name != "quick" else args.results).as_posix(),
+        "environment": {
+            **environment(),
+            "data": datasets.fingerprint(args.data),
+            "sample_data": datasets.is_sample(args.data),
+        },
+    }
+
+
+def settings_key(request: dict) -> str:
+    """Short hash of the settings, the machine, the packages, the data and the code: rows of one table share it."""
+    passing = {"commit", "clean", "date", "command"}
+    settings = {name: request[name] for name in "device runs rounds warmup min_seconds max_seconds seed".split()}
+    machine = {name: value for name, value in request["environment"].items() if name not in passing}
+    return sha256(json.dumps([settings, machine, fingerprint_of_code()], sort_keys=True))[:16]
+
+
+def record_key(request: dict, image_size: int) -> str:
+    """Short hash of what a record depends on: an equal key means that measuring again would measure the same."""
+    return sha256(settings_key(request), checkpoint_path(Path(request["weights"]), image_size))[:16]
+
+
+def record_path(request: dict, backend: str, image_size: int, round_: int) -> Path:
+    return Path(request["results"]) / "raw" / request["run"] / f"{backend}_{image_size}_round{round_}.json"
+
+
+def new_record(request: dict, backend: str, image_size: int, round_: int, **known) -> dict:
+    """An empty record; `known` fills in what is known already (precision, device, status, reason)."""
+    return {
+        **{"key": record_key(request, image_size), "settings_key": settings_key(request)},
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        **{"run": request["run"], "backend": backend, "precision": "", "device": request["device"]},
+        **{"image_size": image_size, "round": round_, "status": "ok", "reason": "", "request": request, "batches": {}, **known},
+    }
+
+
+def measured(path: Path, key: str) -> dict:
+    """The batch sizes of an earlier record that need not be measured again: the same request, and not failed."""
+    record = read_json(path)
+    if record is None or record["key"] != key:
+        return {}
+    return {size: result for size, result in record["batches"].items() if result["status"] != "failed"}
+
+
+def measure(name: str, backend, image_size: int, round_: int, request: dict, device: str) -> dict:
+    """Load, check and time one backend at one image size for every batch size; the raw record, written after every step.
+
+    Round 0 classifies the whole test set.  Whatever goes wrong costs this record alone and stands in it.
+    """
+    import torch
+
+    path = record_path(request, name, image_size, round_)
+    record = new_record(request, name, image_size, round_, precision=backend.precision, device=device)
+    if reason := backend.why_unavailable(device):
+        record.update(status="unavailable", reason=reason)
+        write_json(path, record)
+        return record
+    record["batches"] = measured(path, record["key"])
+    stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
+    with torch.inference_mode(), stream:
+        try:
+            load(record, backend, request, device)
+            checked_with = check(record, backend, request, device)
+        except UserError:
+            raise
+        except Exception as error:
+            record.update(status=failure(error), reason=one_line(error))
+            write_json(path, record)
+            return record
+        for batch_size in request["batch_sizes"]:
+            if str(batch_size) in record["batches"]:
+                continue
+            try:
+                result = time_batch(backend, batch_size, checked_with, request, device, watch=round_ == 0)
+            except Exception as error:
+                result = {"status": failure(error), "reason": one_line(error)}
+            record["batches"][str(batch_size)] = result
+            write_json(path, record)
+    return record
+
+
+def load(record: dict, backend, request: dict, device: str) -> None:
+    """Have the backend export, compile or deserialise; note how long that took and what the process looks like then."""
+    import torch
+
+    import model
+
+    checkpoint = checkpoint_path(Path(request["weights"]), record["image_size"])
+    backend.load(checkpoint, record["image_size"], request["batch_sizes"], device)
+    artefact = getattr(backend, "artefact", None)
+    record["precision"] = backend.precision
+    record["build"] = {
+        "seconds": round(backend.build_s, 3),
+        "from_cache": backend.from_cache,
+        "artefact_mb": artefact and round(artefact.stat().st_size / 2**20, 1),
+    }
+    record["flops_per_image"] = model.count_flops(record["image_size"])
+    record["process"] = {
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
+    }
+
+
+def check(record: dict, backend, request: dict, device: str) -> tuple:
+    """Compare the backend with PyTorch FP32 on the whole test set in round 0, at the smallest batch so that memory grows from there.
+
+    Returns what each batch size is checked and timed with: images float32 (N, 3, S, S) on the CPU, PyTorch's logits (N, classes)
+    and the largest difference that passes, N being the largest batch.
+    """
+    import datasets
+    import model
+
+    size, smallest, largest = record["image_size"], request["batch_sizes"][0], request["batch_sizes"][-1]
+    checkpoint = checkpoint_path(Path(request["weights"]), size)
+    baseline = record["backend"] == "pytorch"
+    expected, labels = reference(checkpoint, size, request, device, backend if baseline else None)
+    tolerance = TOLERANCE[backend.precision] * float(np.abs(expected).max())
+    whole = record["round"] == 0
+    loader = datasets.make_test_loader(
+        Path(request["data"]),
+        size,
+        largest,
+        model.load_facts(checkpoint)["classes"],
+        num_workers=min(4, len(labels) // 250) if whole else 0,
+    )
+    first = next(iter(loader))[0]
+    if whole:
+        logits = expected if baseline else np.concatenate([classify(backend, images, smallest, device) for images, _ in loader])
+        record["check"] = {
+            "images": len(labels),
+            "different": int((logits.argmax(1) != expected.argmax(1)).sum()),
+            "correct": int((logits.argmax(1) == labels).sum()),
+            "max_abs_diff": float(np.abs(logits - expected).max()),
+            "tolerance": tolerance,
+        }
+    times = math.ceil(largest / len(first))
+    return first.repeat(times, 1, 1, 1)[:largest], np.tile(expected[: len(first)], (times, 1))[:largest], tolerance
+
+
+def classify(backend, images, batch_size: int, device: str) -> np.ndarray:
+    """Logits float32 (N, classes) of images (N, 3, S, S); the last batch is filled up, since some backends have fixed shapes."""
+    import torch
+
+    logits = []
+    for chunk in images.split(batch_size):
+        full = torch.cat([chunk, chunk[-1:].expand(batch_size - len(chunk), -1, -1, -1)])
+        logits.append(backend.predict(backend.prepare(full.to(device)))[: len(chunk)].float().cpu().numpy())
+    return np.concatenate(logits)
+
+
+def reference(checkpoint: Path, image_size: int, request: dict, device: str, baseline=None) -> tuple[np.ndarray, np.ndarray]:
+    """PyTorch FP32's logits (N, classes) on the test set, and the labels (N,): from weights/ or, where they are stale, computed.
+
+    By `baseline` if this process holds it, else in a process of its own, so that nothing of it stays in this one's memory.
+    """
+    path = checkpoint.with_name(f"reference_{image_size}_{device}.npz")
+    environment = request["environment"]
+    key = sha256(checkpoint, json.dumps([environment["data"], environment["packages"], environment["gpu"], device]))
+    with contextlib.suppress(OSError, ValueError, KeyError):  # missing or cut short: compute it
+        with np.load(path) as stored:
+            if str(stored["key"]) == key:
+                return stored["logits"], stored["labels"]
+    arguments = checkpoint, image_size, request["data"], request["batch_sizes"][0], device
+    if baseline:
+        logits, labels = compute_reference(*arguments, baseline)
+    else:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            logits, labels = pool.submit(compute_reference, *arguments).result()
+    buffer = io.BytesIO()
+    np.savez(buffer, key=key, logits=logits, labels=labels)
+    write_atomic(path, buffer.getvalue())
+    return logits, labels
+
+
+def compute_reference(checkpoint: Path, image_size: int, data: str, batch_size: int, device: str, backend=None):
+    """Logits (N, classes) and labels (N,) of the test set by PyTorch FP32, loaded here unless given."""
+    import torch
+
+    import datasets
+    import model
+
+    if backend is None:
+        from pytorch_inference import PyTorch
+
+        backend = PyTorch()
+        backend.load(checkpoint, image_size, [batch_size], device)
+    loader = datasets.make_test_loader(Path(data), image_size, 16, model.load_facts(checkpoint)["classes"], num_workers=0)
+    with torch.inference_mode():
+        parts = [(classify(backend, images, batch_size, device), targets.numpy()) for images, targets in loader]
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+
+def time_batch(backend, batch_size: int, checked_with: tuple, request: dict, device: str, watch: bool) -> dict:
+    """Check, warm up and time one batch size; with `watch`, also let it run on while the driver is asked what the GPU does."""
+    import torch
+
+    images, expected, tolerance = (part if isinstance(part, float) else part[:batch_size] for part in checked_with)
+    cuda = device == "cuda"
+    synchronize = torch.cuda.current_stream().synchronize if cuda else lambda: None
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    difference = float(np.abs(classify(backend, images, batch_size, device) - expected).max())
+    if not difference <= tolerance:  # NaN fails too
+        return {
+            "status": "mismatch",
+            "reason": f"logits differ from PyTorch FP32 by {difference:.3g}, more than {tolerance:.3g}",
+            "max_abs_diff": difference,
+        }
+    x = backend.prepare(images.to(device))
+    rounds = request["rounds"]
+    at_most = (request["max_seconds"] or MAX_SECONDS[device]) / rounds
+    warmup = timing.warm_up(lambda: backend.predict(x), synchronize, request["warmup"], WARM_UP_SECONDS, at_most / 2)
+    samples = timing.sample(
+        lambda: backend.predict(x),
+        synchronize,
+        runs=math.ceil(request["runs"] / rounds),
+        min_seconds=request["min_seconds"] / rounds,
+        max_seconds=at_most,
+        new_event=(lambda: torch.cuda.Event(enable_timing=True)) if cuda else None,
+    )
+    return {
+        "status": "ok",
+        "reason": "",
+        "max_abs_diff": difference,
+        "warmup": warmup,
+        **vars(samples),
+        "gpu_memory_mb": gpu.process_memory_mb() if cuda else None,
+        "torch_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda and getattr(backend, "torch_allocator", False) else None,
+        "sustained": sustain(lambda: backend.predict(x), synchronize, SUSTAINED_SECONDS) if cuda and watch else None,
+    }
+
+
+def sustain(call, synchronize, seconds: float) -> dict:
+    """Call for at least `seconds`, synchronising about 20 times a second only, while the driver is watched."""
+    start = time.perf_counter()
+    call()
+    synchronize()
+    group = max(1, int(0.05 / max(time.perf_counter() - start, 1e-5)))
+    calls = 0
+    with gpu.Watch() as watch:
+        start = time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            for _ in range(group):
+                call()
+            synchronize()
+            calls += group
+    return {**watch.result, "calls": calls}
+
+
+def failure(error: Exception) -> str:
+    """The status that an exception stands for.  Runtimes say 'out of memory' each in their own words."""
+    words = str(error).lower()
+    short = any(
+        text in words
+        for text in ("out of memory", "outofmemory", "failed to allocate memory", "not enough memory", "can't allocate memory")
+    )
+    return "out_of_memory" if short or isinstance(error, MemoryError) else "failed"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+
+
+def main(description: str, backends: dict) -> None:
+    """A backend script's main(): measure its backends in this process and print their table; under benchmark.py just one of them.
+
+    `backends` maps names to callables that make a backend.
+    """
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # so that the driver's GPU 0 is CUDA's
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, list(backends), default=[next(iter(backends))])
+    parser.add_argument("--request", type=Path, help=argparse.SUPPRESS)  # benchmark.py's settings, instead of the arguments above
+    parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    request = read_json(args.request) if args.request else {**make_request(args), "rounds": 1}  # rounds are fresh processes: benchmark.py's
+    import torch
+
+    device = pick_device(args.device if not args.request else request["device"])
+    names = list(backends) if "all" in args.backends else args.backends
+    sizes = args.image_sizes if args.request else request["image_sizes"]
+    for name, size in [(name, size) for name in names for size in sizes]:
+        record = measure(name, backends[name](), size, args.round, request, device)
+        if not args.request:
+            print(f"{name}, {size} px: {record['status']} {record['reason']}".rstrip(), file=sys.stderr)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    if not args.request:
+        from compare import table
+        from utils.records import read_rows
+
+        rows = read_rows(Path(request["results"]))
+        print(table(rows[rows.backend.isin(names) & rows.image_size.isin(sizes) & (rows.run == request["run"])]))
+
+
+def pick_device(wanted: str) -> str:
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA GPU; check that nvidia-smi lists one, or use --device cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"

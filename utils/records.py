@@ -1,0 +1,157 @@
+"""Raw records -> rows: the CSV is a pure function of results/raw/."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from utils import timing
+from utils.utils import COLUMNS, Row, read_json, write_atomic, write_json
+
+MIN_AGREEMENT = 0.99  # of the test images, or all but one on small sets
+
+
+def read_records(folder: Path) -> list[dict]:
+    """One run's records that belong together: those of the newest settings and, at each image size, of its newest checkpoint."""
+    records = sorted(filter(None, (read_json(path) for path in sorted(folder.glob("*_round*.json")))), key=lambda record: record["time"])
+    newest = {record["image_size"]: record["key"] for record in records}
+    return [
+        record
+        for record in records
+        if record["settings_key"] == records[-1]["settings_key"] and record["key"] == newest[record["image_size"]]
+    ]
+
+
+def read_rows(results: Path) -> pd.DataFrame:
+    """The rows of every run under results/raw/, sorted; empty where there are none."""
+    rows = []
+    for folder in sorted(path for path in (results / "raw").glob("*") if path.is_dir()):
+        rows += rows_of(read_records(folder))
+    return pd.DataFrame([vars(row) for row in rows], columns=COLUMNS)
+
+
+def rows_of(records: list[dict]) -> list[Row]:
+    """The rows of one run, each against the run's own baseline, PyTorch FP32."""
+    groups = {}
+    for record in records:
+        groups.setdefault((record["backend"], record["image_size"]), {})[record["round"]] = record
+    order = list(dict.fromkeys(name for record in records for name in record["request"].get("backends", []))) or sorted(
+        {b for b, _ in groups}
+    )
+    rows = []
+    for backend, size in sorted(groups, key=lambda key: (order.index(key[0]) if key[0] in order else 99, key)):
+        rounds, baseline = groups[backend, size], groups.get(("pytorch", size), {})
+        batch_sizes = {str(n) for record in rounds.values() for n in [*record["request"]["batch_sizes"], *record["batches"]]}
+        rows += [row_of(rounds, baseline, batch_size) for batch_size in sorted(batch_sizes, key=int)]
+    return rows
+
+
+def row_of(rounds: dict[int, dict], baseline: dict[int, dict], batch_size: str) -> Row:
+    """The row of one configuration from its records by round and the baseline's."""
+    first = rounds[min(rounds)]
+    status, reason = verdict(rounds, batch_size)
+    row = Row(
+        **{name: first[name] for name in ("run", "backend", "precision", "device", "image_size")},
+        **{"batch_size": int(batch_size), "status": status, "reason": reason},
+    )
+    build = [record["build"] for record in rounds.values() if "build" in record]
+    if build:
+        row.build_s = max(build, key=lambda entry: not entry["from_cache"])["seconds"]
+    timed = {k: record["batches"][batch_size] for k, record in rounds.items() if "host_ms" in record["batches"].get(batch_size, {})}
+    checks = [record["check"] for record in rounds.values() if "check" in record]
+    if checks:
+        row.accuracy, row.agreement = checks[0]["correct"] / checks[0]["images"], 1 - checks[0]["different"] / checks[0]["images"]
+    differences = [check["max_abs_diff"] for check in checks] + [
+        record["batches"][batch_size]["max_abs_diff"]
+        for record in rounds.values()
+        if "max_abs_diff" in record["batches"].get(batch_size, {})
+    ]
+    row.max_abs_diff = max(differences, default=None)
+    if not timed:
+        return row
+    vars(row).update(timing.summarize([result["host_ms"] for result in timed.values()], int(batch_size)))
+    row.gpu_ms = none_or(timing.trimmed_mean, [ms for result in timed.values() for ms in result["gpu_ms"]])
+    warm = {k: result for k, result in timed.items() if rounds[k]["build"]["from_cache"]} or timed  # building takes memory of its own
+    row.gpu_memory_mb = none_or(max, [result["gpu_memory_mb"] for result in warm.values() if result["gpu_memory_mb"]])
+    row.torch_memory_mb = none_or(max, [result["torch_memory_mb"] for result in timed.values() if result["torch_memory_mb"]])
+    row.tflops = row.fps * first["flops_per_image"] / 1e12
+    row.notes = notes(build, len(timed))
+    sustained = next((result["sustained"] for result in timed.values() if result["sustained"]), None)
+    if sustained:
+        for name in ("gpu_util_pct", "power_w", "sm_clock_mhz", "throttled"):
+            setattr(row, name, sustained[name])
+        if sustained["energy_j"]:
+            row.mj_per_image = sustained["energy_j"] * 1000 / (sustained["calls"] * int(batch_size))
+    base = {k: baseline[k]["batches"].get(batch_size, {}).get("host_ms") for k in timed if k in baseline}
+    together = [k for k in timed if base.get(k)]
+    if together and status == "ok":
+        pair = [[base[k] for k in together], [timed[k]["host_ms"] for k in together]]
+        row.speedup = timing.trimmed_mean(np.concatenate(pair[0])) / row.mean_ms
+        row.speedup_low, row.speedup_high = timing.interval(pair, lambda slow, fast: slow / fast)
+    return row
+
+
+def verdict(rounds: dict[int, dict], batch_size: str) -> tuple[str, str]:
+    """Status and reason of a configuration: ok only where every round is and the accuracy pass has been passed."""
+    for record in rounds.values():
+        if record["status"] != "ok":
+            return record["status"], record["reason"]
+        check = record.get("check")
+        if check and check["different"] > max(1, (1 - MIN_AGREEMENT) * check["images"]):
+            return "mismatch", f"another class than PyTorch FP32 on {check['different']} of {check['images']} test images"
+        if check and not check["max_abs_diff"] <= check["tolerance"]:
+            return "mismatch", f"logits differ from PyTorch FP32 by {check['max_abs_diff']:.3g}, more than {check['tolerance']:.3g}"
+        result = record["batches"].get(batch_size, {"status": "failed", "reason": "was interrupted; run python benchmark.py again"})
+        if result["status"] != "ok":
+            return result["status"], result["reason"]
+    if 0 not in rounds:
+        return "failed", "the accuracy pass (round 0) is missing; run python benchmark.py again"
+    return "ok", ""
+
+
+def notes(build: list[dict], rounds: int) -> str:
+    texts = []
+    if build and build[0]["artefact_mb"]:
+        texts.append(f"{build[0]['artefact_mb']} MB {'cached' if build[0]['from_cache'] else 'built'}")
+    if rounds == 1:
+        texts.append("one round: the interval leaves out variation between processes")
+    return "; ".join(texts)
+
+
+def none_or(function, values: list):
+    """The function of the values, or None where there are none: what can't be read is empty, never 0."""
+    return function(values) if values else None
+
+
+def write_csv(results: Path) -> pd.DataFrame:
+    """Make results/benchmark_results.csv and environment.json anew from results/raw/; the rows."""
+    rows = read_rows(results)
+    write_atomic(results / "benchmark_results.csv", rows.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    environments = {}
+    for run in rows.run.unique():
+        records = read_records(results / "raw" / run)
+        environments[run] = {**records[-1]["request"]["environment"], **next((r["process"] for r in records if "process" in r), {})}
+        environments[run]["short"] = short(environments[run])
+        environments[run]["settings"] = {k: v for k, v in records[-1]["request"].items() if k != "environment"}
+    write_json(results / "environment.json", json.loads(json.dumps(environments)))
+    return read_csv(results)
+
+
+def short(environment: dict) -> str:
+    """The environment in one line, for the foot of tables and charts."""
+    machine = environment["gpu"] or f"{environment['cpu']}, {environment.get('threads', environment['cores'])} threads"
+    packages = [
+        f"{name} {environment['packages'][name]}"
+        for name in ("torch", "onnxruntime-gpu", "onnxruntime", "torch-tensorrt", "tensorrt")
+        if name in environment["packages"]
+    ]
+    parts = [machine, environment.get("driver") and f"driver {environment['driver']}", *packages, environment["date"]]
+    return ", ".join(filter(None, parts))
+
+
+def read_csv(results: Path) -> pd.DataFrame:
+    """The committed table.  Texts that are missing are "", figures that are missing NaN."""
+    texts = {name: str for name in ("run", "backend", "precision", "device", "status", "reason", "throttled", "notes")}
+    rows = pd.read_csv(results / "benchmark_results.csv", encoding="utf-8", dtype=texts)
+    return rows.fillna(dict.fromkeys(texts, ""))

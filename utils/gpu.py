@@ -92,7 +92,7 @@ def device_memory_mb() -> float | None:
 
 
 class Watch:
-    """Samples utilisation, power, SM clock, temperature and throttling beside a sustained loop: `with Watch() as watch: ...; watch.result`."""
+    """Samples what the GPU does beside a sustained loop: `with Watch() as watch: ...`, then `watch.result`."""
 
     PERIOD_S = 0.05
 

@@ -35,7 +35,6 @@ from utils.utils import (
 
 WARM_UP_SECONDS = 0.5  # at least, besides the calls asked for
 MAX_SECONDS = {"cuda": 30.0, "cpu": 6.0}  # of timed runs per configuration, over all rounds
-SUSTAINED_SECONDS = 3.0
 # The largest logit difference from PyTorch FP32 that passes, as a share of the largest logit.  ResNet-18 has 21 layers with
 # weights, each rounding weights, products' sum and activation: 63 u (Higham, Accuracy and Stability of Numerical Algorithms,
 # 2002, section 3.1) is 3 % for FP16 and TF32 with u = 2^-11.  FP32 sums of up to 4608 products and Winograd's transforms
@@ -55,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser, backends: list[str], default:
     parser.add_argument("--rounds", type=int, help="fresh processes that share the runs; default 3")
     parser.add_argument("--min-seconds", type=float, default=1.0, help="of timed runs per configuration")
     parser.add_argument("--max-seconds", type=float, help="of timed runs per configuration; default 30 on a GPU, 6 on a CPU")
+    parser.add_argument(
+        "--sustain-seconds", type=float, default=3.0, help="on a GPU, an untimed loop in which the driver is asked; 0: none"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", default="main", help="name of this run: one environment on one machine")
     parser.add_argument("--quick", action="store_true", help="64 and 96 px, batches 1 and 4, 20 runs, into results/quick")
@@ -78,8 +80,8 @@ def make_request(args: argparse.Namespace) -> dict:
     datasets.prepare(args.data, args.seed)
     missing = [size for size in image_sizes if not checkpoint_path(args.weights, size).is_file()]
     if missing:
-        path, sizes = checkpoint_path(args.weights, missing[0]), " ".join(map(str, missing))
-        raise UserError(f"{path} is missing; train it first: python train.py{' --quick' if args.quick else f' --image-sizes {sizes}'}")
+        flags = f"--image-sizes {' '.join(map(str, missing))}" if args.image_sizes or not args.quick else "--quick"
+        raise UserError(f"{checkpoint_path(args.weights, missing[0])} is missing; train it first: python train.py {flags}")
     return {
         "run": args.run,
         "image_sizes": image_sizes,
@@ -90,6 +92,7 @@ def make_request(args: argparse.Namespace) -> dict:
         "warmup": args.warmup,
         "min_seconds": args.min_seconds,
         "max_seconds": args.max_seconds,
+        "sustain_seconds": args.sustain_seconds,
         "seed": args.seed,
         "data": args.data.as_posix(),
         "weights": args.weights.as_posix(),
@@ -105,7 +108,7 @@ def make_request(args: argparse.Namespace) -> dict:
 def settings_key(request: dict) -> str:
     """Short hash of the settings, the machine, the packages, the data and the code: rows of one table share it."""
     passing = {"commit", "clean", "date", "command"}
-    settings = {name: request[name] for name in "device runs rounds warmup min_seconds max_seconds seed".split()}
+    settings = {name: request[name] for name in "device runs rounds warmup min_seconds max_seconds sustain_seconds seed".split()}
     machine = {name: value for name, value in request["environment"].items() if name not in passing}
     return sha256(json.dumps([settings, machine, fingerprint_of_code()], sort_keys=True))[:16]
 
@@ -162,11 +165,12 @@ def measure(name: str, backend, image_size: int, round_: int, request: dict, dev
             record.update(status=failure(error), reason=one_line(error))
             write_json(path, record)
             return record
+        watch = request["sustain_seconds"] if device == "cuda" and round_ == 0 else 0
         for batch_size in request["batch_sizes"]:
             if str(batch_size) in record["batches"]:
                 continue
             try:
-                result = time_batch(backend, batch_size, checked_with, request, device, watch=round_ == 0)
+                result = time_batch(backend, batch_size, checked_with, request, device, watch)
             except Exception as error:
                 result = {"status": failure(error), "reason": one_line(error)}
             record["batches"][str(batch_size)] = result
@@ -286,8 +290,8 @@ def compute_reference(checkpoint: Path, image_size: int, data: str, batch_size: 
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
-def time_batch(backend, batch_size: int, checked_with: tuple, request: dict, device: str, watch: bool) -> dict:
-    """Check, warm up and time one batch size; with `watch`, also let it run on while the driver is asked what the GPU does."""
+def time_batch(backend, batch_size: int, checked_with: tuple, request: dict, device: str, watch: float) -> dict:
+    """Check, warm up and time one batch size; then let it run on for `watch` seconds while the driver is asked."""
     import torch
 
     images, expected, tolerance = (part if isinstance(part, float) else part[:batch_size] for part in checked_with)
@@ -323,7 +327,7 @@ def time_batch(backend, batch_size: int, checked_with: tuple, request: dict, dev
         **vars(samples),
         "gpu_memory_mb": gpu.process_memory_mb() if cuda else None,
         "torch_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda and getattr(backend, "torch_allocator", False) else None,
-        "sustained": sustain(lambda: backend.predict(x), synchronize, SUSTAINED_SECONDS) if cuda and watch else None,
+        "sustained": sustain(lambda: backend.predict(x), synchronize, watch) if watch else None,
     }
 
 

@@ -25,8 +25,8 @@ def headline(rows: pd.DataFrame, environments: dict) -> str:
     environment = environments.get(best.run, {})
     return (
         f"**{compare.name(best)} serves ResNet-18 {best.speedup:.1f} times as fast as PyTorch FP32** "
-        f"({best.speedup_low:.1f}–{best.speedup_high:.1f} at 95 % confidence): {compare.figure(best.fps)} images/s at {best.image_size} px, "
-        f"batch {best.batch_size}, with the same class on {best.agreement:.1%} of the test images.  \n"
+        f"({best.speedup_low:.1f}–{best.speedup_high:.1f} at 95 % confidence): {compare.figure(best.fps)} images/s "
+        f"at {best.image_size} px, batch {best.batch_size}, with the same class on {best.agreement:.1%} of the test images.  \n"
         f"<sub>{foot(environment)}</sub>"
     )
 

@@ -1,0 +1,145 @@
+"""Measure every backend at every image size and batch size, and say which is fastest, by how much and at what cost.
+
+Each (backend, image size, round) is a process of its own; the order of backends rotates from round to round, so that drift of
+the machine falls on all alike.  Whatever is measured already for the same request and environment is not measured again.
+
+Reads weights/best_resnet18_<size>.pth and data/test; writes results/raw/ (every sample), results/benchmark_results.csv,
+environment.json, benchmark.log, the charts and, for a run into results/, the README's tables.
+
+    python benchmark.py
+"""
+
+import argparse
+import datetime
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+import onnx_inference
+import pytorch_inference
+import tensorrt_inference
+from utils import measure, records
+from utils.utils import read_json, run_main, write_json
+
+SCRIPTS = {name: script.__file__ for script in (pytorch_inference, onnx_inference, tensorrt_inference) for name in script.BACKENDS}
+DEFAULT = ["pytorch", "onnx", "torch-tensorrt", "tensorrt"]
+ROOT = Path(__file__).resolve().parent
+
+
+def plan(request: dict) -> list[tuple[int, str, int]]:
+    """(round, backend, image size) in the order of measuring; in round k the backends start with the k-th."""
+    backends = request["backends"]
+    order = []
+    for round_ in range(request["rounds"]):
+        shift = round_ % len(backends)
+        rotated = backends[shift:] + backends[:shift]
+        order += [(round_, backend, size) for size in request["image_sizes"] for backend in rotated]
+    return order
+
+
+def up_to_date(request: dict, backend: str, size: int, round_: int) -> bool:
+    """Whether a record of the same request says all that measuring again would say; what failed is tried again."""
+    path, key = measure.record_path(request, backend, size, round_), measure.record_key(request, size)
+    record = read_json(path)
+    if record is None or record["key"] != key or record["status"] == "failed":
+        return False
+    return record["status"] != "ok" or set(map(str, request["batch_sizes"])) <= set(measure.measured(path, key))
+
+
+def run_worker(request_file: Path, request: dict, backend: str, size: int, round_: int, log) -> dict:
+    """Measure in a fresh process; the record.  If it dies or hangs, what it had measured stays and the rest is marked failed."""
+    command = [sys.executable, SCRIPTS[backend], "--request", request_file, "--backends", backend]
+    command += ["--image-sizes", str(size), "--round", str(round_)]
+    environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+    log.write(f"\n=== {datetime.datetime.now():%Y-%m-%d %H:%M:%S} round {round_ + 1}, {backend}, {size} px\n")
+    log.flush()
+    path, before = measure.record_path(request, backend, size, round_), Path(log.name).stat().st_size
+    try:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=request["timeout"]).returncode
+        died = f"its process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}" if code else ""
+    except subprocess.TimeoutExpired:
+        died = f"its process was stopped after {request['timeout']:g} s (--timeout)"
+    key, record = measure.record_key(request, size), read_json(path)
+    if not died:
+        return record
+    said = Path(log.name).read_bytes()[before:].decode("utf-8", errors="replace").strip().splitlines()
+    reason = f"{died}: {said[-1][:300]}" if said else died
+    if record is None or record["key"] != key:
+        record = measure.new_record(request, backend, size, round_, status="failed", reason=reason)
+    for batch_size in map(str, request["batch_sizes"]):
+        record["batches"].setdefault(batch_size, {"status": "failed", "reason": reason})
+    write_json(path, record)
+    return record
+
+
+def describe(record: dict) -> str:
+    """One line on a record: milliseconds of a run at each batch size, or why there are none."""
+    head = f"round {record['round'] + 1}  {record['backend']:<22} {record['image_size']:>4} px"
+    if record["status"] != "ok":
+        return f"{head}  {record['status']}: {record['reason']}"
+    cells = []
+    for batch_size, result in sorted(record["batches"].items(), key=lambda item: int(item[0])):
+        if result["status"] == "ok":
+            mean = records.timing.trimmed_mean(result["host_ms"])
+            cells.append(f"batch {batch_size}: {mean:.3f} ms, {int(batch_size) / mean * 1000:,.0f} images/s")
+        else:
+            cells.append(f"batch {batch_size}: {result['status']} ({result['reason'][:100]})")
+    return f"{head}  {'; '.join(cells)}"
+
+
+def sweep(request: dict) -> None:
+    """Bring every record of the request up to date, one process after another."""
+    results = Path(request["results"])
+    request_file = results / "raw" / request["run"] / "request.json"
+    write_json(request_file, request)
+    todo = [step for step in plan(request) if not up_to_date(request, step[1], step[2], step[0])]
+    unavailable = {}
+    with (
+        open(results / "benchmark.log", "a", encoding="utf-8") as log,
+        tqdm(todo, desc="benchmark", unit="process", disable=not todo) as progress,
+    ):
+        for round_, backend, size in progress:
+            progress.set_postfix_str(f"{backend}, {size} px")
+            if backend in unavailable:  # it is not for want of another size or round
+                known = {name: unavailable[backend][name] for name in ("precision", "device", "status", "reason")}
+                write_json(measure.record_path(request, backend, size, round_), measure.new_record(request, backend, size, round_, **known))
+                continue
+            record = run_worker(request_file, request, backend, size, round_, log)
+            if record["status"] == "unavailable":
+                unavailable[backend] = record
+            line = describe(record)
+            log.write(line + "\n")
+            tqdm.write(line)
+    if not todo:
+        print(f"{results / 'raw' / request['run']}: everything is up to date")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    measure.add_arguments(parser, list(SCRIPTS), DEFAULT)
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a process is taken for hung")
+    args = parser.parse_args()
+    request = measure.make_request(args)
+    request["backends"] = list(SCRIPTS) if "all" in args.backends else list(dict.fromkeys(args.backends))
+    request["timeout"] = args.timeout
+    sweep(request)
+
+    import compare
+    from utils import plot_utils, report
+
+    results = Path(request["results"])
+    rows = records.write_csv(results)
+    environments = read_json(results / "environment.json")
+    plot_utils.draw_all(rows, environments, results)
+    print(compare.table(rows))
+    print("\n".join(compare.answers(rows)).replace("**", ""))
+    if results.resolve() == ROOT / "results":
+        report.write_readme(ROOT / "README.md")
+    print(f"written: {results / 'benchmark_results.csv'}, environment.json and charts beside it")
+
+
+if __name__ == "__main__":
+    run_main(main)

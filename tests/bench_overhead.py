@@ -1,0 +1,102 @@
+"""Does the benchmark's clock add anything?  Each backend under it against a bare hand-written loop, taken in turns in one process.
+
+Run by hand, on a machine that does nothing else; exit code 1 if they differ by more than 5 %.  Reads the checkpoint in weights/.
+
+    python tests/bench_overhead.py --image-size 224 --batch-size 16
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+import model
+from onnx_inference import OnnxRuntime, export
+from pytorch_inference import PyTorch
+from utils import measure, timing
+from utils.utils import add_path_arguments, checkpoint_path, run_main
+
+
+def bare_pytorch(checkpoint: Path, images: torch.Tensor, device: str):
+    """What anyone would write: a call that blocks until the logits are there."""
+    network, _ = model.load(checkpoint, device)
+    x = images.to(device)
+
+    def call():
+        network(x)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return call
+
+
+def bare_onnx(checkpoint: Path, images: torch.Tensor, device: str):
+    """ONNX Runtime on NumPy arrays on a CPU, on one bound CUDA tensor on a GPU."""
+    import onnxruntime
+
+    if device == "cpu":
+        path, _, _ = export(checkpoint, images.shape[-1], "FP32")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        x = images.numpy()
+        return lambda: session.run(None, {"input": x})
+    path, _, _ = export(checkpoint, images.shape[-1], "FP16")
+    onnxruntime.preload_dlls()
+    session = onnxruntime.InferenceSession(path, providers=["CUDAExecutionProvider"])
+    x = images.to(device).half()
+    binding = session.io_binding()
+    binding.bind_input("input", "cuda", 0, np.float16, tuple(x.shape), x.data_ptr())
+    binding.bind_output("logits", "cuda")
+    return lambda: (x, session.run_with_iobinding(binding))
+
+
+def bare_loop(call, runs: int) -> list[float]:
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1000)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=8, help="per turn")
+    add_path_arguments(parser)
+    args = parser.parse_args()
+    device = measure.pick_device(args.device)
+    checkpoint = checkpoint_path(args.weights, args.image_size)
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, generator=torch.Generator().manual_seed(0))
+    worst = 0.0
+    for name, backend, make_bare in (("PyTorch", PyTorch(), bare_pytorch), ("ONNX Runtime", OnnxRuntime(), bare_onnx)):
+        with torch.inference_mode():
+            backend.load(checkpoint, args.image_size, [args.batch_size], device)
+            x = backend.prepare(images.to(device))
+            bare = make_bare(checkpoint, images, device)
+            synchronize = torch.cuda.current_stream().synchronize if device == "cuda" else lambda: None
+            new_event = (lambda: torch.cuda.Event(enable_timing=True)) if device == "cuda" else None
+            ours, theirs = [], []
+            for turn in range(args.turns + 1):
+                samples = timing.sample(lambda b=backend, x=x: b.predict(x), synchronize, args.runs, 0, 600, new_event)
+                loop = bare_loop(bare, args.runs)
+                if turn:  # the first turn warms up
+                    ours, theirs = ours + samples.host_ms, theirs + loop
+        ratio = timing.trimmed_mean(ours) / timing.trimmed_mean(theirs)
+        worst = max(worst, abs(ratio - 1))
+        print(f"{name}: benchmark {timing.trimmed_mean(ours):.3f} ms, bare loop {timing.trimmed_mean(theirs):.3f} ms, ratio {ratio:.3f}")
+    sys.exit(worst > 0.05)
+
+
+if __name__ == "__main__":
+    run_main(main)

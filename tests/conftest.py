@@ -1,0 +1,28 @@
+"""What several tests share: the repo on the path, and one small trained project that the real scripts made."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def run_script(script: str, *arguments, cwd: Path = ROOT, ok: bool = True) -> subprocess.CompletedProcess:
+    """Run one of the repo's scripts as a user does."""
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    assert not ok or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory) -> Path:
+    """A folder with the drawn sample as data/, checkpoints for 64 and 96 px in weights/ and training records in results/."""
+    folder = tmp_path_factory.mktemp("project")
+    run_script("train.py", "--quick", cwd=folder)
+    return folder

@@ -1,0 +1,259 @@
+"""Class folders with awkward names, pictures of every mode, every mistake a user can make, and the drawn sample."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+from PIL import Image
+
+import datasets
+from utils.utils import UserError
+
+FEW = {"train": 2, "test": 1}
+NAMES = ["Ёж Герой", "Пудж"]
+
+
+def paint(path: Path, colour=(200, 40, 40), size=(40, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Two classes with Cyrillic names and spaces, three training images and one test image each."""
+    for number, name in enumerate(NAMES):
+        for index in range(3):
+            paint(tmp_path / "train" / name / f"фото {index}.png", (40 + 90 * number, 60 * index, 90))
+        paint(tmp_path / "test" / name / "проба 1.jpg", (40 + 90 * number, 10, 90))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    datasets.draw_sample(folder, seed=3, counts=FEW)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------- names and loaders
+
+
+def test_a_class_is_the_same_in_both_normal_forms(data):
+    decomposed = unicodedata.normalize("NFD", NAMES[0])
+    assert decomposed != NAMES[0]
+    (data / "test" / NAMES[0]).rename(data / "test" / decomposed)
+    datasets.prepare(data)
+    images, labels = datasets.load_test_images(data, 32, NAMES, num_workers=0)
+    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.float32 and sorted(labels.tolist()) == [0, 1]
+    _, _, classes = datasets.make_loaders(data, 32, 2, num_workers=0)
+    assert classes == NAMES and all(unicodedata.is_normalized("NFC", name) for name in classes)
+
+
+def test_labels_follow_the_classes_of_the_checkpoint(data):
+    _, labels = datasets.load_test_images(data, 32, NAMES, num_workers=0)
+    _, turned = datasets.load_test_images(data, 32, NAMES[::-1], num_workers=0)
+    assert labels.tolist() == [0, 1] and turned.tolist() == [1, 0]
+    with pytest.raises(UserError, match="Пудж"):
+        datasets.load_test_images(data, 32, NAMES[:1], num_workers=0)
+
+
+def test_worker_processes_read_the_same_test_images(data):
+    alone, together = (datasets.load_test_images(data, 48, NAMES, num_workers=count) for count in (0, 2))
+    assert torch.equal(alone[0], together[0]) and torch.equal(alone[1], together[1])
+
+
+def test_test_transform_squeezes_and_normalises():
+    picture = Image.new("RGB", (300, 200), (255, 0, 0))
+    tensor = datasets.test_transform(64)(picture)
+    expected = (torch.tensor([1.0, 0, 0]) - torch.tensor(datasets.MEAN)) / torch.tensor(datasets.STD)
+    assert tensor.shape == (3, 64, 64) and tensor.dtype == torch.float32
+    torch.testing.assert_close(tensor[:, 10, 10], expected)
+
+
+def test_no_batch_of_a_single_image_reaches_batch_norm(data):
+    for batch_size, batches in ((5, [5]), (4, [4, 2]), (100, [6])):  # six images; five and one: the one waits for another epoch
+        loader, _, _ = datasets.make_loaders(data, 32, batch_size, num_workers=0)
+        assert [len(labels) for _, labels in loader] == batches
+
+
+def test_processes_share_the_test_images_without_repeating_any(data):
+    paint(data / "test" / "Пудж" / "ещё.png")
+    counts = [sum(len(labels) for _, labels in datasets.make_loaders(data, 32, 2, 0, 0, rank, 2)[1]) for rank in (0, 1)]
+    assert counts == [2, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def pixel(path: Path, at=(0, 0)) -> tuple:
+    image = datasets.load_rgb(path)
+    assert image.mode == "RGB"
+    return image.getpixel(at)
+
+
+def test_transparent_pixels_become_white(tmp_path):
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    image.putpixel((0, 0), (255, 0, 0, 0))
+    image.putpixel((1, 0), (255, 0, 0, 128))
+    image.save(tmp_path / "a.png")
+    assert [pixel(tmp_path / "a.png", (x, 0)) for x in range(3)] == [(255, 255, 255), (255, 127, 127), (255, 0, 0)]
+    Image.new("LA", (8, 8), (90, 0)).save(tmp_path / "la.png")
+    assert pixel(tmp_path / "la.png") == (255, 255, 255)
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.putpixel((0, 0), 0)
+    image.save(tmp_path / "p.png")
+    image.save(tmp_path / "t.png", transparency=0)
+    assert [pixel(tmp_path / "p.png", (x, 0)) for x in range(2)] == [(0, 0, 0), (10, 200, 30)]
+    assert [pixel(tmp_path / "t.png", (x, 0)) for x in range(2)] == [(255, 255, 255), (10, 200, 30)]
+
+
+def test_grey_of_8_and_16_bits(tmp_path):
+    Image.new("L", (8, 8), 77).save(tmp_path / "l.png")
+    assert pixel(tmp_path / "l.png") == (77, 77, 77)
+    values = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        assert [pixel(tmp_path / name, (x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
+
+
+def test_cmyk(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "c.tif")
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "c.jpg", quality=95)
+    assert pixel(tmp_path / "c.tif") == (255, 0, 0)
+    assert np.abs(np.subtract(pixel(tmp_path / "c.jpg"), (255, 0, 0))).max() < 6
+
+
+def test_exif_rotation(tmp_path):
+    image = Image.new("RGB", (16, 8), "black")
+    image.paste("white", (0, 0, 8, 8))  # the left half; orientation 6 means: turn clockwise to look at it
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "r.png", exif=exif)
+    turned = datasets.load_rgb(tmp_path / "r.png")
+    assert turned.size == (8, 16) and turned.getpixel((4, 1)) == (255, 255, 255) and turned.getpixel((4, 14)) == (0, 0, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+def test_no_class_folders(data):
+    shutil.rmtree(data / "test")
+    with pytest.raises(UserError, match="test.*no class folders.*put images into"):
+        datasets.prepare(data)
+
+
+def test_an_empty_class(data):
+    (data / "train" / "Пустой").mkdir()
+    (data / "train" / "Пустой" / ".DS_Store").touch()
+    with pytest.raises(UserError, match="no images in .*Пустой.*python datasets.py"):
+        datasets.prepare(data)
+
+
+def test_a_test_class_that_was_never_trained(data):
+    paint(data / "test" / "Чужой" / "a.png")
+    with pytest.raises(UserError, match="Чужой.*python datasets.py"):
+        datasets.prepare(data)
+
+
+def test_a_single_class(data):
+    for split in datasets.SPLITS:
+        shutil.rmtree(data / split / NAMES[0])
+    with pytest.raises(UserError, match="one class only"):
+        datasets.prepare(data)
+
+
+def test_all_broken_images_are_named_at_once(data):
+    (data / "train" / "Пудж" / "битый.jpg").write_bytes(b"no picture")
+    whole = (data / "test" / "Пудж" / "проба 1.jpg").read_bytes()
+    (data / "test" / "Пудж" / "обрезан.jpg").write_bytes(whole[: len(whole) // 2])
+    done = run_script("datasets.py", "--data", data, ok=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "2 of 10 images can't be read" in done.stderr and "python datasets.py" in done.stderr
+    assert str(data / "train" / "Пудж" / "битый.jpg") in done.stderr and "обрезан.jpg" in done.stderr
+
+
+def test_the_report_counts_and_notes_what_is_odd(data, capsys):
+    shutil.copy(data / "train" / "Пудж" / "фото 0.png", data / "test" / "Пудж" / "копия.png")
+    (data / "train" / "Пудж" / "список.txt").write_text("?", encoding="utf-8")
+    paint(data / "train" / "Новый" / "a.bmp", size=(300, 20))
+    datasets.report(data)
+    said = capsys.readouterr().out
+    assert "Новый                         1      0   300x20 .. 300x20" in said
+    assert "копия.png is the same image as" in said and "список.txt" in said and "sample" not in said
+    assert "Новый has no images: the accuracy says nothing" in said
+
+
+# ---------------------------------------------------------------------------------------------------------- the sample
+
+
+def test_the_sample_is_drawn_the_same_for_the_same_seed(sample, tmp_path):
+    datasets.draw_sample(tmp_path / "same", seed=3, counts=FEW)
+    datasets.draw_sample(tmp_path / "other", seed=4, counts=FEW)
+    assert datasets.fingerprint(tmp_path / "same") == datasets.fingerprint(sample) != datasets.fingerprint(tmp_path / "other")
+    listed = datasets.list_images(sample)
+    assert {split: {name: len(images) for name, images in classes.items()} for split, classes in listed.items()} == {
+        split: dict.fromkeys(sorted(datasets.HEROES), count) for split, count in FEW.items()
+    }
+    assert all(200 <= side <= 700 for size in datasets.check_images(sample).values() for side in size)
+
+
+def test_sample_data_is_marked_as_long_as_one_drawn_image_remains(sample, data, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(sample, folder)
+    assert datasets.is_sample(folder) and not datasets.is_sample(data)
+    before = datasets.fingerprint(folder)
+    paint(folder / "train" / "Пудж" / "own.png")
+    assert datasets.is_sample(folder) and datasets.fingerprint(folder) != before
+    for image in datasets.all_images(folder):
+        if image.name != "own.png":
+            image.unlink()
+    assert not datasets.is_sample(folder)
+
+
+def test_the_sample_never_touches_own_images(data):
+    before = datasets.fingerprint(data)
+    with pytest.raises(UserError, match="already holds images"):
+        datasets.draw_sample(data, counts=FEW)
+    datasets.prepare(data)
+    assert datasets.fingerprint(data) == before and not (data / "SAMPLE.txt").exists()
+    shutil.rmtree(data / "test")
+    (data / "train" / "Пудж" / "фото.heic").touch()  # not readable, and still the user's
+    with pytest.raises(UserError):
+        datasets.prepare(data)
+    assert not (data / "test").exists()
+
+
+def test_an_interrupted_drawing_leaves_no_half_data_set(tmp_path):
+    drawing = subprocess.Popen(
+        [sys.executable, str(ROOT / "datasets.py"), "--draw-sample", "--data", str(tmp_path)], stderr=subprocess.PIPE
+    )
+    while not list(tmp_path.glob("sample.part/train/*/*")) and drawing.poll() is None:
+        time.sleep(0.05)
+    drawing.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+    drawing.communicate(timeout=60)
+    assert drawing.returncode != 0 and not datasets.has_data(tmp_path) and not (tmp_path / "SAMPLE.txt").exists()
+    datasets.draw_sample(tmp_path, seed=3, counts=FEW)
+    assert len(datasets.all_images(tmp_path)) == 12 and not (tmp_path / "sample.part").exists()
+
+
+def test_a_drawing_interrupted_while_it_moved_into_place_is_finished(sample, tmp_path, capsys):
+    folder = tmp_path / "half"
+    shutil.copytree(sample, folder)
+    (folder / "sample.part").mkdir()
+    (folder / "test").rename(folder / "sample.part" / "test")
+    datasets.prepare(folder, seed=3)
+    assert datasets.fingerprint(folder) == datasets.fingerprint(sample) and not (folder / "sample.part").exists()

@@ -1,0 +1,59 @@
+"""A backend that dies, hangs, runs out of memory or is wrong costs exactly its own rows."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+import benchmark
+from utils import measure, records
+
+FAULTY = Path(__file__).parent / "faulty_inference.py"
+
+
+@pytest.fixture(scope="module")
+def rows(project, tmp_path_factory):
+    """The table of a sweep over PyTorch and every faulty backend at 64 px: batch 1 works, batch 2 does not."""
+    names = ["killed", "hangs", "takes-all-memory", "raises", "wrong", "not-a-number"]
+    results = tmp_path_factory.mktemp("faults")
+    settings = dict(
+        image_sizes=[64],
+        batch_sizes=[1, 2],
+        device="cpu",
+        runs=5,
+        rounds=1,
+        warmup=1,
+        min_seconds=0.0,
+        max_seconds=1.0,
+        sustain_seconds=0,
+        seed=0,
+    )
+    folders = dict(data=project / "data", weights=project / "weights", results=results)
+    request = measure.make_request(Namespace(run="main", quick=False, **settings, **folders))
+    request |= {"backends": ["pytorch", *names], "timeout": 25}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "SCRIPTS", {**benchmark.SCRIPTS, **dict.fromkeys(names, str(FAULTY))})
+        benchmark.sweep(request)
+    return records.write_csv(results).set_index(["backend", "batch_size"])
+
+
+def test_everything_else_is_complete(rows):
+    assert (rows.xs(1, level="batch_size").status == "ok").all()
+    assert rows.loc["pytorch", 2].status == "ok" and rows.loc["pytorch", 2].mean_ms > 0
+
+
+@pytest.mark.parametrize(
+    "backend, status, reason",
+    [
+        ("killed", "failed", "signal 9"),
+        ("hangs", "failed", "stopped after 25 s (--timeout)"),
+        ("takes-all-memory", "out_of_memory", "memory"),
+        ("raises", "failed", "RuntimeError: the kernel was not found"),
+        ("wrong", "mismatch", "logits differ from PyTorch FP32 by"),
+        ("not-a-number", "mismatch", "logits differ from PyTorch FP32 by nan"),
+    ],
+)
+def test_a_fault_costs_its_own_row_and_says_why(rows, backend, status, reason):
+    row = rows.loc[backend, 2]
+    assert row.status == status
+    assert reason in row.reason

@@ -1,0 +1,236 @@
+"""The charts: what they say, what they show as missing, and that no state of the results stops them."""
+
+import pandas
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+
+from utils import plot_utils
+from utils.plot_utils import CHARTS, draw, draw_all, label
+from utils.utils import COLUMNS
+
+BACKENDS = {"pytorch": ("fp32", 100.0), "onnx": ("fp16", 250.0), "tensorrt": ("fp16", 400.0)}
+ENVIRONMENT = {"a": {"short": "GPU one, torch 2.11", "sample_data": True}, "b": {"short": "GPU one, torch 2.2", "sample_data": False}}
+FPS, BATCH, SPEEDUP, MEMORY = CHARTS
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Few pixels are drawn faster; the lay-out is in inches."""
+    monkeypatch.setattr(plot_utils, "DPI", 50)
+
+
+def table(backends=BACKENDS, sizes=(224, 512), batches=(1, 16), run="a", interval=0.02, memory=900.0):
+    """Rows whose throughput is the given one at 224 px and batch 1, times 4 at batch 16, shrinking with the area."""
+    rows = []
+    for backend, (precision, base) in backends.items():
+        for size in sizes:
+            for batch in batches:
+                fps = base * (4 if batch == 16 else 1) * (224 / size) ** 2
+                row = dict(run=run, backend=backend, precision=precision, device="cuda", image_size=size, batch_size=batch, status="ok")
+                bounds = dict(fps_low=fps * (1 - interval), fps_high=fps * (1 + interval)) if interval else {}
+                rows.append({**row, "mean_ms": 1000 * batch / fps, "fps": fps, **bounds, "gpu_memory_mb": memory})
+    return pandas.DataFrame(rows).reindex(columns=COLUMNS)
+
+
+def spoil(rows, status, **where):
+    """The same rows with this status, and no figures, where all the columns have these values."""
+    rows = rows.copy()
+    chosen = pandas.Series(True, rows.index)
+    for column, value in where.items():
+        chosen &= rows[column] == value
+    rows.loc[chosen, "status"] = status
+    if status != "mismatch":  # a mismatch keeps its figures, and no chart may use them
+        rows.loc[chosen, ["mean_ms", "fps", "fps_low", "fps_high", "gpu_memory_mb"]] = float("nan")
+    return rows
+
+
+def texts(fig):
+    """Every text on the figure, broken lines joined, no-break spaces as spaces."""
+    return [" ".join(text.get_text().split()) for text in fig.findobj(Text) if text.get_text().strip()]
+
+
+def say(rows, name=FPS):
+    return " | ".join(texts(draw(CHARTS[name], rows, ENVIRONMENT)))
+
+
+def data_lines(fig):
+    """Label -> the lines with that label, over all panels."""
+    found = {}
+    for ax in fig.axes:
+        for container in filter(lambda item: hasattr(item, "lines"), ax.containers):
+            found.setdefault(container.get_label(), []).append(container.lines[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    "backend, precision, expected",
+    [
+        ("pytorch", "fp32", "PyTorch FP32"),
+        ("pytorch-tf32", "fp32", "PyTorch TF32"),
+        ("pytorch-fp16-graph", "fp16", "PyTorch FP16, CUDA graph"),
+        ("torch-compile", "fp16", "torch.compile FP16"),
+        ("onnx", "FP16", "ONNX Runtime FP16"),
+        ("onnx-nhwc", "fp16", "ONNX Runtime FP16, NHWC"),
+        ("torch-tensorrt-graph", "fp16", "Torch-TensorRT FP16, CUDA graph"),
+        ("tensorrt-static-graph", "fp16", "TensorRT FP16, static shape, CUDA graph"),
+        ("tensorrt-int8", "int8", "TensorRT INT8"),
+        ("openvino", "", "openvino"),
+    ],
+)
+def test_label(backend, precision, expected):
+    assert label(backend, precision) == expected
+
+
+@pytest.mark.parametrize("value, expected", [(15832, "15 800"), (999.6, "1 000"), (312.4, "312"), (34.21, "34.2"), (1.02, "1.02")])
+def test_number(value, expected):
+    assert " ".join(plot_utils.number(value).split()) == expected
+
+
+def test_findings_of_a_case_worked_by_hand():
+    rows = table()  # TensorRT: 400 images/s at batch 1, 1600 at batch 16; PyTorch: 100 and 400
+    assert "TensorRT FP16 is fastest: 1 600 images/s at 224 px, batch 16" in say(rows)
+    assert "TensorRT FP16 reaches 4x the speed of PyTorch FP32 at 224 px, batch 1" in say(rows, SPEEDUP)
+    assert "Batch 16 serves 4x (" in say(rows, BATCH)
+    assert "GPU memory at 512 px, batch 16: 900 MB" in say(rows, MEMORY)
+
+
+def test_no_winner_while_the_intervals_overlap():
+    rows = table({**BACKENDS, "onnx": ("fp16", 390.0)})  # 390 + 2 % reaches 400 - 2 %
+    for name, values in [(FPS, "1 600 to 1 560 images/s"), (SPEEDUP, "4 to 3.9x the speed of PyTorch FP32")]:
+        assert f"TensorRT FP16 and ONNX Runtime FP16 are level: {values} at 224 px" in say(rows, name)
+        assert "fastest" not in say(rows, name)
+    assert "is fastest" in say(table({**BACKENDS, "onnx": ("fp16", 380.0)}))  # 380 + 2 % does not
+    assert "TensorRT FP16 and 2 others are level" in say(table({**BACKENDS, "onnx": ("fp16", 390.0), "torch-tensorrt": ("fp16", 395.0)}))
+    assert "Nothing is clearly faster than PyTorch FP32" in say(table({"pytorch": ("fp32", 100.0), "onnx": ("fp32", 101.0)}), SPEEDUP)
+    assert "(no interval)" in say(table(interval=None))
+
+
+def test_a_row_that_is_not_ok_is_never_drawn_and_never_wins():
+    rows = spoil(table(), "mismatch", backend="tensorrt")
+    for name in CHARTS:
+        said = say(rows, name)
+        assert "Not measured: TensorRT FP16 (wrong results)" in said
+        fig = draw(CHARTS[name], rows, {})
+        legend = [text.get_text() for ax in fig.axes if ax.get_legend() for text in ax.get_legend().get_texts()]
+        assert "TensorRT FP16" not in [*data_lines(fig), *legend] and "TensorRT FP16" not in texts(fig)
+    assert "ONNX Runtime FP16 is fastest: 1 000 images/s" in say(rows)
+    assert "reaches 2.5x" in say(rows, SPEEDUP)
+
+
+def test_what_is_missing_is_said_and_marked():
+    rows = spoil(table(), "out_of_memory", backend="onnx", image_size=512, batch_size=16)
+    rows = spoil(rows, "unavailable", backend="tensorrt")
+    note = "ONNX Runtime FP16 (out of memory: 512 px, batch 16), TensorRT FP16 (unavailable)"
+    assert f"Not measured (×): {note}" in say(rows)
+    assert f"Not measured: {note}" in say(rows, SPEEDUP)
+    assert "OOM" in texts(draw(CHARTS[SPEEDUP], rows, {}))
+    fig = draw(CHARTS[FPS], rows, {})
+    crosses = [line for ax in fig.axes for line in ax.lines if line.get_marker() == "x"]
+    assert len(crosses) == 1 and to_hex(crosses[0].get_color()) == plot_utils.ORANGE.lower()
+    assert pandas.isna(data_lines(fig)["ONNX Runtime FP16"][1].get_ydata()[1])  # the panel of batch 16, at 512 px
+
+
+def test_missing_records_and_a_missing_baseline_are_said():
+    rows = table()
+    rows = rows[~((rows["backend"] == "tensorrt") & (rows["batch_size"] == 16))]
+    assert "TensorRT FP16 (not run: batch 16)" in say(rows)
+    assert "no baseline" in texts(draw(CHARTS[SPEEDUP], spoil(table(), "failed", backend="pytorch", image_size=512), {}))
+    assert "PyTorch FP32 was not measured: no speedups" in say(spoil(table(), "failed", backend="pytorch"), SPEEDUP)
+    diagonal = spoil(table(), "failed", backend="onnx", image_size=224, batch_size=16)
+    diagonal = spoil(diagonal, "failed", backend="onnx", image_size=512, batch_size=1)
+    assert "ONNX Runtime FP16 (failed: 2 of 4 configurations)" in say(diagonal)
+
+
+def test_runs_stand_side_by_side_each_with_its_own_baseline():
+    slower = {"pytorch": ("fp32", 50.0), "tensorrt": ("fp16", 400.0)}
+    rows = pandas.concat([table(), table(slower, run="b")], ignore_index=True)
+    said = say(rows, SPEEDUP)
+    assert "a: TensorRT FP16 reaches 4x" in said and "b: TensorRT FP16 reaches 8x" in said
+    assert "a: GPU one, torch 2.11 · sample data" in said and "b: GPU one, torch 2.2" in said
+    assert said.count("sample data") == 1
+    same_run = pandas.concat([table(), table(slower).assign(device="cpu")], ignore_index=True)
+    assert "a on cuda: " in say(same_run) and "a on cpu: " in say(same_run)
+
+
+def test_every_chart_has_the_same_colours_units_and_a_zero():
+    for name, chart in CHARTS.items():
+        fig = draw(chart, table(), ENVIRONMENT)
+        panels = [ax for ax in fig.axes if ax.axison]
+        assert panels and all(ax.get_ylim()[0] == 0 for ax in panels)
+        assert panels[0].get_ylabel() == chart.unit and panels[-1].get_xlabel() in plot_utils.AXIS.values()
+        assert "GPU one, torch 2.11 · sample data" in texts(fig)
+        if chart.bars:
+            colours = {patch.get_label(): to_hex(patch.get_facecolor()) for patch in fig.axes[0].get_legend().get_patches()}
+        else:
+            colours = {text: to_hex(lines[0].get_color()) for text, lines in data_lines(fig).items()}
+        assert colours["ONNX Runtime FP16"] == plot_utils.ORANGE.lower(), name
+        assert colours["TensorRT FP16"] == plot_utils.GREEN.lower(), name
+
+
+def test_styles_differ_and_variants_keep_their_backends_colour():
+    assert len(set(map(str, plot_utils.BACKEND_STYLE.values()))) == len(plot_utils.BACKEND_STYLE)
+    for backend in plot_utils.BACKEND_STYLE:
+        assert plot_utils.style(backend, "fp16")["color"] == plot_utils.style(plot_utils.family(backend), "fp16")["color"]
+    assert plot_utils.style("onnx-new", "fp16")["color"] == plot_utils.ORANGE
+
+
+def test_labels_are_nudged_apart():
+    heights = [0.2, 0.4, 0.2, 0.2]
+    placed = plot_utils.spread([1.0, 1.0, 0.0, 1.99], heights, top=2.0)
+    order = sorted(range(4), key=lambda i: placed[i])
+    assert order == [2, 0, 1, 3]
+    for low, high in zip(order, order[1:], strict=False):
+        assert placed[high] - placed[low] >= (heights[low] + heights[high]) / 2 - 1e-9
+    assert min(placed) >= 0.1 - 1e-9 and max(placed) <= 1.9 + 1e-9
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        table().iloc[:0],
+        spoil(table(), "failed", run="a"),
+        table(sizes=(224,), batches=(16,)),
+        table({"pytorch": ("fp32", 34.0)}, interval=None, memory=None),
+        table(sizes=(224,), batches=(1, 2, 4, 8, 16, 32, 64, 256)),
+    ],
+    ids=["empty", "all failed", "one configuration", "baseline only", "many batches"],
+)
+def test_edge_cases_are_drawn(rows, tmp_path):
+    paths = draw_all(rows, {}, tmp_path)
+    assert {FPS, BATCH, SPEEDUP} <= {path.name for path in paths}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    if not (rows["status"] == "ok").any():
+        assert "Nothing was measured" in say(rows)
+
+
+def test_every_panel_and_text_stays_on_the_sheet():
+    names = [backend for backend in plot_utils.BACKEND_STYLE if backend != "torch-compile"][:12]
+    backends = {name: ("fp32" if name == "pytorch" else "fp16", 100.0 + 20 * i) for i, name in enumerate(names)}
+    rows = table(backends, sizes=(224, 256, 384, 512), batches=(1, 8, 16))
+    for name in (FPS, SPEEDUP):
+        fig = draw(CHARTS[name], rows, ENVIRONMENT)
+        fig.draw_without_rendering()
+        sheet = fig.bbox.padded(1)
+        for text in fig.findobj(Text):
+            box = text.get_window_extent()
+            if text.get_text().strip() and text.get_visible() and box.width:
+                assert sheet.x0 <= box.x0 and box.x1 <= sheet.x1 and sheet.y0 <= box.y0 and box.y1 <= sheet.y1, text.get_text()
+
+
+def test_the_same_rows_give_the_same_bytes_and_a_stale_chart_goes(tmp_path):
+    rows = table()
+    before = rows.copy()
+    first = {path.name: path.read_bytes() for path in draw_all(rows, ENVIRONMENT, tmp_path)}
+    assert set(first) == set(CHARTS)
+    pandas.testing.assert_frame_equal(rows, before)
+    rows.to_csv(tmp_path / "rows.csv", index=False)  # as benchmark.py hands them over
+    again = {path.name: path.read_bytes() for path in draw_all(pandas.read_csv(tmp_path / "rows.csv"), ENVIRONMENT, tmp_path)}
+    assert again == first
+    assert MEMORY not in [path.name for path in draw_all(table(memory=None), {}, tmp_path)]
+    assert not (tmp_path / MEMORY).exists()
+
+
+def test_memory_is_compared_where_most_backends_fit():
+    rows = spoil(table(), "out_of_memory", backend="pytorch", image_size=512, batch_size=16)
+    assert "GPU memory at 224 px, batch 16: 900 MB" in say(rows, MEMORY)

@@ -1,0 +1,106 @@
+"""Raw records -> rows, against hand-worked cases."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from utils import records
+from utils.utils import COLUMNS
+
+
+def record(backend="pytorch", round_=0, host_ms=(10.0,) * 10, key="k", settings_key="s", time="2026-01-01", **changes) -> dict:
+    """One raw record with a single batch size of 4, as measure.py writes it."""
+    environment = {
+        **{
+            "gpu": None,
+            "cpu": "a CPU",
+            "cores": 2,
+            "os": "an OS",
+            "python": "3.11",
+            "packages": {"torch": "2.14.1"},
+            "commit": "c",
+            "clean": True,
+        },
+        **{"date": "2026-01-01", "command": "python benchmark.py", "data": "f", "sample_data": True},
+    }
+    batch = {"status": "ok", "reason": "", "max_abs_diff": 0.01, "host_ms": list(host_ms), "enqueue_ms": [], "gpu_ms": []}
+    batch |= {"gpu_memory_mb": None, "torch_memory_mb": None, "sustained": None}
+    made = {
+        **{"key": key, "settings_key": settings_key, "time": time, "run": "main", "backend": backend, "precision": "FP32", "device": "cpu"},
+        **{"image_size": 64, "round": round_, "status": "ok", "reason": "", "flops_per_image": 10**9},
+        "request": {"batch_sizes": [4], "backends": ["pytorch", "onnx"], "environment": environment},
+        "build": {"seconds": 1.5, "from_cache": round_ > 0, "artefact_mb": 40.0},
+        "process": {"threads": 2},
+        "batches": {"4": batch},
+    }
+    if round_ == 0:
+        made["check"] = {"images": 100, "different": 1, "correct": 90, "max_abs_diff": 0.02, "tolerance": 0.1}
+    return made | changes
+
+
+def test_a_row_against_hand_worked_figures():
+    rounds = [record(round_=k) for k in range(3)] + [record("onnx", k, host_ms=(5.0,) * 10) for k in range(3)]
+    base, onnx = records.rows_of(rounds)
+    assert (base.backend, onnx.backend) == ("pytorch", "onnx")
+    assert onnx.mean_ms == 5 and onnx.fps == 800 and onnx.runs == 30 and onnx.rounds == 3
+    assert onnx.speedup == 2 and onnx.speedup_low == pytest.approx(2) and onnx.speedup_high == pytest.approx(2)
+    assert onnx.tflops == pytest.approx(800 * 1e9 / 1e12)
+    assert onnx.agreement == 0.99 and onnx.accuracy == 0.9 and onnx.max_abs_diff == 0.02
+    assert onnx.build_s == 1.5 and onnx.status == "ok"
+    assert onnx.gpu_memory_mb is None and onnx.power_w is None  # what can't be read is empty
+
+
+@pytest.mark.parametrize(
+    "changes, status, reason",
+    [
+        (
+            {"check": {"images": 100, "different": 2, "correct": 90, "max_abs_diff": 0.02, "tolerance": 0.1}},
+            "mismatch",
+            "2 of 100 test images",
+        ),
+        (
+            {"check": {"images": 100, "different": 0, "correct": 90, "max_abs_diff": 0.2, "tolerance": 0.1}},
+            "mismatch",
+            "0.2, more than 0.1",
+        ),
+        ({"check": {"images": 100, "different": 0, "correct": 90, "max_abs_diff": float("nan"), "tolerance": 0.1}}, "mismatch", "nan"),
+        ({"status": "unavailable", "reason": "no GPU", "batches": {}}, "unavailable", "no GPU"),
+        ({"batches": {}}, "failed", "interrupted"),
+    ],
+)
+def test_the_gate_and_every_other_reason_not_to_win(changes, status, reason):
+    row = records.rows_of([record("onnx", **changes)])[0]
+    assert row.status == status and reason in row.reason and row.speedup is None
+
+
+def test_one_bad_round_spoils_the_row():
+    bad = record("onnx", 1, batches={"4": {"status": "out_of_memory", "reason": "round 2 had no room"}})
+    assert records.rows_of([record("onnx", 0), bad])[0].status == "out_of_memory"
+
+
+def test_records_of_other_settings_or_another_checkpoint_are_not_mixed_in(tmp_path):
+    folder = tmp_path / "raw" / "main"
+    folder.mkdir(parents=True)
+    stale = [record("onnx", 0, settings_key="old", time="2025"), record("pytorch", 1, key="old checkpoint", time="2025")]
+    for name, content in [("a_64_round0", stale[0]), ("b_64_round1", stale[1]), ("c_64_round0", record(time="2026"))]:
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "d_64_round2.json").write_text('{"cut', encoding="utf-8")
+    rows = records.read_rows(tmp_path)
+    assert rows.backend.tolist() == ["pytorch"] and rows.rounds.tolist() == [1]
+
+
+def test_the_csv_is_a_pure_function_of_the_raw_records(tmp_path):
+    folder = tmp_path / "raw" / "main"
+    folder.mkdir(parents=True)
+    for k in range(3):
+        for backend, ms in (("pytorch", 10.0 + k), ("onnx", 5.0)):
+            path = folder / f"{backend}_64_round{k}.json"
+            path.write_text(json.dumps(record(backend, k, host_ms=[ms + i / 10 for i in range(40)])), encoding="utf-8")
+    first = records.write_csv(tmp_path)
+    text = (tmp_path / "benchmark_results.csv").read_bytes()
+    records.write_csv(tmp_path)
+    assert (tmp_path / "benchmark_results.csv").read_bytes() == text
+    assert list(first.columns) == COLUMNS == text.decode().splitlines()[0].split(",")
+    pd.testing.assert_frame_equal(first, records.read_csv(tmp_path))
+    assert "2 threads, torch 2.14.1" in (tmp_path / "environment.json").read_text(encoding="utf-8")

@@ -1,0 +1,403 @@
+"""trt.py, torch_trt.py and tensorrt_inference.py.  What needs TensorRT is skipped, saying why, where there is none."""
+
+import json
+import sys
+import time
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+
+import model
+import tensorrt_inference
+import torch_trt
+import trt
+from utils.utils import UserError
+
+FACTS = {"onnx": "abc", "tensorrt": "8.6.0", "gpu": "NVIDIA H200", "shapes": [[1, 3, 64, 64], [4, 3, 64, 64], [4, 3, 64, 64]]}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NATIVE = trt.why_unavailable(["tensorrt", "onnx"], DEVICE)
+TORCH = trt.why_unavailable(["torch_tensorrt"], DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("batches", "static", "expected"),
+    [
+        ([1, 8, 16], False, [1, 16, 16]),
+        ([16, 4], False, [1, 16, 16]),
+        ([1], False, [1, 2, 2]),
+        ([1], True, [1, 1, 1]),
+        ([8], True, [8, 8, 8]),
+    ],
+)
+def test_the_profile_spans_one_to_the_largest_batch_and_its_best_is_at_least_two(batches, static, expected):
+    assert trt.profile(batches, 64, static) == [[batch, 3, 64, 64] for batch in expected]
+
+
+def test_every_size_largest_batch_and_kind_has_a_file_of_its_own():
+    shapes = [trt.profile([batch], size, static) for batch in (4, 8) for size in (64, 96) for static in (False, True)]
+    assert len({trt.file_name(shape, "engine") for shape in shapes}) == len(shapes)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 64, 64), (5, 3, 64, 64), (1, 3, 65, 64), (1, 1, 64, 64), (3, 64, 64)])
+def test_a_shape_outside_the_profile_is_refused_with_both_shapes(shape):
+    with pytest.raises(ValueError) as error:
+        trt.check_shape(torch.Size(shape), (1, 3, 64, 64), (4, 3, 64, 64))
+    assert all(str(named) in str(error.value) for named in (shape, (1, 3, 64, 64), (4, 3, 64, 64)))
+    trt.check_shape(torch.Size((4, 3, 64, 64)), (1, 3, 64, 64), (4, 3, 64, 64))
+
+
+# ---- the cache
+
+
+@pytest.fixture
+def engine(tmp_path):
+    path = tmp_path / "resnet18_64_max4_fp16.engine"
+    trt.store(path, FACTS, lambda temporary: temporary.write_bytes(b"a plan"))
+    return path
+
+
+def test_a_whole_file_made_from_the_same_is_fresh(engine, capsys):
+    assert trt.is_fresh(engine, json.loads(json.dumps(FACTS)))
+    assert sorted(path.name for path in engine.parent.iterdir()) == [engine.name, f"{engine.name}.json"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_missing_file_is_no_surprise(tmp_path, capsys):
+    assert not trt.is_fresh(tmp_path / "none.engine", FACTS)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"a pla", b"a plan!", b"b plan"])
+def test_a_damaged_file_is_noticed(engine, content, capsys):
+    engine.write_bytes(content)
+    assert not trt.is_fresh(engine, FACTS)
+    assert capsys.readouterr().err == f"{engine} is damaged; building it anew\n"
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_file_made_from_anything_else_is_a_miss_and_says_what_differs(engine, name, capsys):
+    assert not trt.is_fresh(engine, {**FACTS, name: "other"})
+    assert capsys.readouterr().err == f"{engine} was made for another {name}; building it anew\n"
+
+
+@pytest.mark.parametrize("note", [None, b"", b'{"made_from', b"[]", b"{}", b"\xff\xfe"])
+def test_a_file_without_a_readable_note_is_a_miss(engine, note, capsys):
+    path = engine.with_name(engine.name + ".json")
+    path.unlink() if note is None else path.write_bytes(note)
+    assert not trt.is_fresh(engine, FACTS)
+    assert capsys.readouterr().err == f"{engine} does not say what it was made from; building it anew\n"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("save failed")])
+def test_an_interrupted_write_leaves_the_old_file_and_no_half_one(engine, error):
+    def write(temporary):
+        temporary.write_bytes(b"half")
+        raise error
+
+    with pytest.raises(type(error)):
+        trt.store(engine, {**FACTS, "onnx": "new"}, write)
+    assert len(list(engine.parent.iterdir())) == 2
+    assert trt.is_fresh(engine, FACTS)
+
+
+class Inline:
+    """Stands in for a process pool: calls at once, here."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        return SimpleNamespace(result=lambda: function(*arguments))
+
+
+def test_an_engine_that_does_not_load_is_built_anew(engine, monkeypatch, capsys):
+    def load(path):
+        if path.read_bytes() == b"a plan":
+            raise RuntimeError("TensorRT can't load the engine")
+        return "engine"
+
+    def build(checkpoint, shapes):
+        engine.write_bytes(b"new")
+        return engine, 7.5
+
+    monkeypatch.setattr(trt, "ProcessPoolExecutor", Inline)
+    stage = lambda checkpoint, shapes: engine, build, load, engine, FACTS["shapes"]  # noqa: E731
+    assert trt.load_or_build(*stage) == ("engine", engine, 7.5, False)
+    assert "TensorRT can't load the engine); building it anew" in capsys.readouterr().err
+    assert trt.load_or_build(*stage)[3] is True
+    assert trt.load_or_build(*stage, force=True)[3] is False
+
+
+def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match="python train.py --image-sizes 64"):
+        trt.load_or_build(trt.find, trt.build, trt.load, tmp_path / "best_resnet18_64.pth", FACTS["shapes"])
+
+
+# ---- reasons
+
+
+def test_without_a_gpu_the_reason_is_the_gpu(monkeypatch):
+    assert trt.why_unavailable(["tensorrt"], "cpu") == "TensorRT needs an NVIDIA GPU; this run is on the CPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "nvidia-smi" in trt.why_unavailable(["tensorrt"], "cuda")
+
+
+def test_a_missing_package_names_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = trt.why_unavailable(["no_such_package"], "cuda")
+    assert reason.startswith("no_such_package is not installed; run: pip install -r requirements-tensorrt.txt")
+
+
+def test_a_package_that_does_not_load_is_quoted(monkeypatch, tmp_path):
+    (tmp_path / "broken_tensorrt.py").write_text("raise OSError('libnvinfer.so.8: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = trt.why_unavailable(["broken_tensorrt"], "cuda")
+    assert "installed but does not load: OSError: libnvinfer.so.8: cannot open shared object file" in reason
+
+
+@pytest.mark.parametrize("make", tensorrt_inference.BACKENDS.values(), ids=tensorrt_inference.BACKENDS)
+def test_every_backend_says_why_it_is_unavailable_on_a_cpu(make):
+    backend = make()
+    assert "GPU" in backend.why_unavailable("cpu")
+    assert backend.precision == "FP16"
+
+
+@pytest.mark.parametrize("script", [trt, torch_trt])
+def test_the_scripts_say_why_they_cannot_build(script, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [script.__name__, "--image-sizes", "64"])
+    with pytest.raises(SystemExit) as stop:
+        script.run_main(script.main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: TensorRT needs an NVIDIA GPU")
+
+
+# ---- what each version is given
+
+
+def small_onnx(path, opset):
+    """input (batch, 3, 4, 4) -> mean over the image -> logits (batch, 3); from opset 18 on the axes are an input, as exporters write it."""
+    onnx = pytest.importorskip("onnx")
+    make = onnx.helper
+    axes = [make.make_tensor("axes", onnx.TensorProto.INT64, [2], [2, 3])] if opset >= 18 else []
+    inputs, more = (["input", "axes"], {"noop_with_empty_axes": 0}) if axes else (["input"], {"axes": [2, 3]})
+    mean = make.make_node("ReduceMean", inputs, ["logits"], keepdims=0, **more)
+    value = [make.make_tensor_value_info(*described) for described in (("input", 1, ["batch", 3, 4, 4]), ("logits", 1, ["batch", 3]))]
+    graph = make.make_graph([mean], "small", value[:1], value[1:], axes)
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", opset)], ir_version=8), path)
+    return onnx
+
+
+@pytest.mark.parametrize(("version", "opset", "given"), [("8.6.0", 20, 17), ("8.6.1", 17, 17), ("10.15.1.29", 20, 20), ("11.1.0", 20, 20)])
+@pytest.mark.parametrize("batch", [None, 4])
+def test_each_tensorrt_is_given_onnx_that_it_can_read(tmp_path, version, opset, given, batch):
+    onnx = small_onnx(tmp_path / "small.onnx", opset)
+    network = onnx.load_from_string(trt.onnx_for(version, tmp_path / "small.onnx", batch))
+    onnx.checker.check_model(network)
+    assert network.opset_import[0].version == given
+    assert len(network.graph.node[0].input) == (1 if given == 17 else 2)
+    first = network.graph.input[0].type.tensor_type.shape.dim[0]
+    assert (first.dim_value or first.dim_param) == (batch or "batch")
+    from onnx.reference import ReferenceEvaluator
+
+    x = np.arange(4 * 3 * 4 * 4, dtype=np.float32).reshape(4, 3, 4, 4)
+    assert np.allclose(ReferenceEvaluator(network).run(None, {"input": x})[0], x.mean((2, 3)))
+
+
+class Config:
+    """Stands in for a builder's configuration: keeps what it is told."""
+
+    def __init__(self):
+        self.told, self.sources = {}, 0b11111
+
+    def set_memory_pool_limit(self, pool, size):
+        self.told[pool] = size
+
+    def set_flag(self, flag):
+        self.told["flag"] = flag
+
+    def get_tactic_sources(self):
+        return self.sources
+
+    def set_tactic_sources(self, sources):
+        self.sources = sources
+
+
+def fake_tensorrt(version):
+    kinds = {8: {"EXPLICIT_BATCH": 0}, 10: {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, 11: {"STRONGLY_TYPED": 1}}[version]
+    parts = {"NetworkDefinitionCreationFlag": SimpleNamespace(**kinds), "MemoryPoolType": SimpleNamespace(WORKSPACE="workspace")}
+    if version < 11:
+        parts["BuilderFlag"] = SimpleNamespace(FP16="FP16")
+        parts["TacticSource"] = SimpleNamespace(CUBLAS=0, CUBLAS_LT=1, CUDNN=2)
+    return SimpleNamespace(**parts)
+
+
+@pytest.mark.parametrize(
+    ("version", "flags", "precision", "sources"), [(8, 1, "FP16", 0b11000), (10, 2, None, 0b11111), (11, 2, None, 0b11111)]
+)
+def test_each_tensorrt_is_told_the_precision_in_its_own_way(version, flags, precision, sources):
+    tensorrt, config = fake_tensorrt(version), Config()
+    assert trt.network_flags(tensorrt) == flags
+    trt.configure(tensorrt, config, free_bytes=3 << 30)
+    assert config.told.get("flag") == precision
+    assert config.sources == sources
+    assert config.told["workspace"] == 3 << 28  # a quarter of what is free
+    trt.configure(tensorrt, config, free_bytes=140 << 30)
+    assert config.told["workspace"] == 1 << 30
+
+
+def test_a_failed_build_says_everything_that_tensorrt_said(monkeypatch):
+    class Builder:
+        def __init__(self, logger):
+            self.logger = logger
+            self.create_network = self.create_builder_config = self.create_optimization_profile = lambda *_: Mock()
+
+        def build_serialized_network(self, network, config):
+            self.logger.log("error", "CUDA error out of memory")
+            self.logger.log("warning", "tactics skipped")
+            self.logger.log("error", "Error Code 10: could not find any implementation")
+
+    ilogger = type("ILogger", (), {"ERROR": "error", "INTERNAL_ERROR": "internal error"})
+    fake = SimpleNamespace(Builder=Builder, OnnxParser=lambda *_: Mock(), ILogger=ilogger)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
+    monkeypatch.setattr(trt, "network_flags", Mock())
+    monkeypatch.setattr(trt, "configure", Mock())
+    trt.logger.cache_clear()
+    with pytest.raises(RuntimeError) as error:
+        trt.build_plan(b"", FACTS["shapes"], b"")
+    trt.logger.cache_clear()
+    told = "CUDA error out of memory\nError Code 10: could not find any implementation"
+    assert str(error.value) == f"TensorRT could not build the engine:\n{told}"
+
+
+@pytest.mark.filterwarnings("ignore")  # scripting is deprecated from 2.10 on, where only this test does it
+@pytest.mark.parametrize(
+    ("torchscript", "ir", "precisions", "timings"), [(True, "ts", {torch.half}, None), (False, "dynamo", None, "timings")]
+)
+def test_each_torch_tensorrt_is_given_what_it_needs(monkeypatch, torchscript, ir, precisions, timings):
+    fake = SimpleNamespace(compile=Mock(), Input=lambda **ranges: ranges)
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", fake)
+    monkeypatch.setattr(torch_trt, "is_torchscript", lambda: torchscript)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 << 30, 4 << 30))
+    network = model.fold_batch_norm(model.build(3)).half()
+    torch_trt.compile_network(network, FACTS["shapes"], "timings")
+    (module,), given = fake.compile.call_args
+    assert isinstance(module, torch.jit.ScriptModule) == torchscript
+    assert (given["ir"], given.get("enabled_precisions"), given.get("timing_cache_path")) == (ir, precisions, timings)
+    assert given["require_full_compilation"] is True and given["workspace_size"] == 1 << 29
+    smallest, best, largest = map(tuple, FACTS["shapes"])
+    assert given["inputs"] == [{"min_shape": smallest, "opt_shape": best, "max_shape": largest, "dtype": torch.half, "name": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("steps", "fine"),
+    [(["_run_on_acc_0"], True), (["_run_on_acc_0", "_run_on_gpu_1", "_run_on_acc_2"], False), (["aten.relu.default"], False), ([], False)],
+)
+def test_anything_but_one_engine_is_an_error(monkeypatch, steps, fine):
+    monkeypatch.setattr(torch_trt, "operations", lambda module: steps)
+    if fine:
+        torch_trt.check_one_engine(None)
+    else:
+        with pytest.raises(RuntimeError, match=steps[-1] if steps else "none"):
+            torch_trt.check_one_engine(None)
+
+
+def test_operations_left_to_pytorch_are_seen():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    module = torch.jit.trace(network, torch.zeros(1, 2)) if torch_trt.is_torchscript() else torch.fx.symbolic_trace(network)
+    if torch_trt.is_torchscript():
+        module = torch.jit.freeze(module.eval())
+    assert len(torch_trt.operations(module)) == 2
+
+
+# ---- with TensorRT
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "best_resnet18_64.pth"
+    model.save(path, model.build(3), classes=["a", "b", "c"], image_size=64)
+    return path
+
+
+def needs(name):
+    if reason := TORCH if name.startswith("torch") else NATIVE:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("name", tensorrt_inference.BACKENDS)
+def test_logits_agree_with_pytorch_and_the_second_load_is_from_the_cache(checkpoint, name):
+    needs(name)
+    images = torch.rand(4, 3, 64, 64, device="cuda")
+    network, _ = model.load(checkpoint, "cuda")
+    torch.cuda.synchronize()
+    loaded = []
+    with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(2):
+            backend = tensorrt_inference.BACKENDS[name]()
+            backend.load(checkpoint, 64, [1, 4], "cuda")
+            loaded.append((backend.from_cache, backend.build_s > 0, backend.artefact.is_file()))
+            for batch in (1, 4, 1):
+                logits = backend.predict(backend.prepare(images[:batch])).float()
+                expected = network(images[:batch])
+                assert logits.shape == (batch, 3)
+                assert (logits - expected).abs().max() <= 63 * 2**-11 * expected.abs().max()
+    assert loaded[1] == (True, True, True)
+
+
+@pytest.mark.parametrize("name", ["torch-tensorrt", "tensorrt"])
+def test_a_damaged_engine_is_rebuilt_with_one_line(checkpoint, name, capfd):
+    needs(name)
+    backend = tensorrt_inference.BACKENDS[name]()
+    backend.load(checkpoint, 64, [1, 4], "cuda")
+    backend.artefact.write_bytes(backend.artefact.read_bytes()[:-100])
+    capfd.readouterr()
+    start = time.perf_counter()
+    backend.load(checkpoint, 64, [1, 4], "cuda")
+    assert not backend.from_cache and 0 < backend.build_s < time.perf_counter() - start
+    assert capfd.readouterr().err.count("is damaged; building it anew") == 1
+
+
+def test_a_native_engine_refuses_what_it_was_not_built_for(checkpoint):
+    needs("tensorrt")
+    backend = tensorrt_inference.TensorRT()
+    backend.load(checkpoint, 64, [1, 4], "cuda")
+    for wrong, words in [
+        (
+            torch.zeros(5, 3, 64, 64).half().cuda(),
+            r"\(5, 3, 64, 64\) is outside the engine's profile, \(1, 3, 64, 64\) to \(4, 3, 64, 64\)",
+        ),
+        (torch.zeros(1, 3, 64, 64).cuda(), "torch.float32"),
+        (torch.zeros(1, 3, 64, 64).half().cuda().to(memory_format=torch.channels_last).expand(4, -1, -1, -1), "strides"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            backend.predict(wrong)
+
+
+def test_the_parser_s_errors_are_passed_on_in_full():
+    needs("tensorrt")
+    with pytest.raises(RuntimeError, match="can't read the ONNX file:\n.+"):
+        trt.build_plan(b"not an ONNX file", FACTS["shapes"], b"")
+
+
+def test_a_corrupt_timing_cache_does_not_break_a_build(checkpoint):
+    needs("tensorrt")
+    import tensorrt
+
+    import onnx_inference
+
+    path, _, _ = onnx_inference.export(checkpoint, 64, "FP16")
+    plan, timings = trt.build_plan(trt.onnx_for(tensorrt.__version__, path, None), trt.profile([2], 64), b"corrupt")
+    assert trt.Engine(plan).largest == (2, 3, 64, 64) and timings

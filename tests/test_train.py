@@ -1,0 +1,179 @@
+"""train.py at small settings: what it writes, what it skips, how it goes on after an interruption, and on two processes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import datasets
+import model
+import train
+from utils.utils import UserError, checkpoint_path, read_json, write_json
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A project whose two classes, light and dark noise, have five training images each, and four and three test images."""
+    numbers = np.random.default_rng(0)
+    for name, low in (("светлый", 120), ("тёмный", 0)):
+        for split, count in (("train", 5), ("test", 4 if low else 3)):
+            for index in range(count):
+                path = tmp_path / "data" / split / name / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(numbers.integers(low, low + 120, (40, 40, 3), dtype=np.uint8)).save(path)
+    return tmp_path
+
+
+def arguments(folder: Path, *more) -> list[str]:
+    paths = [f"--{name}={folder / name}" for name in ("data", "weights", "results")]
+    return [*paths, "--workers=0", "--device=cpu", *map(str, more)]
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Run train.py's main() in this process on `folder`; returns what it printed."""
+
+    def run(*more) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments(folder, *more)])
+        train.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def rows_of(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "results" / "training.csv")
+
+
+def test_quick_trains_two_sizes_and_a_second_run_skips_them(project, monkeypatch, capsys):
+    table = pd.read_csv(project / "results" / "quick" / "training.csv")
+    assert table[["image_size", "epoch"]].values.tolist() == [[64, 1], [64, 2], [96, 1], [96, 2]]
+    assert (project / "results" / "quick" / "training.png").stat().st_size > 10_000
+    assert table["sample"].all() and (table["test_images"] == 100).all() and (table["images_per_s"] > 0).all()
+    for size in (64, 96):
+        facts = model.load_facts(checkpoint_path(project / "weights", size))
+        assert facts["classes"] == sorted(datasets.HEROES) and facts["image_size"] == size
+        best = table[table["image_size"] == size].set_index("epoch")["test_accuracy"]
+        assert facts["accuracy"] == pytest.approx(best.max(), abs=1e-5) == best[facts["epoch"]]
+        expected = {"fingerprint": datasets.fingerprint(project / "data"), "sample": True, "train_images": 120, "test_images": 100}
+        assert facts["data"] == expected and facts["settings"]["epochs"] == 2
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--quick"])
+    train.main()
+    said = capsys.readouterr().out
+    assert said.count("already trained") == 2 and "epoch 1/2" not in said
+
+
+def test_the_checkpoint_is_the_network_that_was_tested(folder, run):
+    run("--image-sizes", 32, "--epochs", 2)
+    network, facts = model.load(checkpoint_path(folder / "weights", 32), "cpu")
+    images, labels = datasets.load_test_images(folder / "data", 32, facts["classes"], num_workers=0)
+    with torch.inference_mode():
+        correct = (network(images).argmax(1) == labels).float().mean().item()
+    assert correct == pytest.approx(facts["accuracy"])
+
+
+def test_retraining_one_size_keeps_the_rows_of_the_others(folder, run):
+    run("--image-sizes", 32, 40, "--epochs", 1)
+    before = rows_of(folder)
+    assert "already trained" in run("--image-sizes", 40, "--epochs", 1)
+    said = run("--image-sizes", 32, "--epochs", 2)  # another request: trained, not skipped
+    assert "already trained" not in said
+    after = rows_of(folder)
+    assert after[["image_size", "epoch"]].values.tolist() == [[32, 1], [32, 2], [40, 1]]
+    pd.testing.assert_series_equal(after.iloc[2], before.iloc[1], check_names=False)
+    (folder / "results" / "training.csv").unlink()
+    run("--image-sizes", 40, "--epochs", 1)  # skipped, and its rows come from the checkpoint
+    pd.testing.assert_series_equal(rows_of(folder).iloc[0], before.iloc[1], check_names=False)
+
+
+def test_other_images_and_force_train_again(folder, run):
+    run("--image-sizes", 32, 40, "--epochs", 1)
+    assert "epoch 1/1" in run("--image-sizes", 32, 40, "--epochs", 1, "--force")
+    assert not (folder / "weights" / "forced.json").exists()
+    settings = model.load_facts(checkpoint_path(folder / "weights", 40))["settings"]
+    write_json(folder / "weights" / "forced.json", [settings])  # as an interrupted --force leaves it, with 32 px done
+    said = run("--image-sizes", 32, 40, "--epochs", 1, "--force")
+    assert "32 px: already trained" in said and "40 px, epoch 1/1" in said
+    assert read_json(folder / "weights" / "forced.json") is None
+    shutil.copy(folder / "data" / "test" / "тёмный" / "0.png", folder / "data" / "train" / "тёмный" / "new.png")
+    assert "already trained" not in run("--image-sizes", 32, "--epochs", 1)
+
+
+def test_an_interrupted_run_goes_on_after_its_last_epoch(folder, run):
+    request = ["--image-sizes", 64, "--epochs", 6]
+    last = folder / "weights" / "last_resnet18_64.pth"
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(folder, *request)]
+    training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUTF8": "1"})
+    while not last.exists() and training.poll() is None:
+        time.sleep(0.02)
+    training.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+    _, errors = training.communicate(timeout=60)
+    if os.name == "posix":
+        assert training.returncode == 130 and b"run the same command again" in errors and b"Traceback" not in errors
+    done = model.load_facts(last)["history"]
+    assert 1 <= len(done) < 6 and not checkpoint_path(folder / "weights", 64).exists()
+    said = run(*request)
+    assert f"going on after epoch {len(done)}" in said and "epoch 1/6" not in said
+    history = model.load_facts(checkpoint_path(folder / "weights", 64))["history"]
+    assert [row["epoch"] for row in history] == list(range(1, 7)) and history[: len(done)] == done
+    assert not last.exists() and len(rows_of(folder)) == 6
+
+
+def test_a_damaged_or_foreign_state_is_not_gone_on_from(folder, run):
+    (folder / "weights").mkdir()
+    (folder / "weights" / "last_resnet18_32.pth").write_bytes(b"cut short")
+    checkpoint_path(folder / "weights", 32).write_bytes(b"cut short")
+    assert "32 px, epoch 1/1" in run("--image-sizes", 32, "--epochs", 1)
+    assert model.load_facts(checkpoint_path(folder / "weights", 32))["epoch"] == 1
+
+
+@pytest.mark.parametrize("batch_size", [9, 3, 1000])
+def test_any_batch_size_works(run, batch_size):
+    assert "best epoch 1" in run("--image-sizes", 32, "--epochs", 1, "--batch-size", batch_size)
+
+
+def test_two_processes_train_one_network(folder):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
+    environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+    command = [*launcher, *arguments(folder, "--image-sizes", 32, "--epochs", 2, "--batch-size", 4)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1/2") == 1
+    table = rows_of(folder)
+    assert (table["processes"] == 2).all() and (table["test_images"] == 7).all() and len(table) == 2
+    network, facts = model.load(checkpoint_path(folder / "weights", 32), "cpu")
+    images, labels = datasets.load_test_images(folder / "data", 32, facts["classes"], num_workers=0)
+    with torch.inference_mode():
+        logits = network(images)
+    assert (logits.argmax(1) == labels).float().mean().item() == pytest.approx(facts["accuracy"])
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert loss == pytest.approx(table["test_loss"][facts["epoch"] - 1], rel=1e-3)
+    assert sorted(path.name for path in (folder / "weights").iterdir()) == ["best_resnet18_32.pth"]
+
+
+def test_the_learning_rate_rises_and_falls_to_zero():
+    rates = [train.learning_rate_at(step / 100, 2.0) for step in range(101)]
+    assert (
+        rates[0] == 0 and rates[20] == max(rates) == pytest.approx(2) and rates[60] == pytest.approx(1) and rates[100] == pytest.approx(0)
+    )
+
+
+def test_mistakes_are_one_sentence(folder, run):
+    with pytest.raises(UserError, match="--device nonsense.*python train.py --device cpu"):
+        run("--image-sizes", 32, "--device", "nonsense")
+    with pytest.raises(UserError, match="python train.py --help"):
+        run("--epochs", 0)
+    (folder / "data" / "train" / "тёмный" / "0.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="0.png"):
+        run("--image-sizes", 32)

@@ -46,7 +46,8 @@ def up_to_date(request: dict, backend: str, size: int, round_: int) -> bool:
     record = read_json(path)
     if record is None or record["key"] != key or record["status"] == "failed":
         return False
-    return record["status"] != "ok" or set(map(str, request["batch_sizes"])) <= set(measure.measured(path, key))
+    wanted = record["request"] if request["auto"] and record["request"]["auto"] else request
+    return record["status"] != "ok" or set(map(str, wanted["batch_sizes"])) <= set(measure.measured(path, key))
 
 
 def run_worker(request_file: Path, request: dict, backend: str, size: int, round_: int, log) -> dict:
@@ -69,7 +70,8 @@ def run_worker(request_file: Path, request: dict, backend: str, size: int, round
     reason = f"{died}: {said[-1][:300]}" if said else died
     if record is None or record["key"] != key:
         record = measure.new_record(request, backend, size, round_, status="failed", reason=reason)
-    for batch_size in map(str, request["batch_sizes"]):
+    missing = [size for size in map(str, request["batch_sizes"]) if size not in record["batches"]]
+    for batch_size in missing[:1] if request["auto"] else missing:
         record["batches"].setdefault(batch_size, {"status": "failed", "reason": reason})
     write_json(path, record)
     return record
@@ -120,6 +122,7 @@ def sweep(request: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measure.add_arguments(parser, list(SCRIPTS), DEFAULT)
+    parser.add_argument("--end-to-end", action="store_true", help="also measure from files to labels: see end_to_end.py")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a process is taken for hung")
     args = parser.parse_args()
     request = measure.make_request(args)
@@ -127,15 +130,21 @@ def main() -> None:
     request["timeout"] = args.timeout
     sweep(request)
 
-    import compare
+    import end_to_end
     from utils import plot_utils, report
 
     results = Path(request["results"])
     rows = records.write_csv(results)
     environments = read_json(results / "environment.json")
     plot_utils.draw_all(rows, environments, results)
-    print(compare.table(rows))
-    print("\n".join(compare.answers(rows)).replace("**", ""))
+    if args.end_to_end:
+        print(
+            report.end_to_end_text(
+                end_to_end.run(rows[rows.run == args.run], request["image_sizes"], args.data, args.weights, results, 3.0)
+            )
+        )
+    print(report.text_table(rows))
+    print("\n".join(report.answers_of(rows)).replace("**", ""))
     if results.resolve() == ROOT / "results":
         report.write_readme(ROOT / "README.md")
     print(f"written: {results / 'benchmark_results.csv'}, environment.json and charts beside it")

@@ -1,23 +1,27 @@
-"""Say what a results table means: which backend is fastest, by how much, how size and batch matter, where it saturates.
+"""Say what results tables mean: which backend is fastest and by how much, what fits given limits, what changed between two tables.
 
-Reads results/benchmark_results.csv alone, so any table can be read on any machine.
+Reads benchmark_results.csv and environment.json alone, so any table can be read on any machine.
 
-    python compare.py                    # this machine's table and the answers
-    python compare.py --write-readme     # the same into README.md, and the charts anew
+    python compare.py                                         # the table of results/ and the answers
+    python compare.py --best --max-latency-ms 5 --min-accuracy 0.9
+    python compare.py before/ after/ --fail-if-slower 5%      # two runs, or two machines; exit code 1 only beyond doubt
+    python compare.py --write-readme                          # README.md's tables and all charts anew
 """
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from utils import records
-from utils.plot_utils import label
+from utils.measure import SATURATED
+from utils.plot_utils import draw_comparison, label
 from utils.utils import UserError, read_json, run_main
 
-SATURATED = 0.05  # doubling the batch that gives less than this much more throughput
-RESOLUTION = 0.05  # differences of single rows that the sentences call none, where there is no interval
+CONFIGURATION = ["backend", "image_size", "batch_size"]
 
 
 def measured(rows: pd.DataFrame) -> pd.DataFrame:
@@ -44,190 +48,163 @@ def saturation(rows: pd.DataFrame) -> int | None:
     ordered = measured(rows).sort_values("batch_size")
     batches, fps = ordered.batch_size.to_list(), ordered.fps.to_list()
     for i in range(len(batches) - 1):
-        later = [(fps[j] / fps[i]) ** (1 / _doublings(batches[i], batches[j])) - 1 for j in range(i + 1, len(batches))]
+        later = [(fps[j] / fps[i]) ** (1 / math.log2(batches[j] / batches[i])) - 1 for j in range(i + 1, len(batches))]
         if max(later) < SATURATED:
             return batches[i]
     return None
-
-
-def _doublings(small: int, large: int) -> float:
-    return math.log2(large / small)
 
 
 def name(row: pd.Series) -> str:
     return label(row.backend, row.precision)
 
 
-def figure(value: float) -> str:
-    """Three significant digits with thousands separated: "0.512", "34.1", "15,800"."""
-    if pd.isna(value):
-        return ""
-    if abs(value) >= 1000:
-        digits = len(str(int(abs(value)))) - 3
-        return f"{round(value, -digits):,.0f}"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+def best_within(rows: pd.DataFrame, max_latency_ms: float | None, max_memory_mb: float | None, min_accuracy: float | None) -> list[str]:
+    """Sentences that name the fastest row within the limits, what it costs and the runner-up, or say why none fits.
 
-
-def span(values: pd.Series) -> str:
-    low, high = figure(values.min()), figure(values.max())
-    return low if low == high else f"{low} to {high}"
-
-
-def answers(rows: pd.DataFrame) -> list[str]:
-    """Sentences that answer the five questions and name the optimum, one list item each; for each run on its own."""
-    sentences = []
-    for run in rows.run.unique():
-        part = rows[rows.run == run]
-        head = f"Run {run}: " if rows.run.nunique() > 1 else ""
-        ok = measured(part)
+    Latency is the 95th percentile of a batch.  A row whose figure is not known does not fit.
+    """
+    ok = measured(rows)
+    limits = {
+        "p95_ms": ("takes longer than", max_latency_ms, "ms (p95)", ok.p95_ms <= (max_latency_ms or 0)),
+        "gpu_memory_mb": ("takes more than", max_memory_mb, "MB of GPU memory, or unknown", ok.gpu_memory_mb <= (max_memory_mb or 0)),
+        "accuracy": ("has less than", min_accuracy, "top-1 accuracy", ok.accuracy >= (min_accuracy or 0)),
+    }
+    asked = {column: limit for column, limit in limits.items() if limit[1] is not None}
+    fits = ok[np.logical_and.reduce([fit for *_, fit in asked.values()])] if asked else ok
+    if fits.empty:
         if ok.empty:
-            sentences.append(f"{head}nothing was measured; the reasons are in the table.")
-            continue
-        sentences += [
-            head + sentence for sentence in (_which(ok), _ranges(ok), _speedups(ok), _sizes(ok), _batches(ok), _optimum(ok)) if sentence
-        ]
-    return sentences
-
-
-def _which(ok: pd.DataFrame) -> str:
-    wins, ties, total = {}, 0, 0
-    for _, group in ok.groupby(["image_size", "batch_size"]):
-        if group.backend.nunique() < 2:
-            continue
-        total += 1
-        best = fastest(group)
-        wins[name(best[0])] = wins.get(name(best[0]), 0) + (len(best) == 1)
-        ties += len(best) > 1
-    if not total:
-        return f"**Which is fastest?** Only {name(ok.iloc[0])} was measured, so there is nothing to compare it with."
-    texts = [f"{who} in {count} of {total}" for who, count in sorted(wins.items(), key=lambda item: -item[1]) if count]
-    if ties:
-        texts.append(f"in {ties} of {total} no difference that this run can show between the first two")
-    return f"**Which is fastest?** Of the {total} combinations of image size and batch size: {'; '.join(texts)}."
-
-
-def _by_backend(ok: pd.DataFrame):
-    return [(name(group.iloc[0]), group) for _, group in ok.groupby("backend", sort=False)]
-
-
-def _ranges(ok: pd.DataFrame) -> str:
-    return "**Throughput.** " + "; ".join(f"{who} {span(group.fps)} images/s" for who, group in _by_backend(ok)) + "."
-
-
-def _speedups(ok: pd.DataFrame) -> str:
-    texts = []
-    for who, group in _by_backend(ok[(ok.backend != "pytorch") & ok.speedup.notna()]):
-        best = group.loc[group.speedup.idxmax()]
-        unclear = int(((group.speedup_low <= 1) & (group.speedup_high >= 1)).sum())
-        text = f"{who} {group.speedup.min():.2f} to {best.speedup:.2f} times (most at {best.image_size} px, batch {best.batch_size})"
-        texts.append(text + (f", no difference that this run can show in {unclear} of {len(group)} rows" if unclear else ""))
-    return f"**Speedup** over PyTorch FP32. {'; '.join(texts)}." if texts else ""
-
-
-def _sizes(ok: pd.DataFrame) -> str:
-    small, large = ok.image_size.min(), ok.image_size.max()
-    if small == large:
-        return ""
-    batch = ok.batch_size.max()
-    texts = []
-    for who, group in _by_backend(ok[ok.batch_size == batch]):
-        ends = group.set_index("image_size").fps
-        if small in ends and large in ends:
-            texts.append(
-                f"{who} falls from {figure(ends[small])} to {figure(ends[large])} images/s ({ends[small] / ends[large]:.1f} times)"
-            )
-    pixels = (large / small) ** 2
-    return (
-        f"**Image size.** From {small} to {large} px an image has {pixels:.1f} times the pixels; at batch {batch} {'; '.join(texts)}."
-        if texts
-        else ""
-    )
-
-
-def _batches(ok: pd.DataFrame) -> str:
-    if ok.batch_size.nunique() < 2:
-        return ""
-    texts = []
-    for who, group in _by_backend(ok):
-        found = {size: saturation(rows) for size, rows in group.groupby("image_size") if rows.batch_size.nunique() > 1}
-        reached = [f"{size} px at batch {batch}" for size, batch in found.items() if batch]
-        missing = [f"{size}" for size, batch in found.items() if not batch]
-        parts = reached + ([f"not reached up to batch {group.batch_size.max()} at {', '.join(missing)} px"] if missing else [])
-        texts.append(f"{who}: {', '.join(parts)}")
-    return "**Batch size.** Doubling the batch gives under 5 % more from here on: " + "; ".join(texts) + "."
-
-
-def _optimum(ok: pd.DataFrame) -> str:
-    texts = []
-    for size, group in ok.groupby("image_size"):
-        tied = fastest(group)
-        best = min(tied, key=lambda row: row.mean_ms)  # of equals the one that answers soonest
-        texts.append(f"{size} px: {name(best)}, batch {best.batch_size}, {figure(best.fps)} images/s at {figure(best.mean_ms)} ms a batch")
-    return "**Optimal here,** for throughput: " + "; ".join(texts) + "."
-
-
-TABLE = ["Method", "Size", "Batch", "Mean ms", "Std ms", "p95 ms", "Images/s", "95 %", "Speedup", "95 %", "GPU MB", "Agreement", "Accuracy"]
-
-
-def cells(row: pd.Series) -> list[str]:
-    """One row of the table as people read it; a row that is not ok says why instead of figures."""
-    head = [name(row), str(row.image_size), str(row.batch_size)]
-    shares = ["" if pd.isna(value) else f"{value:.1%}" for value in (row.agreement, row.accuracy)]
-    if row.status != "ok":
-        return [*head, row.status.replace("_", " "), *[""] * 7, *shares]
-    times = [figure(value) for value in (row.mean_ms, row.std_ms, row.p95_ms, row.fps)]
-    fps = f"{figure(row.fps_low)}–{figure(row.fps_high)}"
-    speed = ["", ""] if pd.isna(row.speedup) else [f"{row.speedup:.2f}", f"{row.speedup_low:.2f}–{row.speedup_high:.2f}"]
-    if row.backend == "pytorch":
-        speed = ["1", ""]
-    return [*head, *times, fps, *speed, figure(row.gpu_memory_mb), *shares]
-
-
-def table(rows: pd.DataFrame) -> str:
-    """The rows as aligned text, the reasons of those without figures below."""
-    lines = [TABLE, *(cells(row) for _, row in rows.iterrows())]
-    widths = [max(len(line[k]) for line in lines) for k in range(len(TABLE))]
-    text = [
-        "  ".join(cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
-    return "\n".join([*text, *(f"{line}" for line in reasons(rows))])
-
-
-def reasons(rows: pd.DataFrame) -> list[str]:
-    """One line for each distinct reason why rows have no figures or can't win."""
-    grouped = rows[rows.status != "ok"].groupby(["backend", "precision", "status", "reason"], sort=False)
-    lines = []
-    for (backend, precision, status, reason), group in grouped:
-        where = sorted(
-            {f"{row.image_size} px batch {row.batch_size}" for _, row in group.iterrows()},
-            key=lambda text: [int(t) for t in text.split() if t.isdigit()],
-        )
-        scope = "" if len(where) == len(rows[rows.backend == backend]) else f" ({', '.join(where)})"
-        lines.append(f"{label(backend, precision)}{scope}: {status.replace('_', ' ')}: {reason}")
+            return ["No row was measured, so none can be best; see: python compare.py"]
+        why = [f"{int((~fit).sum())} of {len(ok)} rows: {verb} {bound:g} {unit}" for verb, bound, unit, fit in asked.values()]
+        nearest = {column: ok[column].max() if column == "accuracy" else ok[column].min() for column in asked}
+        return ["No row fits.", *why, "Best of each: " + ", ".join(f"{column} {value:g}" for column, value in nearest.items())]
+    ordered = fits.sort_values("fps", ascending=False)
+    lines = [f"{'Fastest' if i == 0 else 'Runner-up'}: {_costs(row)}" for i, (_, row) in enumerate(ordered.iloc[:2].iterrows())]
+    if len(ordered) > 1 and same(ordered.iloc[0], ordered.iloc[1]):
+        lines.append("Between these two this run can show no difference in throughput.")
     return lines
 
 
+def _costs(row: pd.Series) -> str:
+    memory = "GPU memory not known" if pd.isna(row.gpu_memory_mb) else f"{row.gpu_memory_mb:.0f} MB of GPU memory"
+    place = f"run {row.run}, {name(row)}, {row.image_size} px, batch {row.batch_size}"
+    return f"{place}: {row.fps:,.1f} images/s, p95 {row.p95_ms:.3g} ms, {memory}, accuracy {row.accuracy:.1%}; built in {row.build_s:.1f} s"
+
+
+def ratios(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """For each configuration that both tables have: throughput after / before, and speedup after / before, with 95 % intervals.
+
+    The two were measured independently, so the half-widths of their intervals, on a logarithmic scale, add as squares.
+    Raises UserError where runs can't be matched: same names in both tables, or one run in each.
+    """
+    before, after = measured(before), measured(after)
+    keys = ["run", *CONFIGURATION]
+    if set(before.run) != set(after.run):
+        if before.run.nunique() > 1 or after.run.nunique() > 1:
+            raise UserError(
+                f"runs {sorted(set(before.run))} and {sorted(set(after.run))} can't be matched; name one of each with --runs A B"
+            )
+        keys = CONFIGURATION  # two environments or machines: their names need not agree
+    both = before.merge(after, on=keys, suffixes=("_before", "_after"))
+    for figure in ("fps", "speedup"):
+        ratio = both[f"{figure}_after"] / both[f"{figure}_before"]
+        halves = [np.log(both[f"{figure}_high_{when}"] / both[f"{figure}_low_{when}"]) / 2 for when in ("before", "after")]
+        half = np.exp(np.hypot(*halves))
+        both[f"{figure}_ratio"], both[f"{figure}_ratio_low"], both[f"{figure}_ratio_high"] = ratio, ratio / half, ratio * half
+    return both
+
+
+def comparison(both: pd.DataFrame) -> list[str]:
+    """The ratios as aligned lines, and how many configurations agree within their intervals."""
+    lines = []
+    for _, row in both.iterrows():
+        verdict = "no difference" if row.fps_ratio_low <= 1 <= row.fps_ratio_high else "faster" if row.fps_ratio > 1 else "slower"
+        precision = row.precision_after
+        head = f"{label(row.backend, precision):<34}{row.image_size:>5} px  batch {row.batch_size:>3}"
+        lines.append(f"{head}  {row.fps_ratio:6.3f}  ({row.fps_ratio_low:.3f}–{row.fps_ratio_high:.3f})  {verdict}")
+    level = (both.fps_ratio_low <= 1) & (both.fps_ratio_high >= 1)
+    lines.append(f"Throughput agrees within the 95 % intervals in {int(level.sum())} of {len(both)} configurations.")
+    speed = both[(both.backend != "pytorch") & both.speedup_ratio.notna()]
+    if len(speed):
+        agree = (speed.speedup_ratio_low <= 1) & (speed.speedup_ratio_high >= 1)
+        lines.append(f"Speedup over PyTorch FP32 agrees in {int(agree.sum())} of {len(speed)}.")
+    return lines
+
+
+def environment_changes(before: dict, after: dict) -> list[str]:
+    """One line for each fact of the environment that differs: what was, what is."""
+
+    def flat(known: dict) -> dict:
+        facts = {
+            key: value for key, value in known.items() if key not in ("short", "settings", "packages", "date", "command", "commit", "clean")
+        }
+        return facts | known.get("packages", {})
+
+    a, b = flat(before), flat(after)
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+
+
 def read(results: Path) -> tuple[pd.DataFrame, dict]:
-    """The rows and the environments of a results folder.  Raises UserError where there are none."""
-    if not (results / "benchmark_results.csv").is_file():
-        raise UserError(f"{results / 'benchmark_results.csv'} is missing; make it with: python benchmark.py")
-    return records.read_csv(results), read_json(results / "environment.json") or {}
+    """The rows and the environments (run name -> facts) of a results folder, or of the folder of a CSV.  Raises UserError."""
+    folder = results.parent if results.suffix == ".csv" else results
+    if not (folder / "benchmark_results.csv").is_file():
+        raise UserError(f"{folder / 'benchmark_results.csv'} is missing; make it with: python benchmark.py")
+    return records.read_csv(folder), read_json(folder / "environment.json") or {}
+
+
+def compare_two(paths: list[Path], runs: list[str] | None, fail_if_slower: float | None) -> None:
+    """Print how the second table differs from the first and draw it; exit code 1 if any row is slower beyond doubt."""
+    (before, old), (after, new) = (read(path) for path in paths)
+    if runs:
+        before, after = before[before.run == runs[0]].assign(run=runs[-1]), after[after.run == runs[-1]]
+    both = ratios(before, after)
+    if both.empty:
+        raise UserError(f"{paths[0]} and {paths[1]} have no measured configuration in common; see: python compare.py {paths[0]}")
+    print(f"throughput, {paths[1]} / {paths[0]}, with 95 % intervals")
+    print("\n".join(comparison(both)))
+    changes = environment_changes(old.get(runs[0] if runs else before.run.iloc[0], {}), new.get(after.run.iloc[0], {}))
+    print("\n".join(["Environment: " + ("no difference" if not changes else ""), *changes]))
+    chart = (paths[1].parent if paths[1].suffix == ".csv" else paths[1]) / "comparison.png"
+    draw_comparison(both, f"{paths[0]} → {paths[1]}", chart)
+    print(f"written: {chart}")
+    if fail_if_slower is not None:
+        slower = both[both.fps_ratio_high < 1 - fail_if_slower]
+        print(f"{len(slower)} of {len(both)} configurations are slower by more than {fail_if_slower:.1%} beyond their intervals")
+        sys.exit(1 if len(slower) else 0)
+
+
+def share(text: str) -> float:
+    """ "5%" or "0.05" -> 0.05"""
+    return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="folder with benchmark_results.csv")
+    parser.add_argument("results", type=Path, nargs="*", default=[Path("results")], help="one folder (or its CSV), or two to compare")
+    parser.add_argument("--runs", nargs="+", help="of two tables, the run of each to compare")
+    parser.add_argument(
+        "--fail-if-slower", type=share, metavar="5%", help="exit code 1 if the second is slower by more, beyond its interval"
+    )
+    parser.add_argument("--best", action="store_true", help="only the fastest configuration within the limits below")
+    parser.add_argument("--max-latency-ms", type=float, help="95th percentile of a batch")
+    parser.add_argument("--max-memory-mb", type=float, help="GPU memory of the process")
+    parser.add_argument("--min-accuracy", type=float, help="top-1 on the test set, 0 to 1")
     parser.add_argument("--write-readme", action="store_true", help="renew the charts and the generated parts of README.md")
     args = parser.parse_args()
-    rows, environments = read(args.results)
-    print(table(rows))
-    print("\n".join(answers(rows)).replace("**", ""))
+    from utils import report
+
+    if len(args.results) > 2:
+        raise UserError("compare.py takes one results folder or two; see: python compare.py --help")
+    if len(args.results) == 2:
+        return compare_two(args.results, args.runs, args.fail_if_slower)
+    rows, environments = read(args.results[0])
+    if args.best:
+        print("\n".join(best_within(rows, args.max_latency_ms, args.max_memory_mb, args.min_accuracy)))
+        return
+    print(report.text_table(rows))
+    print("\n".join(report.answers_of(rows)).replace("**", ""))
     for run, environment in environments.items():
         print(f"run {run}: {environment.get('short', '')}")
     if args.write_readme:
-        from utils import report
-
         report.write_readme(Path("README.md"))
 
 

@@ -1,8 +1,11 @@
 """What the sentences say, against hand-worked tables; and that the committed README is what the committed CSV renders to."""
 
+import json
+import math
+
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 import compare
 from utils import report
@@ -37,14 +40,14 @@ def test_the_fastest_wins_unless_the_intervals_overlap():
     assert [row.backend for row in compare.fastest(clear)] == ["onnx"]
     level = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 100.5))
     assert len(compare.fastest(level)) == 2
-    assert "no difference that this run can show" in compare.answers(level)[0]
+    assert "no difference that this run can show" in report.answers_of(level)[0]
 
 
 def test_a_row_that_is_not_ok_is_never_best_and_says_why():
     rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 900.0), ("tensorrt", 64, 1, "unavailable"))
     rows.loc[1, ["status", "reason"]] = ["mismatch", "wrong class"]
     assert [row.backend for row in compare.fastest(rows)] == ["pytorch"]
-    text = compare.table(rows)
+    text = report.text_table(rows)
     assert "TensorRT FP32: unavailable: why" in text and "ONNX Runtime FP32: mismatch: wrong class" in text
     assert "900" not in text
 
@@ -69,23 +72,76 @@ def test_the_answers_cover_every_question_for_each_run():
     rows = table(
         *((b, size, n, f * n**0.5 / size) for b, f in (("pytorch", 6400.0), ("onnx", 12800.0)) for size in (64, 128) for n in (1, 4))
     )
-    text = "\n".join(compare.answers(rows))
+    text = "\n".join(report.answers_of(rows))
     for part in ("Which is fastest", "Throughput", "Speedup", "Image size", "Batch size", "Optimal here"):
         assert part in text
     assert "ONNX Runtime FP32 in 4 of 4" in text
     assert "64 px: ONNX Runtime FP32, batch 4" in text
     both = pd.concat([rows, rows.assign(run="other")], ignore_index=True)
-    assert "Run other: **Optimal here" in "\n".join(compare.answers(both))
+    assert "Run other: **Optimal here" in "\n".join(report.answers_of(both))
 
 
 def test_nothing_measured_is_said_and_not_a_crash():
     rows = table(("pytorch", 64, 1, "failed"), ("onnx", 64, 1, "unavailable"))
-    assert "nothing was measured" in compare.answers(rows)[0]
+    assert "nothing was measured" in report.answers_of(rows)[0]
     assert "failed" in report.table(rows, {}) and "Nothing to compare" in report.headline(rows, {})
 
 
+def test_best_within_limits_names_the_cost_the_runner_up_or_why_none_fits():
+    rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0), ("onnx", 64, 4, 300.0)).assign(
+        build_s=1.0, gpu_memory_mb=[500.0, 600.0, None]
+    )
+    rows["p95_ms"] = [11.0, 7.0, 14.0]
+    lines = compare.best_within(rows, None, None, None)
+    assert "ONNX Runtime FP32, 64 px, batch 4" in lines[0] and lines[1].startswith("Runner-up")
+    assert "batch 1: 150.0 images/s, p95 7 ms, 600 MB" in compare.best_within(rows, 10, None, None)[0]
+    assert "batch 1" in compare.best_within(rows, None, 1000, None)[0]  # unknown memory does not fit
+    text = "\n".join(compare.best_within(rows, 5, None, 0.95))
+    assert "No row fits" in text and "3 of 3 rows: takes longer than 5 ms" in text and "p95_ms 7" in text
+    assert "3 of 3 rows: has less than 0.95 top-1 accuracy" in text
+
+
+def write(folder, rows, **environment):
+    folder.mkdir()
+    rows.to_csv(folder / "benchmark_results.csv", index=False)
+    (folder / "environment.json").write_text(json.dumps({"main": environment}), encoding="utf-8")
+    return folder
+
+
+def test_two_tables_are_compared_with_intervals_and_environments(tmp_path):
+    a = write(tmp_path / "a", table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0)), gpu=None, packages={"torch": "2.2"})
+    b = write(tmp_path / "b", table(("pytorch", 64, 1, 100.2), ("onnx", 64, 1, 120.0)), gpu=None, packages={"torch": "2.14"})
+    both = compare.ratios(compare.read(a)[0], compare.read(b)[0]).set_index("backend")
+    assert both.fps_ratio["onnx"] == pytest.approx(0.8)
+    half = math.hypot(math.log(1.005 / 0.995) / 2, math.log(1.005 / 0.995) / 2)  # the half-widths add as squares
+    assert both.fps_ratio_high["onnx"] == pytest.approx(0.8 * math.exp(half))
+    done = run_script("compare.py", a, b, "--fail-if-slower", "5%", ok=False)
+    assert done.returncode == 1 and "torch: 2.2 -> 2.14" in done.stdout
+    assert "agrees within the 95 % intervals in 1 of 2" in done.stdout and "1 of 2 configurations are slower" in done.stdout
+    assert (b / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert run_script("compare.py", a, b / "benchmark_results.csv", "--fail-if-slower", "25%").returncode == 0
+    assert "slower" not in run_script("compare.py", a, a).stdout.replace("beyond", "")
+
+
+def test_an_interval_that_reaches_the_bound_does_not_fail(tmp_path):
+    """6 % slower on average, but the interval reaches 4 %: not beyond doubt."""
+    a = write(tmp_path / "a", table(("onnx", 64, 1, 100.0)), packages={})
+    rows = table(("onnx", 64, 1, 94.0)).assign(fps_low=90.0, fps_high=98.0)
+    b = write(tmp_path / "b", rows, packages={})
+    assert run_script("compare.py", a, b, "--fail-if-slower", "0.05").returncode == 0
+
+
+def test_tables_with_several_runs_are_matched_by_name_or_by_choice(tmp_path):
+    rows = table(("onnx", 64, 1, 100.0))
+    several = pd.concat([rows, rows.assign(run="other", fps=50.0, fps_low=49.0, fps_high=51.0)])
+    a, b = write(tmp_path / "a", rows, packages={}), write(tmp_path / "b", several, packages={})
+    done = run_script("compare.py", a, b, ok=False)
+    assert done.returncode == 2 and "--runs" in done.stderr
+    assert "0.500" in run_script("compare.py", a, b, "--runs", "main", "other").stdout
+
+
 def test_figures_have_three_digits_and_thousands_apart():
-    assert [compare.figure(value) for value in (0.51234, 34.06, 999.6, 15834.2, 123456.0, float("nan"))] == [
+    assert [report.figure(value) for value in (0.51234, 34.06, 999.6, 15834.2, 123456.0, float("nan"))] == [
         "0.512",
         "34.1",
         "1000",

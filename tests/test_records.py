@@ -1,9 +1,11 @@
 """Raw records -> rows, against hand-worked cases."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 
 from utils import records
 from utils.utils import COLUMNS
@@ -29,7 +31,7 @@ def record(backend="pytorch", round_=0, host_ms=(10.0,) * 10, key="k", settings_
     made = {
         **{"key": key, "settings_key": settings_key, "time": time, "run": "main", "backend": backend, "precision": "FP32", "device": "cpu"},
         **{"image_size": 64, "round": round_, "status": "ok", "reason": "", "flops_per_image": 10**9},
-        "request": {"batch_sizes": [4], "backends": ["pytorch", "onnx"], "environment": environment},
+        "request": {"batch_sizes": [4], "runs": 10, "backends": ["pytorch", "onnx"], "environment": environment},
         "build": {"seconds": 1.5, "from_cache": round_ > 0, "artefact_mb": 40.0},
         "process": {"threads": 2},
         "batches": {"4": batch},
@@ -104,3 +106,11 @@ def test_the_csv_is_a_pure_function_of_the_raw_records(tmp_path):
     assert list(first.columns) == COLUMNS == text.decode().splitlines()[0].split(",")
     pd.testing.assert_frame_equal(first, records.read_csv(tmp_path))
     assert "2 threads, torch 2.14.1" in (tmp_path / "environment.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "results" / "published").glob("*")), ids=lambda folder: folder.name)
+def test_published_tables_can_be_recomputed_from_their_raw_samples(folder, tmp_path):
+    shutil.copytree(folder / "raw", tmp_path / "raw")
+    records.write_csv(tmp_path)
+    for name in ("benchmark_results.csv", "environment.json"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (folder / name).read_text(encoding="utf-8")

@@ -34,7 +34,10 @@ from utils.utils import (
 )
 
 WARM_UP_SECONDS = 0.5  # at least, besides the calls asked for
-MAX_SECONDS = {"cuda": 30.0, "cpu": 6.0}  # of timed runs per configuration, over all rounds
+SATURATED = 0.05  # more throughput than this is worth another doubling of the batch
+AUTO_BATCH_SIZES = [2**k for k in range(9)]  # 1 to 256; measured until they saturate
+MAX_SECONDS = {"cuda": 30.0, "cpu": 3.0}  # of timed runs per configuration, over all rounds
+CPU_BATCH = 16  # of the accuracy pass on a CPU, where no shapes are fixed and memory is no concern
 # The largest logit difference from PyTorch FP32 that passes, as a share of the largest logit.  ResNet-18 has 21 layers with
 # weights, each rounding weights, products' sum and activation: 63 u (Higham, Accuracy and Stability of Numerical Algorithms,
 # 2002, section 3.1) is 3 % for FP16 and TF32 with u = 2^-11.  FP32 sums of up to 4608 products and Winograd's transforms
@@ -47,13 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser, backends: list[str], default:
         "--backends", nargs="+", default=default, choices=[*backends, "all"], metavar="NAME", help=", ".join(backends) + " or all"
     )
     parser.add_argument("--image-sizes", nargs="+", type=int, help=f"pixels; default {IMAGE_SIZES}")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, help=f"default {BATCH_SIZES}")
+    parser.add_argument("--batch-sizes", nargs="+", type=batch_size, help=f"default {BATCH_SIZES}; auto: double from 1 until it saturates")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--runs", type=int, help="timed runs per configuration, over all rounds; default 100")
     parser.add_argument("--warmup", type=int, default=10, help="untimed calls before them, and at least half a second")
     parser.add_argument("--rounds", type=int, help="fresh processes that share the runs; default 3")
     parser.add_argument("--min-seconds", type=float, default=1.0, help="of timed runs per configuration")
-    parser.add_argument("--max-seconds", type=float, help="of timed runs per configuration; default 30 on a GPU, 6 on a CPU")
+    parser.add_argument("--max-seconds", type=float, help="of timed runs per configuration; default 30 on a GPU, 3 on a CPU")
     parser.add_argument(
         "--sustain-seconds", type=float, default=3.0, help="on a GPU, an untimed loop in which the driver is asked; 0: none"
     )
@@ -61,6 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser, backends: list[str], default:
     parser.add_argument("--run", default="main", help="name of this run: one environment on one machine")
     parser.add_argument("--quick", action="store_true", help="64 and 96 px, batches 1 and 4, 20 runs, into results/quick")
     add_path_arguments(parser)
+
+
+def batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def make_request(args: argparse.Namespace) -> dict:
@@ -71,7 +78,11 @@ def make_request(args: argparse.Namespace) -> dict:
         return value if value is not None else quick if args.quick else usual
 
     image_sizes = sorted(set(chosen(args.image_sizes, IMAGE_SIZES, [64, 96])))
-    batch_sizes = sorted(set(chosen(args.batch_sizes, BATCH_SIZES, [1, 4])))
+    batch_sizes = chosen(args.batch_sizes, BATCH_SIZES, [1, 4])
+    auto = batch_sizes == ["auto"]
+    if "auto" in batch_sizes and not auto:
+        raise UserError("--batch-sizes takes numbers or auto, not both; see --help")
+    batch_sizes = AUTO_BATCH_SIZES if auto else sorted(set(batch_sizes))
     runs, rounds = chosen(args.runs, 100, 20), chosen(args.rounds, 3, 1)
     if min(image_sizes) < 32 or min(*batch_sizes, runs, rounds, args.warmup, 1) < 1 or runs < rounds:
         raise UserError("image sizes start at 32, batch sizes, runs, rounds and warm-up at 1, with at least one run a round; see --help")
@@ -86,6 +97,7 @@ def make_request(args: argparse.Namespace) -> dict:
         "run": args.run,
         "image_sizes": image_sizes,
         "batch_sizes": batch_sizes,
+        "auto": auto,
         "device": args.device,
         "runs": runs,
         "rounds": rounds,
@@ -166,7 +178,9 @@ def measure(name: str, backend, image_size: int, round_: int, request: dict, dev
             write_json(path, record)
             return record
         watch = request["sustain_seconds"] if device == "cuda" and round_ == 0 else 0
-        for batch_size in request["batch_sizes"]:
+        for batch_size in batch_sizes_of(request, name, image_size, round_):
+            if request["auto"] and round_ == 0 and saturated(record["batches"]):
+                break
             if str(batch_size) in record["batches"]:
                 continue
             try:
@@ -175,7 +189,28 @@ def measure(name: str, backend, image_size: int, round_: int, request: dict, dev
                 result = {"status": failure(error), "reason": one_line(error)}
             record["batches"][str(batch_size)] = result
             write_json(path, record)
+    if request["auto"]:  # what the record holds is all that was wanted
+        record["request"] = {**request, "batch_sizes": sorted(map(int, record["batches"]))}
+        write_json(path, record)
     return record
+
+
+def batch_sizes_of(request: dict, name: str, image_size: int, round_: int) -> list[int]:
+    """The batch sizes to measure; with --batch-sizes auto, round 0 finds out how many and the later rounds follow it."""
+    if request["auto"] and round_ > 0:
+        return (read_json(record_path(request, name, image_size, 0)) or {"request": request})["request"]["batch_sizes"]
+    return request["batch_sizes"]
+
+
+def saturated(batches: dict) -> bool:
+    """Whether the last doubling gave under 5 % more throughput, or failed for want of memory or otherwise."""
+    done = sorted(((int(size), result) for size, result in batches.items()), key=lambda item: item[0])
+    if done and done[-1][1]["status"] != "ok":
+        return True
+    if len(done) < 2:
+        return False
+    (small, before), (large, after) = done[-2:]
+    return large / timing.trimmed_mean(after["host_ms"]) < (1 + SATURATED) * small / timing.trimmed_mean(before["host_ms"])
 
 
 def load(record: dict, backend, request: dict, device: str) -> None:
@@ -193,7 +228,8 @@ def load(record: dict, backend, request: dict, device: str) -> None:
         "from_cache": backend.from_cache,
         "artefact_mb": artefact and round(artefact.stat().st_size / 2**20, 1),
     }
-    record["flops_per_image"] = model.count_flops(record["image_size"])
+    if record["round"] == 0:
+        record["flops_per_image"] = model.count_flops(record["image_size"])
     record["process"] = {
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if device == "cuda" else None,
@@ -202,7 +238,7 @@ def load(record: dict, backend, request: dict, device: str) -> None:
 
 
 def check(record: dict, backend, request: dict, device: str) -> tuple:
-    """Compare the backend with PyTorch FP32 on the whole test set in round 0, at the smallest batch so that memory grows from there.
+    """Compare the backend with PyTorch FP32 on the whole test set in round 0, on a GPU at the smallest batch: memory grows from there.
 
     Returns what each batch size is checked and timed with: images float32 (N, 3, S, S) on the CPU, PyTorch's logits (N, classes)
     and the largest difference that passes, N being the largest batch.
@@ -210,7 +246,8 @@ def check(record: dict, backend, request: dict, device: str) -> tuple:
     import datasets
     import model
 
-    size, smallest, largest = record["image_size"], request["batch_sizes"][0], request["batch_sizes"][-1]
+    size, largest = record["image_size"], request["batch_sizes"][-1]
+    at_once = request["batch_sizes"][0] if device == "cuda" else CPU_BATCH
     checkpoint = checkpoint_path(Path(request["weights"]), size)
     baseline = record["backend"] == "pytorch"
     expected, labels = reference(checkpoint, size, request, device, backend if baseline else None)
@@ -225,7 +262,7 @@ def check(record: dict, backend, request: dict, device: str) -> tuple:
     )
     first = next(iter(loader))[0]
     if whole:
-        logits = expected if baseline else np.concatenate([classify(backend, images, smallest, device) for images, _ in loader])
+        logits = expected if baseline else np.concatenate([classify(backend, images, at_once, device) for images, _ in loader])
         record["check"] = {
             "images": len(labels),
             "different": int((logits.argmax(1) != expected.argmax(1)).sum()),
@@ -260,7 +297,7 @@ def reference(checkpoint: Path, image_size: int, request: dict, device: str, bas
         with np.load(path) as stored:
             if str(stored["key"]) == key:
                 return stored["logits"], stored["labels"]
-    arguments = checkpoint, image_size, request["data"], request["batch_sizes"][0], device
+    arguments = checkpoint, image_size, request["data"], request["batch_sizes"][0] if device == "cuda" else CPU_BATCH, device
     if baseline:
         logits, labels = compute_reference(*arguments, baseline)
     else:
@@ -386,11 +423,11 @@ def main(description: str, backends: dict) -> None:
         if device == "cuda":
             torch.cuda.empty_cache()
     if not args.request:
-        from compare import table
         from utils.records import read_rows
+        from utils.report import text_table
 
         rows = read_rows(Path(request["results"]))
-        print(table(rows[rows.backend.isin(names) & rows.image_size.isin(sizes) & (rows.run == request["run"])]))
+        print(text_table(rows[rows.backend.isin(names) & rows.image_size.isin(sizes) & (rows.run == request["run"])]))
 
 
 def pick_device(wanted: str) -> str:

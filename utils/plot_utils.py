@@ -98,7 +98,7 @@ def prepare(rows: pandas.DataFrame) -> pandas.DataFrame:
     rows = rows.reset_index(drop=True)
     rows["precision"] = rows["precision"].fillna("").astype(str)
     rows["label"] = [label(*names) for names in zip(rows["backend"], rows["precision"], strict=True)]
-    for column in ["mean_ms", "fps", "fps_low", "fps_high", "gpu_memory_mb"]:
+    for column in ["mean_ms", "fps", "fps_low", "fps_high", "speedup_low", "speedup_high", "gpu_memory_mb"]:
         rows[column] = pandas.to_numeric(rows[column]).astype(float).where(rows["status"] == "ok")
     keys = ["run", "device", "image_size", "batch_size"]
     baseline = rows[rows["backend"] == BASELINE].groupby(keys)["mean_ms"].first().rename("baseline_ms").reset_index()
@@ -293,12 +293,15 @@ def draw_bars(ax: Axes, chart: Chart, panel: pandas.DataFrame, looks: dict, tick
         own = panel[panel["label"] == name].drop_duplicates(chart.x).set_index(chart.x).reindex(ticks)
         at = [i - 0.42 + step * (k + 0.5) for i in range(len(ticks))]
         ax.bar(at, own[chart.column], step * 0.92, **bar_look(look))
-        for x, value, status in zip(at, own[chart.column], own["status"], strict=True):
+        error = numpy.clip([own["speedup"] - own["speedup_low"], own["speedup_high"] - own["speedup"]], 0, None)
+        ax.errorbar(at, own[chart.column], yerr=error, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
+        tops = own["speedup_high"].fillna(own["speedup"])
+        for x, value, top, status in zip(at, own[chart.column], tops, own["status"], strict=True):
             text = f"{value:.1f}" if value == value else MARK.get(status, status)
             if slot > 0.13 and isinstance(text, str):  # no text where nothing was tried
                 turn = 0 if slot > text_width(text) + 0.05 else 90
                 where = dict(xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", rotation=turn)
-                ax.annotate(text, (x, value if value == value else 0), fontsize=10, color=INK, path_effects=halo, **where)
+                ax.annotate(text, (x, top if value == value else 0), fontsize=10, color=INK, path_effects=halo, **where)
     ax.set_xlim(-0.5, len(ticks) - 0.5)
 
 
@@ -424,7 +427,8 @@ def footer(runs: list[str], environment: dict[str, dict]) -> list[str]:
 
 def scales(chart: Chart, rows: pandas.DataFrame) -> dict[int, float]:
     """The top of the y axis for each panel."""
-    highest = rows[[chart.column, *(["fps_high"] if chart.column == "fps" else [])]].max(axis=1).groupby(rows[chart.panel]).max()
+    columns = [name for name in (chart.column, f"{chart.column}_high") if name in rows]
+    highest = rows[columns].max(axis=1).groupby(rows[chart.panel]).max()
     if chart.shared:
         highest[:] = highest.max()
     highest = highest.fillna(1)
@@ -468,3 +472,25 @@ def draw_all(rows: pandas.DataFrame, environment: dict[str, dict], results: Path
         write_atomic(path, png.getvalue())
         paths.append(path)
     return paths
+
+
+def draw_comparison(both: pandas.DataFrame, title: str, path: Path) -> None:
+    """Throughput of a second table over a first's, a bar of its 95 % interval for each configuration: see compare.ratios()."""
+    fig = Figure(figsize=(WIDTH, 1.3 + 0.24 * len(both)), dpi=DPI, layout="constrained")
+    ax = fig.add_subplot()
+    names = [f"{label(row.backend, row.precision_after)}, {row.image_size} px, batch {row.batch_size}" for row in both.itertuples()]
+    for y, row in enumerate(both.itertuples()):
+        look = style(row.backend, row.precision_after)
+        ax.plot([row.fps_ratio_low, row.fps_ratio_high], [y, y], color=look["color"], linewidth=2)
+        ax.plot(row.fps_ratio, y, marker=look["marker"], color=look["color"], markerfacecolor=look["markerfacecolor"])
+    ax.axvline(1, color=INK, linewidth=1)
+    ax.set_yticks(range(len(both)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel("throughput, second / first (right of 1: the second is faster)", color=INK)
+    level = ((both["fps_ratio_low"] <= 1) & (both["fps_ratio_high"] >= 1)).sum()
+    fig.suptitle(f"{title}: no difference in {level} of {len(both)} configurations", fontsize=12, fontweight="bold", color=INK)
+    ax.grid(axis="x", color="#dddddd", linewidth=0.7)
+    ax.spines[["top", "right"]].set_visible(False)
+    png = io.BytesIO()
+    fig.savefig(png, format="png", metadata={"Software": None})
+    write_atomic(path, png.getvalue())

@@ -10,6 +10,15 @@ from utils import timing
 from utils.utils import COLUMNS, Row, read_json, write_atomic, write_json
 
 MIN_AGREEMENT = 0.99  # of the test images, or all but one on small sets
+NOISY_RUNS, NOISY_ROUNDS = 0.10, 0.05  # interquartile range / median of the runs; largest / smallest mean of a round - 1
+CPU_BOUND = 0.80  # time until the call returned / time on the GPU
+VERDICTS = {  # what puts a row in doubt, and what to do about it
+    "noisy": "runs scatter by over 10 % or rounds differ by over 5 %, close other programs or raise --runs and --rounds",
+    "throttled": "the GPU slowed itself down, cool it or raise its power limit",
+    "too short": "not all the runs asked for fitted into the time allowed, raise --max-seconds",
+    "CPU-bound": "launching takes over 80 % of the time on the GPU, take a larger batch or a CUDA graph",
+    "one round": "the interval leaves out what differs from process to process, use --rounds 3",
+}
 
 
 def read_records(folder: Path) -> list[dict]:
@@ -75,8 +84,9 @@ def row_of(rounds: dict[int, dict], baseline: dict[int, dict], batch_size: str) 
     warm = {k: result for k, result in timed.items() if rounds[k]["build"]["from_cache"]} or timed  # building takes memory of its own
     row.gpu_memory_mb = none_or(max, [result["gpu_memory_mb"] for result in warm.values() if result["gpu_memory_mb"]])
     row.torch_memory_mb = none_or(max, [result["torch_memory_mb"] for result in timed.values() if result["torch_memory_mb"]])
-    row.tflops = row.fps * first["flops_per_image"] / 1e12
-    row.notes = notes(build, len(timed))
+    flops = next((record["flops_per_image"] for record in rounds.values() if "flops_per_image" in record), None)
+    row.tflops = flops and row.fps * flops / 1e12
+    row.notes = notes(build, timed, first["request"]["runs"])
     sustained = next((result["sustained"] for result in timed.values() if result["sustained"]), None)
     if sustained:
         for name in ("gpu_util_pct", "power_w", "sm_clock_mhz", "throttled"):
@@ -110,12 +120,32 @@ def verdict(rounds: dict[int, dict], batch_size: str) -> tuple[str, str]:
     return "ok", ""
 
 
-def notes(build: list[dict], rounds: int) -> str:
-    texts = []
+def doubts(timed: dict[int, dict], asked: int) -> list[str]:
+    """The names of the verdicts (see VERDICTS) on the runs of one configuration, by round."""
+    rounds = [np.asarray(result["host_ms"]) for result in timed.values()]
+    runs, means = np.concatenate(rounds), [timing.trimmed_mean(values) for values in rounds]
+    low, median, high = np.percentile(runs, [25, 50, 75])
+    throttled = [result["sustained"]["throttled"] for result in timed.values() if result["sustained"]]
+    enqueue, on_gpu = (np.concatenate([result[name] for result in timed.values()]) for name in ("enqueue_ms", "gpu_ms"))
+    found = {
+        "noisy": (high - low) / median > NOISY_RUNS or max(means) / min(means) - 1 > NOISY_ROUNDS,
+        "throttled": any(words not in (None, "no") for words in throttled),
+        "too short": len(runs) < asked,
+        "CPU-bound": len(on_gpu) > 0 and np.median(enqueue) / np.median(on_gpu) > CPU_BOUND,
+        "one round": len(rounds) == 1,
+    }
+    return [name for name, is_so in found.items() if is_so]
+
+
+def notes(build: list[dict], timed: dict[int, dict], asked: int) -> str:
+    """Verdicts with their remedies ("noisy: ..."), then facts about the artefact, separated by "; "."""
+    texts = [f"{name}: {VERDICTS[name]}" for name in doubts(timed, asked)]
     if build and build[0]["artefact_mb"]:
-        texts.append(f"{build[0]['artefact_mb']} MB {'cached' if build[0]['from_cache'] else 'built'}")
-    if rounds == 1:
-        texts.append("one round: the interval leaves out variation between processes")
+        cold = next((entry for entry in build if not entry["from_cache"]), None)
+        cached = next((entry for entry in build if entry["from_cache"]), None)
+        texts.append(f"{build[0]['artefact_mb']} MB")
+        texts += [f"built in {cold['seconds']:.1f} s"] if cold else []
+        texts += [f"from the cache in {cached['seconds']:.2f} s"] if cached else []
     return "; ".join(texts)
 
 
@@ -140,14 +170,12 @@ def write_csv(results: Path) -> pd.DataFrame:
 
 def short(environment: dict) -> str:
     """The environment in one line, for the foot of tables and charts."""
+    packages = environment["packages"]
+    runtime = "onnxruntime-gpu" if "onnxruntime-gpu" in packages else "onnxruntime"  # the same module: only one is loaded
+    shown = [f"{name} {packages[name]}" for name in ("torch", runtime, "torch-tensorrt", "tensorrt") if name in packages]
     machine = environment["gpu"] or f"{environment['cpu']}, {environment.get('threads', environment['cores'])} threads"
-    packages = [
-        f"{name} {environment['packages'][name]}"
-        for name in ("torch", "onnxruntime-gpu", "onnxruntime", "torch-tensorrt", "tensorrt")
-        if name in environment["packages"]
-    ]
-    parts = [machine, environment.get("driver") and f"driver {environment['driver']}", *packages, environment["date"]]
-    return ", ".join(filter(None, parts))
+    driver = environment.get("driver") and f"driver {environment['driver']}"
+    return ", ".join(filter(None, [machine, driver, *shown, environment["date"]]))
 
 
 def read_csv(results: Path) -> pd.DataFrame:

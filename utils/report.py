@@ -1,4 +1,4 @@
-"""Results folder -> the README's generated parts: headline, table, answers, environment.  A pure reader of the CSV.
+"""Results folder -> words: the table, the answers, and the README's generated parts.  A pure reader of the CSV.
 
 A part stands in the README between `<!-- begin PART FOLDER -->` and `<!-- end -->`; what lies between is replaced.
 """
@@ -9,10 +9,217 @@ from pathlib import Path
 import pandas as pd
 
 import compare
-from utils.plot_utils import draw_all
+from utils.plot_utils import draw_all, label
+from utils.records import VERDICTS
 from utils.utils import UserError, write_atomic
 
 MARKED = re.compile(r"(<!-- begin (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = [
+    "Method",
+    "Size",
+    "Batch",
+    "Mean ms",
+    "Std ms",
+    "p95 ms",
+    "Images/s",
+    "95 %",
+    "Speedup",
+    "95 %",
+    "GPU MB",
+    "Agreement",
+    "Accuracy",
+    "Notes",
+]
+
+
+def figure(value: float) -> str:
+    """Three significant digits with thousands separated: "0.512", "34.1", "15,800"."""
+    if pd.isna(value):
+        return ""
+    if abs(value) >= 1000:
+        digits = len(str(int(abs(value)))) - 3
+        return f"{round(value, -digits):,.0f}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def span(values: pd.Series) -> str:
+    low, high = figure(values.min()), figure(values.max())
+    return low if low == high else f"{low} to {high}"
+
+
+def answers_of(rows: pd.DataFrame) -> list[str]:
+    """Sentences that answer the five questions and name the optimum, one list item each; for each run on its own."""
+    sentences = []
+    for run in rows.run.unique():
+        part = rows[rows.run == run]
+        head = f"Run {run}: " if rows.run.nunique() > 1 else ""
+        ok = compare.measured(part)
+        if ok.empty:
+            sentences.append(f"{head}nothing was measured; the reasons are in the table.")
+            continue
+        sentences += [
+            head + sentence for sentence in (_which(ok), _ranges(ok), _speedups(ok), _sizes(ok), _batches(ok), _optimum(ok)) if sentence
+        ]
+    return sentences
+
+
+def _which(ok: pd.DataFrame) -> str:
+    wins, ties, total = {}, 0, 0
+    for _, group in ok.groupby(["image_size", "batch_size"]):
+        if group.backend.nunique() < 2:
+            continue
+        total += 1
+        best = compare.fastest(group)
+        wins[compare.name(best[0])] = wins.get(compare.name(best[0]), 0) + (len(best) == 1)
+        ties += len(best) > 1
+    if not total:
+        return f"**Which is fastest?** Only {compare.name(ok.iloc[0])} was measured, so there is nothing to compare it with."
+    texts = [f"{who} in {count} of {total}" for who, count in sorted(wins.items(), key=lambda item: -item[1]) if count]
+    if ties:
+        texts.append(f"in {ties} of {total} no difference that this run can show between the first two")
+    return f"**Which is fastest?** Of the {total} combinations of image size and batch size: {'; '.join(texts)}."
+
+
+def _by_backend(ok: pd.DataFrame):
+    return [(compare.name(group.iloc[0]), group) for _, group in ok.groupby("backend", sort=False)]
+
+
+def _ranges(ok: pd.DataFrame) -> str:
+    return "**Throughput.** " + "; ".join(f"{who} {span(group.fps)} images/s" for who, group in _by_backend(ok)) + "."
+
+
+def _speedups(ok: pd.DataFrame) -> str:
+    texts = []
+    for who, group in _by_backend(ok[(ok.backend != "pytorch") & ok.speedup.notna()]):
+        best = group.loc[group.speedup.idxmax()]
+        unclear = int(((group.speedup_low <= 1) & (group.speedup_high >= 1)).sum())
+        text = f"{who} {group.speedup.min():.2f} to {best.speedup:.2f} times (most at {best.image_size} px, batch {best.batch_size})"
+        texts.append(text + (f", no difference that this run can show in {unclear} of {len(group)} rows" if unclear else ""))
+    return f"**Speedup** over PyTorch FP32. {'; '.join(texts)}." if texts else ""
+
+
+def _sizes(ok: pd.DataFrame) -> str:
+    small, large = ok.image_size.min(), ok.image_size.max()
+    if small == large:
+        return ""
+    batch = ok.batch_size.max()
+    texts = []
+    for who, group in _by_backend(ok[ok.batch_size == batch]):
+        ends = group.set_index("image_size").fps
+        if small in ends and large in ends:
+            texts.append(
+                f"{who} falls from {figure(ends[small])} to {figure(ends[large])} images/s ({ends[small] / ends[large]:.1f} times)"
+            )
+    pixels = (large / small) ** 2
+    return (
+        f"**Image size.** From {small} to {large} px an image has {pixels:.1f} times the pixels; at batch {batch} {'; '.join(texts)}."
+        if texts
+        else ""
+    )
+
+
+def _batches(ok: pd.DataFrame) -> str:
+    if ok.batch_size.nunique() < 2:
+        return ""
+    texts = []
+    for who, group in _by_backend(ok):
+        found = {size: compare.saturation(rows) for size, rows in group.groupby("image_size") if rows.batch_size.nunique() > 1}
+        reached = [f"{size} px at batch {batch}" for size, batch in found.items() if batch]
+        missing = [f"{size}" for size, batch in found.items() if not batch]
+        parts = reached + ([f"not reached up to batch {group.batch_size.max()} at {', '.join(missing)} px"] if missing else [])
+        texts.append(f"{who}: {', '.join(parts)}")
+    return "**Batch size.** Doubling the batch gives under 5 % more from here on: " + "; ".join(texts) + "."
+
+
+def _optimum(ok: pd.DataFrame) -> str:
+    texts = []
+    for size, group in ok.groupby("image_size"):
+        tied = compare.fastest(group)
+        best = min(tied, key=lambda row: row.mean_ms)  # of equals the one that answers soonest
+        texts.append(
+            f"{size} px: {compare.name(best)}, batch {best.batch_size}, {figure(best.fps)} images/s at {figure(best.mean_ms)} ms a batch"
+        )
+    return "**Optimal here,** for throughput: " + "; ".join(texts) + "."
+
+
+def cells(row: pd.Series) -> list[str]:
+    """One row of the table as people read it; a row that is not ok says why instead of figures."""
+    head = [compare.name(row), str(row.image_size), str(row.batch_size)]
+    shares = ["" if pd.isna(value) else f"{value:.1%}" for value in (row.agreement, row.accuracy)]
+    if row.status != "ok":
+        return [*head, row.status.replace("_", " "), *[""] * 7, *shares, ""]
+    times = [figure(value) for value in (row.mean_ms, row.std_ms, row.p95_ms, row.fps)]
+    fps = f"{figure(row.fps_low)}–{figure(row.fps_high)}"
+    speed = ["", ""] if pd.isna(row.speedup) else [f"{row.speedup:.2f}", f"{row.speedup_low:.2f}–{row.speedup_high:.2f}"]
+    if row.backend == "pytorch":
+        speed = ["1", ""]
+    return [*head, *times, fps, *speed, figure(row.gpu_memory_mb), *shares, ", ".join(verdicts(row.notes))]
+
+
+def verdicts(notes: str) -> list[str]:
+    """The names of the verdicts in a row's notes."""
+    return [part.split(": ")[0] for part in notes.split("; ") if part.split(": ")[0] in VERDICTS]
+
+
+def text_table(rows: pd.DataFrame) -> str:
+    """The rows as aligned text, the reasons of those without figures below."""
+    return "\n".join([aligned([TABLE, *(cells(row) for _, row in rows.iterrows())]), *reasons(rows)])
+
+
+def reasons(rows: pd.DataFrame) -> list[str]:
+    """One line for each distinct reason why rows have no figures or can't win, and for each verdict on those that have."""
+    grouped = rows[rows.status != "ok"].groupby(["backend", "precision", "status", "reason"], sort=False)
+    lines = []
+    for (backend, precision, status, reason), group in grouped:
+        where = sorted(
+            {f"{row.image_size} px batch {row.batch_size}" for _, row in group.iterrows()},
+            key=lambda text: [int(t) for t in text.split() if t.isdigit()],
+        )
+        scope = "" if len(where) == len(rows[rows.backend == backend]) else f" ({', '.join(where)})"
+        lines.append(f"{label(backend, precision)}{scope}: {status.replace('_', ' ')}: {reason}")
+    return lines + [f"{name}: {VERDICTS[name]}" for name in VERDICTS if any(name in verdicts(notes) for notes in rows.notes)]
+
+
+def end_to_end_lines(table: pd.DataFrame) -> list[list[str]]:
+    """Header and rows of the table of end_to_end.py: milliseconds of each step for one image."""
+    steps = [column for column in table if column.endswith("_ms")]
+    head = [
+        "Method",
+        "Size",
+        "Batch",
+        "Images/s",
+        "Inference alone",
+        *(f"{step[:-3].replace('_', ' ')} ms" for step in steps),
+        "Bottleneck",
+    ]
+    lines = [head]
+    for _, row in table.iterrows():
+        fps = [figure(row.images_per_s), figure(row.infer_alone_images_per_s)]
+        lines.append(
+            [compare.name(row), str(row.image_size), str(row.batch_size), *fps, *(figure(row[step]) for step in steps), row.bottleneck]
+        )
+    return lines
+
+
+def end_to_end_text(table: pd.DataFrame) -> str:
+    return aligned(end_to_end_lines(table))
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """Columns of text, the first to the left and the others to the right."""
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    rows = [zip(line, widths, strict=True) for line in lines]
+    return "\n".join("  ".join(cell.rjust(width) if k else cell.ljust(width) for k, (cell, width) in enumerate(row)) for row in rows)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    return "\n".join(
+        [
+            "| " + " | ".join(lines[0]) + " |",
+            "|---|" + "---:|" * (len(lines[0]) - 1),
+            *("| " + " | ".join(line) + " |" for line in lines[1:]),
+        ]
+    )
 
 
 def headline(rows: pd.DataFrame, environments: dict) -> str:
@@ -25,7 +232,7 @@ def headline(rows: pd.DataFrame, environments: dict) -> str:
     environment = environments.get(best.run, {})
     return (
         f"**{compare.name(best)} serves ResNet-18 {best.speedup:.1f} times as fast as PyTorch FP32** "
-        f"({best.speedup_low:.1f}–{best.speedup_high:.1f} at 95 % confidence): {compare.figure(best.fps)} images/s "
+        f"({best.speedup_low:.1f}–{best.speedup_high:.1f} at 95 % confidence): {figure(best.fps)} images/s "
         f"at {best.image_size} px, batch {best.batch_size}, with the same class on {best.agreement:.1%} of the test images.  \n"
         f"<sub>{foot(environment)}</sub>"
     )
@@ -44,23 +251,23 @@ def table(rows: pd.DataFrame, environments: dict) -> str:
             parts.append(f"**Run {run}**")
         part = rows[rows.run == run]
         for size, group in part.groupby("image_size"):
-            lines = ["| " + " | ".join(compare.TABLE) + " |", "|---|" + "---:|" * (len(compare.TABLE) - 1)]
             best = compare.fastest(group) if (group.status == "ok").any() else []
             bold = {(row.backend, row.batch_size) for row in best}
+            lines = [TABLE]
             for _, row in group.iterrows():
-                cells = compare.cells(row)
+                texts = cells(row)
                 if (row.backend, row.batch_size) in bold:
-                    cells[0], cells[6] = f"**{cells[0]}**", f"**{cells[6]}**"
-                lines.append("| " + " | ".join(cells) + " |")
+                    texts[0], texts[6] = f"**{texts[0]}**", f"**{texts[6]}**"
+                lines.append(texts)
             opened = " open" if size == part.image_size.min() else ""
-            parts.append(f"<details{opened}><summary>{size} px</summary>\n\n" + "\n".join(lines) + "\n\n</details>")
-        parts += [f"<sub>{line}</sub>" for line in compare.reasons(part)]
+            parts.append(f"<details{opened}><summary>{size} px</summary>\n\n" + markdown(lines) + "\n\n</details>")
+        parts += [f"<sub>{line}</sub>" for line in reasons(part)]
         parts.append(f"<sub>{foot(environments.get(run, {}))}</sub>")
     return "\n\n".join(parts)
 
 
 def answers(rows: pd.DataFrame, environments: dict) -> str:
-    return "\n".join(f"- {sentence}" for sentence in compare.answers(rows))
+    return "\n".join(f"- {sentence}" for sentence in answers_of(rows))
 
 
 def environment(rows: pd.DataFrame, environments: dict) -> str:

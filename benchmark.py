@@ -14,6 +14,7 @@ import datetime
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,8 +23,10 @@ import onnx_inference
 import pytorch_inference
 import tensorrt_inference
 from utils import measure, records
+from utils.request import add_arguments, make_request, measured, new_record, record_key, record_path
 from utils.utils import read_json, run_main, write_json
 
+BACKENDS = {**pytorch_inference.BACKENDS, **onnx_inference.BACKENDS, **tensorrt_inference.BACKENDS}
 SCRIPTS = {name: script.__file__ for script in (pytorch_inference, onnx_inference, tensorrt_inference) for name in script.BACKENDS}
 DEFAULT = ["pytorch", "onnx", "torch-tensorrt", "tensorrt"]
 ROOT = Path(__file__).resolve().parent
@@ -42,12 +45,12 @@ def plan(request: dict) -> list[tuple[int, str, int]]:
 
 def up_to_date(request: dict, backend: str, size: int, round_: int) -> bool:
     """Whether a record of the same request says all that measuring again would say; what failed is tried again."""
-    path, key = measure.record_path(request, backend, size, round_), measure.record_key(request, size)
+    path, key = record_path(request, backend, size, round_), record_key(request, size)
     record = read_json(path)
     if record is None or record["key"] != key or record["status"] == "failed":
         return False
     wanted = record["request"] if request["auto"] and record["request"]["auto"] else request
-    return record["status"] != "ok" or set(map(str, wanted["batch_sizes"])) <= set(measure.measured(path, key))
+    return record["status"] != "ok" or set(map(str, wanted["batch_sizes"])) <= set(measured(path, key))
 
 
 def run_worker(request_file: Path, request: dict, backend: str, size: int, round_: int, log) -> dict:
@@ -57,19 +60,22 @@ def run_worker(request_file: Path, request: dict, backend: str, size: int, round
     environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
     log.write(f"\n=== {datetime.datetime.now():%Y-%m-%d %H:%M:%S} round {round_ + 1}, {backend}, {size} px\n")
     log.flush()
-    path, before = measure.record_path(request, backend, size, round_), Path(log.name).stat().st_size
+    path, before, start = record_path(request, backend, size, round_), Path(log.name).stat().st_size, time.perf_counter()
     try:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=request["timeout"]).returncode
         died = f"its process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}" if code else ""
     except subprocess.TimeoutExpired:
         died = f"its process was stopped after {request['timeout']:g} s (--timeout)"
-    key, record = measure.record_key(request, size), read_json(path)
+    key, record = record_key(request, size), read_json(path)
     if not died:
+        if "wall" in record:
+            record["wall"]["process_s"] = round(time.perf_counter() - start, 3)
+            write_json(path, record)
         return record
     said = Path(log.name).read_bytes()[before:].decode("utf-8", errors="replace").strip().splitlines()
     reason = f"{died}: {said[-1][:300]}" if said else died
     if record is None or record["key"] != key:
-        record = measure.new_record(request, backend, size, round_, status="failed", reason=reason)
+        record = new_record(request, backend, size, round_, status="failed", reason=reason)
     missing = [size for size in map(str, request["batch_sizes"]) if size not in record["batches"]]
     for batch_size in missing[:1] if request["auto"] else missing:
         record["batches"].setdefault(batch_size, {"status": "failed", "reason": reason})
@@ -92,26 +98,36 @@ def describe(record: dict) -> str:
     return f"{head}  {'; '.join(cells)}"
 
 
+def without_a_gpu(request: dict) -> dict[str, dict]:
+    """The backends that can't run for want of a GPU, with their reasons.  On a GPU only a process of its own may load a runtime."""
+    if measure.pick_device(request["device"]) != "cpu":
+        return {}
+    asked = {name: BACKENDS[name]() for name in request["backends"] if name in BACKENDS}
+    reasons = {name: backend.why_unavailable("cpu") for name, backend in asked.items()}
+    known = {"device": "cpu", "status": "unavailable"}
+    return {name: {**known, "precision": asked[name].precision, "reason": reason} for name, reason in reasons.items() if reason}
+
+
 def sweep(request: dict) -> None:
     """Bring every record of the request up to date, one process after another."""
     results = Path(request["results"])
     request_file = results / "raw" / request["run"] / "request.json"
     write_json(request_file, request)
     todo = [step for step in plan(request) if not up_to_date(request, step[1], step[2], step[0])]
-    unavailable = {}
+    unavailable = without_a_gpu(request)
     with (
         open(results / "benchmark.log", "a", encoding="utf-8") as log,
         tqdm(todo, desc="benchmark", unit="process", disable=not todo) as progress,
     ):
         for round_, backend, size in progress:
             progress.set_postfix_str(f"{backend}, {size} px")
-            if backend in unavailable:  # it is not for want of another size or round
-                known = {name: unavailable[backend][name] for name in ("precision", "device", "status", "reason")}
-                write_json(measure.record_path(request, backend, size, round_), measure.new_record(request, backend, size, round_, **known))
-                continue
-            record = run_worker(request_file, request, backend, size, round_, log)
+            if backend in unavailable:  # not for want of another size or round: no process need be started to find out again
+                record = new_record(request, backend, size, round_, **unavailable[backend])
+                write_json(record_path(request, backend, size, round_), record)
+            else:
+                record = run_worker(request_file, request, backend, size, round_, log)
             if record["status"] == "unavailable":
-                unavailable[backend] = record
+                unavailable[backend] = {name: record[name] for name in ("device", "status", "precision", "reason")}
             line = describe(record)
             log.write(line + "\n")
             tqdm.write(line)
@@ -121,11 +137,11 @@ def sweep(request: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measure.add_arguments(parser, list(SCRIPTS), DEFAULT)
+    add_arguments(parser, list(SCRIPTS), DEFAULT)
     parser.add_argument("--end-to-end", action="store_true", help="also measure from files to labels: see end_to_end.py")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a process is taken for hung")
     args = parser.parse_args()
-    request = measure.make_request(args)
+    request = make_request(args)
     request["backends"] = list(SCRIPTS) if "all" in args.backends else list(dict.fromkeys(args.backends))
     request["timeout"] = args.timeout
     sweep(request)

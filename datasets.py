@@ -257,12 +257,6 @@ def make_test_loader(data: Path, image_size: int, batch_size: int, classes: list
     return loader(HeroFolder(data / "test", test_transform(image_size), classes), batch_size, num_workers, seed=0)
 
 
-def load_test_images(data: Path, image_size: int, classes: list[str], num_workers: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """The whole test set in a fixed order: float32 (N, 3, S, S) normalised, int64 (N,) indices in `classes`.  Raises UserError."""
-    batches = list(make_test_loader(data, image_size, 16, classes, num_workers))
-    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
-
-
 # ------------------------------------------------------------------------------------------------------ the sample heroes
 
 

@@ -79,7 +79,10 @@ class OnnxRuntime:
         if device == "cpu":
             return "NHWC and CUDA graphs are options of ONNX Runtime's CUDA provider; this run is on the CPU" if self.nhwc else None
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            return f"onnxruntime {onnxruntime.__version__} has no CUDA provider; pip uninstall it, then: pip install -r requirements.txt"
+            return (
+                f"onnxruntime {onnxruntime.__version__} has no CUDA provider; measure it in an environment made from requirements.txt, "
+                "as a run of its own: python benchmark.py --run NAME"
+            )
         return None
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:

@@ -20,6 +20,16 @@ def run_script(script: str, *arguments, cwd: Path = ROOT, ok: bool = True) -> su
     return done
 
 
+def load_test_images(data: Path, image_size: int, classes: list[str], num_workers: int = 0) -> tuple:
+    """The whole test set: images float32 (N, 3, S, S) and labels (N,)."""
+    import torch
+
+    import datasets
+
+    batches = list(datasets.make_test_loader(data, image_size, 16, classes, num_workers))
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Path:
     """A folder with the drawn sample as data/, checkpoints for 64 and 96 px in weights/ and training records in results/."""

@@ -1,6 +1,7 @@
 """The real scripts from checkpoints to tables, at small sizes."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -8,24 +9,29 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, run_script
 
+import benchmark
+import compare
 from utils import records
+from utils.timing import trimmed_mean
+from utils.utils import run_main
 
-SMALL = ["--device", "cpu", "--backends", "pytorch", "onnx", "--rounds", "2", "--runs", "6", "--min-seconds", "0", "--quick"]
+SMALL = ["--device", "cpu", "--backends", "pytorch", "onnx", "--image-sizes", "64", "--runs", "6", "--quick"]
 
 
 @pytest.fixture(scope="module")
 def results(project):
     """results/quick of one benchmark over PyTorch and ONNX Runtime in two rounds."""
-    done = run_script("benchmark.py", *SMALL, cwd=project)
+    done = run_script("benchmark.py", *SMALL, "--rounds", "2", cwd=project)
     assert "Which is fastest?" in done.stdout
     return project / "results" / "quick"
 
 
 def test_every_row_is_ok_checked_and_complete(results):
     rows = records.read_csv(results)
-    assert len(rows) == 2 * 2 * 2 and set(rows.status) == {"ok"}
+    assert len(rows) == 2 * 2 and set(rows.status) == {"ok"}
     assert (rows.runs >= 6).all() and set(rows.rounds) == {2}
     assert (rows.agreement >= 0.99).all() and (rows.max_abs_diff < 0.01).all()
     assert (abs(rows.fps - rows.batch_size / rows.mean_ms * 1000) < 1e-2 * rows.fps).all()
@@ -50,14 +56,13 @@ def test_charts_log_and_environment_are_there(results):
 
 def test_a_second_run_measures_nothing_and_an_extended_one_only_what_is_new(project, results):
     stamp = {path: path.stat().st_mtime_ns for path in (results / "raw" / "main").glob("*_round*.json")}
-    assert "everything is up to date" in run_script("benchmark.py", *SMALL, cwd=project).stdout
+    assert "everything is up to date" in run_script("benchmark.py", *SMALL, "--rounds", "2", cwd=project).stdout
     assert {path: path.stat().st_mtime_ns for path in stamp} == stamp
     record = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
-    run_script("benchmark.py", *SMALL, "--image-sizes", "64", "--batch-sizes", "1", "2", cwd=project)
+    run_script("benchmark.py", *SMALL, "--rounds", "2", "--backends", "onnx", "--batch-sizes", "1", "2", cwd=project)
     again = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
     assert sorted(again["batches"]) == ["1", "2", "4"] and again["batches"]["1"] == record["batches"]["1"]
-    rows = pd.read_csv(results / "benchmark_results.csv")
-    assert len(rows) == 2 * (3 + 2)  # batches 1, 2, 4 at 64 px, 1 and 4 at 96 px
+    assert len(pd.read_csv(results / "benchmark_results.csv")) == 3 + 2  # batches 1, 2, 4 of ONNX Runtime, 1 and 4 of PyTorch
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path):
@@ -65,15 +70,50 @@ def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path):
     process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first = tmp_path / "quick" / "raw" / "main" / "pytorch_64_round0.json"
     deadline = time.monotonic() + 120
-    while not first.is_file() and time.monotonic() < deadline:
+    while "process_s" not in (first.read_text(encoding="utf-8") if first.is_file() else "") and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(2)  # into the next process
+    time.sleep(1)  # into the next process
     process.send_signal(signal.SIGINT if sys.platform != "win32" else signal.SIGTERM)
     process.wait(60)
     kept = first.stat().st_mtime_ns
     run_script("benchmark.py", *SMALL, "--results", tmp_path / "quick", cwd=project)
     assert first.stat().st_mtime_ns == kept
     assert set(records.read_csv(tmp_path / "quick").status) == {"ok"}
+
+
+@pytest.mark.slow
+def test_two_runs_one_after_the_other_agree(project, tmp_path):
+    """Speedups of two full runs agree within their intervals in at least 90 % of the configurations at 64 and 96 px."""
+    full = ["--device", "cpu", "--backends", "pytorch", "onnx", "--image-sizes", "64", "96", "--batch-sizes", "1", "4", "16"]
+    for name in ("first", "second"):
+        run_script("benchmark.py", *full, "--results", tmp_path / name, cwd=project)
+    said = run_script("compare.py", tmp_path / "first", tmp_path / "second").stdout
+    agree, total = map(int, re.search(r"Speedup over PyTorch FP32 agrees in (\d+) of (\d+)", said).groups())
+    assert total == 6 and agree >= 0.9 * total, said
+
+
+def test_automatic_batch_sizes_double_until_they_saturate(project, tmp_path):
+    arguments = ["--device", "cpu", "--backends", "onnx", "--image-sizes", "64", "--batch-sizes", "auto", "--runs", "6", "--rounds", "2"]
+    run_script("benchmark.py", *arguments, "--min-seconds", "0", "--max-seconds", "2", "--results", tmp_path, cwd=project)
+    rows = records.read_csv(tmp_path).sort_values("batch_size")
+    batches = rows.batch_size.tolist()
+    assert batches == [2**k for k in range(len(batches))] and len(batches) >= 2
+    assert set(rows.status) == {"ok"} and set(rows.rounds) == {2}
+    first = json.loads((tmp_path / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))["batches"]
+    fps = [batch / trimmed_mean(first[str(batch)]["host_ms"]) for batch in batches]
+    assert batches[-1] == 256 or fps[-1] < 1.05 * fps[-2]
+    assert all(after >= 1.05 * before for before, after in zip(fps[:-2], fps[1:-1], strict=True))
+
+
+def test_end_to_end_shares_add_up_and_the_labels_are_right(project, results):
+    said = run_script("end_to_end.py", "--results", "results/quick", "--seconds", "0.5", cwd=project).stdout
+    table = pd.read_csv(results / "end_to_end.csv")
+    assert table.backend.tolist() == ["pytorch", "onnx"] and "Bottleneck" in said
+    steps = table[[column for column in table if column.endswith("_ms")]].sum(axis=1)
+    assert (abs(table.images_per_s * steps / 1000 - 1) < 1e-4).all()
+    assert table.accuracy.nunique() == 1  # both backends on the same pictures
+    rows = records.read_csv(results)
+    assert abs(table.accuracy[0] - rows.accuracy[0]) < 0.05  # files through uint8 give what the accuracy pass gave
 
 
 def test_a_backend_script_alone_leaves_the_same_kind_of_record(project, results, tmp_path):
@@ -113,18 +153,26 @@ def test_the_export_is_used_again_until_its_checkpoint_changes(project, results)
 @pytest.mark.parametrize(
     "script, arguments, said",
     [
-        ("benchmark.py", ["--image-sizes", "128"], "python train.py --image-sizes 128"),
-        ("benchmark.py", ["--batch-sizes", "0"], "batch sizes"),
-        ("benchmark.py", ["--run", "../x"], "--run"),
-        ("onnx_inference.py", ["--image-sizes", "64", "--device", "cuda"], "--device cpu"),
-        ("compare.py", ["nowhere"], "python benchmark.py"),
+        (benchmark, ["--image-sizes", "128"], "python train.py --image-sizes 128"),
+        (benchmark, ["--image-sizes", "64", "--batch-sizes", "0"], "batch sizes"),
+        (benchmark, ["--image-sizes", "64", "--batch-sizes", "auto", "4"], "auto"),
+        (benchmark, ["--run", "../x"], "--run"),
+        (compare, ["nowhere"], "python benchmark.py"),
     ],
 )
-def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(project, script, arguments, said):
-    if "cuda" in arguments and __import__("torch").cuda.is_available():
-        pytest.skip("there is a GPU here")
-    done = run_script(script, *arguments, cwd=project, ok=False)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(project, script, arguments, said, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run_main(script.main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_asking_for_a_gpu_that_is_not_there(project):
+    done = run_script("onnx_inference.py", "--image-sizes", "64", "--device", "cuda", cwd=project, ok=False)
+    assert done.returncode == 2 and "--device cpu" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_damaged_checkpoint_is_named(project, tmp_path):

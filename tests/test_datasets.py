@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, load_test_images, run_script
 from PIL import Image
 
 import datasets
@@ -53,22 +53,22 @@ def test_a_class_is_the_same_in_both_normal_forms(data):
     assert decomposed != NAMES[0]
     (data / "test" / NAMES[0]).rename(data / "test" / decomposed)
     datasets.prepare(data)
-    images, labels = datasets.load_test_images(data, 32, NAMES, num_workers=0)
+    images, labels = load_test_images(data, 32, NAMES)
     assert images.shape == (2, 3, 32, 32) and images.dtype == torch.float32 and sorted(labels.tolist()) == [0, 1]
     _, _, classes = datasets.make_loaders(data, 32, 2, num_workers=0)
     assert classes == NAMES and all(unicodedata.is_normalized("NFC", name) for name in classes)
 
 
 def test_labels_follow_the_classes_of_the_checkpoint(data):
-    _, labels = datasets.load_test_images(data, 32, NAMES, num_workers=0)
-    _, turned = datasets.load_test_images(data, 32, NAMES[::-1], num_workers=0)
+    _, labels = load_test_images(data, 32, NAMES)
+    _, turned = load_test_images(data, 32, NAMES[::-1])
     assert labels.tolist() == [0, 1] and turned.tolist() == [1, 0]
     with pytest.raises(UserError, match="Пудж"):
-        datasets.load_test_images(data, 32, NAMES[:1], num_workers=0)
+        load_test_images(data, 32, NAMES[:1])
 
 
 def test_worker_processes_read_the_same_test_images(data):
-    alone, together = (datasets.load_test_images(data, 48, NAMES, num_workers=count) for count in (0, 2))
+    alone, together = (load_test_images(data, 48, NAMES, num_workers=count) for count in (0, 2))
     assert torch.equal(alone[0], together[0]) and torch.equal(alone[1], together[1])
 
 

@@ -4,40 +4,35 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from conftest import run_script
 
 import benchmark
-from utils import measure, records
+from utils import records
+from utils.request import make_request
 
 FAULTY = Path(__file__).parent / "faulty_inference.py"
+SETTINGS = {"device": "cpu", "runs": 5, "warmup": 1, "min_seconds": 0.0, "max_seconds": 1.0}
 
 
 @pytest.fixture(scope="module")
 def rows(project, tmp_path_factory):
-    """The table of a sweep over PyTorch and every faulty backend at 64 px: batch 1 works, batch 2 does not."""
-    names = ["killed", "hangs", "takes-all-memory", "raises", "wrong", "not-a-number"]
+    """The table of PyTorch and every faulty backend at 64 px: batch 1 works, batch 2 does not."""
     results = tmp_path_factory.mktemp("faults")
-    settings = dict(
-        image_sizes=[64],
-        batch_sizes=[1, 2],
-        device="cpu",
-        runs=5,
-        rounds=1,
-        warmup=1,
-        min_seconds=0.0,
-        max_seconds=1.0,
-        sustain_seconds=0,
-        seed=0,
-    )
-    folders = dict(data=project / "data", weights=project / "weights", results=results)
-    request = measure.make_request(Namespace(run="main", quick=False, **settings, **folders))
-    request |= {"backends": ["pytorch", *names], "timeout": 25}
+    settings = dict(SETTINGS, image_sizes=[64], batch_sizes=[1, 2], rounds=1, sustain_seconds=3.0, seed=0, run="main", quick=False)
+    request = make_request(Namespace(**settings, data=project / "data", weights=project / "weights", results=results))
+    deadly = ["killed", "hangs"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "SCRIPTS", {**benchmark.SCRIPTS, **dict.fromkeys(names, str(FAULTY))})
-        benchmark.sweep(request)
+        patch.setattr(benchmark, "SCRIPTS", {**benchmark.SCRIPTS, **dict.fromkeys(deadly, str(FAULTY))})
+        benchmark.sweep(request | {"backends": ["pytorch", *deadly], "timeout": 25})
+    flags = [text for name, value in SETTINGS.items() for text in ("--" + name.replace("_", "-"), value)]
+    names = ["takes-all-memory", "raises", "wrong", "not-a-number"]
+    folders = ["--data", project / "data", "--weights", project / "weights", "--results", results]
+    run_script(FAULTY, "--backends", *names, "--image-sizes", 64, "--batch-sizes", 1, 2, *flags, *folders)
     return records.write_csv(results).set_index(["backend", "batch_size"])
 
 
 def test_everything_else_is_complete(rows):
+    assert len(rows) == 2 * 7
     assert (rows.xs(1, level="batch_size").status == "ok").all()
     assert rows.loc["pytorch", 2].status == "ok" and rows.loc["pytorch", 2].mean_ms > 0
 

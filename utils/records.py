@@ -1,6 +1,5 @@
 """Raw records -> rows: the CSV is a pure function of results/raw/."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -162,10 +161,19 @@ def write_csv(results: Path) -> pd.DataFrame:
     for run in rows.run.unique():
         records = read_records(results / "raw" / run)
         environments[run] = {**records[-1]["request"]["environment"], **next((r["process"] for r in records if "process" in r), {})}
+        environments[run]["sweep"] = account([record["wall"] for record in records if "process_s" in record.get("wall", {})])
         environments[run]["short"] = short(environments[run])
         environments[run]["settings"] = {k: v for k, v in records[-1]["request"].items() if k != "environment"}
-    write_json(results / "environment.json", json.loads(json.dumps(environments)))
+    write_json(results / "environment.json", environments)
     return read_csv(results)
+
+
+def account(walls: list[dict]) -> dict | None:
+    """Where a sweep's time went, in seconds: timing with warm-up, checking against PyTorch, and what else its processes took."""
+    if not walls:
+        return None
+    total, checked, timed = (round(sum(wall[name] for wall in walls), 1) for name in ("process_s", "check_s", "time_s"))
+    return {"processes": len(walls), "total_s": total, "time_s": timed, "check_s": checked, "other_s": round(total - timed - checked, 1)}
 
 
 def short(environment: dict) -> str:

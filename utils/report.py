@@ -299,11 +299,21 @@ def described(known: dict) -> dict[str, str]:
         "CUDA": cuda,
         "Packages": packages,
         "Data": data,
+        "Sweep": account(known.get("sweep")),
         "Command": f"`{known.get('command')}`",
         "Commit": commit,
         "Date": known.get("date"),
     }
     return {name: text for name, text in facts.items() if text}
+
+
+def account(sweep: dict | None) -> str | None:
+    """Where the sweep's time went, as a sentence."""
+    if sweep is None:
+        return None
+    each = sweep["other_s"] / sweep["processes"]
+    parts = f"{sweep['time_s']:.0f} s warm-up and timed runs, {sweep['check_s']:.0f} s checks against PyTorch"
+    return f"{sweep['processes']} processes in {sweep['total_s']:.0f} s: {parts}, {each:.1f} s a process to start, load or build, and write"
 
 
 PARTS = {"headline": headline, "table": table, "answers": answers, "environment": environment}

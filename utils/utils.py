@@ -136,7 +136,7 @@ def checkpoint_path(weights: Path, image_size: int) -> Path:
 def fingerprint_of_code() -> str:
     """Short hash of the files whose change makes an earlier measurement stale."""
     root = Path(__file__).resolve().parent.parent
-    names = ["model.py", "datasets.py", "trt.py", "torch_trt.py", "utils/timing.py", "utils/measure.py", "utils/gpu.py"]
+    names = ["model.py", "datasets.py", "trt.py", "torch_trt.py", "utils/timing.py", "utils/request.py", "utils/measure.py", "utils/gpu.py"]
     paths = [root / name for name in names] + sorted(root.glob("*_inference.py"))
     return sha256(*(path for path in paths if path.is_file()))[:16]
 

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import sys
 import time
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -187,7 +188,7 @@ def reference(checkpoint: Path, image_size: int, request: dict, device: str, bas
     path = checkpoint.with_name(f"reference_{image_size}_{device}.npz")
     environment = request["environment"]
     key = sha256(checkpoint, json.dumps([environment["data"], environment["packages"], environment["gpu"], device]))
-    with contextlib.suppress(OSError, ValueError, KeyError):  # missing or cut short: compute it
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # missing or cut short: compute it
         with np.load(path) as stored:
             if str(stored["key"]) == key:
                 return stored["logits"], stored["labels"]

@@ -11,7 +11,7 @@ all: .venv/installed
 	$(PY) benchmark.py $(FLAGS)
 
 test: .venv/installed
-	$(PY) -m pytest --durations 10
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(PY) -m ruff check .

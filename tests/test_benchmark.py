@@ -14,11 +14,32 @@ from conftest import ROOT, run_script
 
 import benchmark
 import compare
-from utils import records
+import end_to_end
+import onnx_inference
+from utils import measure, records
 from utils.timing import trimmed_mean
 from utils.utils import run_main
 
 SMALL = ["--device", "cpu", "--backends", "pytorch", "onnx", "--image-sizes", "64", "--runs", "6", "--quick"]
+
+
+@pytest.fixture
+def call(project, monkeypatch, capsys):
+    """Run a script's main() in this process as a user does in the project's folder; what it printed."""
+
+    def run(script, *arguments, code: int = 0):
+        monkeypatch.chdir(project)
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        main = getattr(script, "main", lambda: measure.main(script.__doc__, script.BACKENDS))
+        if code:
+            with pytest.raises(SystemExit) as stopped:
+                run_main(main)
+            assert stopped.value.code == code
+        else:
+            main()
+        return capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +75,18 @@ def test_charts_log_and_environment_are_there(results):
     assert "batch 4" in (results / "benchmark.log").read_text(encoding="utf-8")
 
 
-def test_a_second_run_measures_nothing_and_an_extended_one_only_what_is_new(project, results):
+def test_a_second_run_measures_nothing_and_an_extended_one_only_what_is_new(project, results, call):
     stamp = {path: path.stat().st_mtime_ns for path in (results / "raw" / "main").glob("*_round*.json")}
-    assert "everything is up to date" in run_script("benchmark.py", *SMALL, "--rounds", "2", cwd=project).stdout
+    assert "everything is up to date" in call(benchmark, *SMALL, "--rounds", "2").out
     assert {path: path.stat().st_mtime_ns for path in stamp} == stamp
     record = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
-    run_script("benchmark.py", *SMALL, "--rounds", "2", "--backends", "onnx", "--batch-sizes", "1", "2", cwd=project)
+    call(benchmark, *SMALL, "--rounds", "2", "--backends", "onnx", "--batch-sizes", "1", "2")
     again = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
     assert sorted(again["batches"]) == ["1", "2", "4"] and again["batches"]["1"] == record["batches"]["1"]
     assert len(pd.read_csv(results / "benchmark_results.csv")) == 3 + 2  # batches 1, 2, 4 of ONNX Runtime, 1 and 4 of PyTorch
 
 
-def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path):
+def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path, call):
     command = [sys.executable, str(ROOT / "benchmark.py"), *SMALL, "--results", str(tmp_path / "quick")]
     process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first = tmp_path / "quick" / "raw" / "main" / "pytorch_64_round0.json"
@@ -76,7 +97,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path):
     process.send_signal(signal.SIGINT if sys.platform != "win32" else signal.SIGTERM)
     process.wait(60)
     kept = first.stat().st_mtime_ns
-    run_script("benchmark.py", *SMALL, "--results", tmp_path / "quick", cwd=project)
+    call(benchmark, *SMALL, "--results", tmp_path / "quick")
     assert first.stat().st_mtime_ns == kept
     assert set(records.read_csv(tmp_path / "quick").status) == {"ok"}
 
@@ -92,13 +113,13 @@ def test_two_runs_one_after_the_other_agree(project, tmp_path):
     assert total == 6 and agree >= 0.9 * total, said
 
 
-def test_automatic_batch_sizes_double_until_they_saturate(project, tmp_path):
-    arguments = ["--device", "cpu", "--backends", "onnx", "--image-sizes", "64", "--batch-sizes", "auto", "--runs", "6", "--rounds", "2"]
-    run_script("benchmark.py", *arguments, "--min-seconds", "0", "--max-seconds", "2", "--results", tmp_path, cwd=project)
-    rows = records.read_csv(tmp_path).sort_values("batch_size")
+def test_automatic_batch_sizes_double_until_they_saturate(project, tmp_path, call):
+    arguments = ["--image-sizes", "64", "--batch-sizes", "auto", "--runs", "6", "--min-seconds", "0", "--max-seconds", "1"]
+    call(onnx_inference, *arguments, "--device", "cpu", "--results", tmp_path)
+    rows = records.read_rows(tmp_path).sort_values("batch_size")
     batches = rows.batch_size.tolist()
     assert batches == [2**k for k in range(len(batches))] and len(batches) >= 2
-    assert set(rows.status) == {"ok"} and set(rows.rounds) == {2}
+    assert set(rows.status) == {"ok"}
     first = json.loads((tmp_path / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))["batches"]
     fps = [batch / trimmed_mean(first[str(batch)]["host_ms"]) for batch in batches]
     assert batches[-1] == 256 or fps[-1] < 1.05 * fps[-2]
@@ -106,42 +127,25 @@ def test_automatic_batch_sizes_double_until_they_saturate(project, tmp_path):
 
 
 def test_end_to_end_shares_add_up_and_the_labels_are_right(project, results):
-    said = run_script("end_to_end.py", "--results", "results/quick", "--seconds", "0.5", cwd=project).stdout
-    table = pd.read_csv(results / "end_to_end.csv")
-    assert table.backend.tolist() == ["pytorch", "onnx"] and "Bottleneck" in said
-    steps = table[[column for column in table if column.endswith("_ms")]].sum(axis=1)
-    assert (abs(table.images_per_s * steps / 1000 - 1) < 1e-4).all()
-    assert table.accuracy.nunique() == 1  # both backends on the same pictures
     rows = records.read_csv(results)
-    assert abs(table.accuracy[0] - rows.accuracy[0]) < 0.05  # files through uint8 give what the accuracy pass gave
+    for backend in ("pytorch", "onnx"):
+        served = end_to_end.serve(backend, 64, 4, "cpu", project / "data", project / "weights", seconds=0.2)
+        steps = sum(value for name, value in served.items() if name.endswith("_ms"))
+        assert served["images_per_s"] * steps / 1000 == pytest.approx(1)
+        assert served["images"] >= 100 and served["bottleneck"].split(" ")[0] in end_to_end.STEPS
+        assert served["accuracy"] == pytest.approx(rows.accuracy[0], abs=0.03)  # what the accuracy pass gave
 
 
-def test_a_backend_script_alone_leaves_the_same_kind_of_record(project, results, tmp_path):
-    arguments = [
-        "--image-sizes",
-        "64",
-        "--batch-sizes",
-        "1",
-        "4",
-        "--runs",
-        "5",
-        "--min-seconds",
-        "0",
-        "--device",
-        "cpu",
-        "--results",
-        tmp_path,
-    ]
-    done = run_script("onnx_inference.py", *arguments, cwd=project)
+def test_a_backend_script_alone_leaves_the_same_kind_of_record(project, results, tmp_path, call):
+    arguments = ["--image-sizes", "64", "--batch-sizes", "1", "4", "--runs", "5", "--min-seconds", "0", "--device", "cpu"]
+    said = call(onnx_inference, *arguments, "--results", tmp_path)
     alone = json.loads((tmp_path / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
     swept = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
     assert alone.keys() == swept.keys() and alone["batches"]["4"].keys() == swept["batches"]["4"].keys()
-    assert "ONNX Runtime FP32" in done.stdout
+    assert "ONNX Runtime FP32" in said.out
 
 
 def test_the_export_is_used_again_until_its_checkpoint_changes(project, results):
-    import onnx_inference
-
     checkpoint = project / "weights" / "best_resnet18_64.pth"
     path, _, cached = onnx_inference.export(checkpoint, 64, "FP32")
     assert cached
@@ -158,24 +162,14 @@ def test_the_export_is_used_again_until_its_checkpoint_changes(project, results)
         (benchmark, ["--image-sizes", "64", "--batch-sizes", "auto", "4"], "auto"),
         (benchmark, ["--run", "../x"], "--run"),
         (compare, ["nowhere"], "python benchmark.py"),
+        (onnx_inference, ["--image-sizes", "64", "--weights", "broken"], "python train.py --force"),
+        (onnx_inference, ["--image-sizes", "64", "--device", "cuda"], "--device cpu"),
     ],
 )
-def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(project, script, arguments, said, monkeypatch, capsys):
-    monkeypatch.chdir(project)
-    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        run_main(script.main)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_asking_for_a_gpu_that_is_not_there(project):
-    done = run_script("onnx_inference.py", "--image-sizes", "64", "--device", "cuda", cwd=project, ok=False)
-    assert done.returncode == 2 and "--device cpu" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_damaged_checkpoint_is_named(project, tmp_path):
-    (tmp_path / "best_resnet18_64.pth").write_bytes(b"not a checkpoint")
-    done = run_script("onnx_inference.py", "--image-sizes", "64", "--weights", tmp_path, cwd=project, ok=False)
-    assert done.returncode == 2 and "best_resnet18_64.pth" in done.stderr and "python train.py --force" in done.stderr
+def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(project, call, script, arguments, said):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    (project / "broken").mkdir(exist_ok=True)
+    (project / "broken" / "best_resnet18_64.pth").write_bytes(b"not a checkpoint")
+    error = call(script, *arguments, code=2).err
+    assert said in error and error.count("\n") == 1

@@ -23,7 +23,7 @@ def rows(project, tmp_path_factory):
     deadly = ["killed", "hangs"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "SCRIPTS", {**benchmark.SCRIPTS, **dict.fromkeys(deadly, str(FAULTY))})
-        benchmark.sweep(request | {"backends": ["pytorch", *deadly], "timeout": 25})
+        benchmark.sweep(request | {"backends": ["pytorch", *deadly], "timeout": 30})
     flags = [text for name, value in SETTINGS.items() for text in ("--" + name.replace("_", "-"), value)]
     names = ["takes-all-memory", "raises", "wrong", "not-a-number"]
     folders = ["--data", project / "data", "--weights", project / "weights", "--results", results]
@@ -41,7 +41,7 @@ def test_everything_else_is_complete(rows):
     "backend, status, reason",
     [
         ("killed", "failed", "signal 9"),
-        ("hangs", "failed", "stopped after 25 s (--timeout)"),
+        ("hangs", "failed", "stopped after 30 s (--timeout)"),
         ("takes-all-memory", "out_of_memory", "memory"),
         ("raises", "failed", "RuntimeError: the kernel was not found"),
         ("wrong", "mismatch", "logits differ from PyTorch FP32 by"),

@@ -136,9 +136,10 @@ def _optimum(ok: pd.DataFrame) -> str:
     for size, group in ok.groupby("image_size"):
         tied = compare.fastest(group)
         best = min(tied, key=lambda row: row.mean_ms)  # of equals the one that answers soonest
-        texts.append(
-            f"{size} px: {compare.name(best)}, batch {best.batch_size}, {figure(best.fps)} images/s at {figure(best.mean_ms)} ms a batch"
-        )
+        text = f"{size} px: {compare.name(best)}, batch {best.batch_size}, {figure(best.fps)} images/s at {figure(best.mean_ms)} ms a batch"
+        if best is not tied[0]:
+            text += f" (no difference that this run can show from batch {tied[0].batch_size}, {figure(tied[0].fps)}, which answers later)"
+        texts.append(text)
     return "**Optimal here,** for throughput: " + "; ".join(texts) + "."
 
 

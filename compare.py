@@ -29,15 +29,10 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.status == "ok"]
 
 
-def same(a: pd.Series, b: pd.Series) -> bool:
-    """Whether the 95 % intervals of two rows' throughput overlap: then this run can show no difference."""
-    return bool(a.fps_low <= b.fps_high and b.fps_low <= a.fps_high)
-
-
 def fastest(rows: pd.DataFrame) -> list[pd.Series]:
     """The row with the highest throughput, and after it those that this run can't tell from it."""
     ordered = [row for _, row in measured(rows).sort_values("fps", ascending=False).iterrows()]
-    return [row for row in ordered if same(ordered[0], row)]
+    return [row for row in ordered if records.level(ordered[0], row)]
 
 
 def saturation(rows: pd.DataFrame) -> int | None:
@@ -79,7 +74,7 @@ def best_within(rows: pd.DataFrame, max_latency_ms: float | None, max_memory_mb:
         return ["No row fits.", *why, "Best of each: " + ", ".join(f"{column} {value:g}" for column, value in nearest.items())]
     ordered = fits.sort_values("fps", ascending=False)
     lines = [f"{'Fastest' if i == 0 else 'Runner-up'}: {_costs(row)}" for i, (_, row) in enumerate(ordered.iloc[:2].iterrows())]
-    if len(ordered) > 1 and same(ordered.iloc[0], ordered.iloc[1]):
+    if len(ordered) > 1 and records.level(ordered.iloc[0], ordered.iloc[1]):
         lines.append("Between these two this run can show no difference in throughput.")
     return lines
 

@@ -14,7 +14,7 @@ from utils.utils import COLUMNS
 
 def table(*rows) -> pd.DataFrame:
     """Rows of (backend, size, batch, fps) or with a status in place of fps, intervals 1 % wide."""
-    made = []
+    made, base = [], {(size, batch): fps for backend, size, batch, fps in rows if backend == "pytorch" and not isinstance(fps, str)}
     for backend, size, batch, fps in rows:
         row = dict.fromkeys(COLUMNS, None) | {"run": "main", "backend": backend, "precision": "FP32", "device": "cpu"}
         row |= {"image_size": size, "batch_size": batch, "status": "ok", "reason": "", "notes": ""}
@@ -30,7 +30,9 @@ def table(*rows) -> pd.DataFrame:
                 "p95_ms": 1.0,
             }
             row |= {"agreement": 1.0, "accuracy": 0.9}
-            row |= {"speedup": fps / 100, "speedup_low": fps / 101, "speedup_high": fps / 99} if backend != "pytorch" else {}
+            if backend != "pytorch" and (size, batch) in base:
+                speedup = fps / base[size, batch]
+                row |= {"speedup": speedup, "speedup_low": speedup * 0.99, "speedup_high": speedup * 1.01}
         made.append(row)
     return pd.DataFrame(made).astype({"fps": float, "fps_low": float, "fps_high": float, "mean_ms": float, "speedup": float})
 
@@ -41,6 +43,11 @@ def test_the_fastest_wins_unless_the_intervals_overlap():
     level = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 100.5))
     assert len(compare.fastest(level)) == 2
     assert "no difference that this run can show" in report.answers_of(level)[0]
+
+
+def test_the_speedup_decides_where_drift_makes_the_throughputs_overlap():
+    rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0)).assign(fps_low=60.0, fps_high=200.0)
+    assert [row.backend for row in compare.fastest(rows)] == ["onnx"]
 
 
 def test_a_row_that_is_not_ok_is_never_best_and_says_why():

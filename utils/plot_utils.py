@@ -20,6 +20,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from utils.records import level
 from utils.utils import write_atomic
 
 WIDTH, DPI = 10.0, 150  # inches, dots per inch; shown about 850 pixels wide in the README
@@ -128,12 +129,12 @@ def series(block: pandas.DataFrame, column: str) -> dict[str, dict]:
 
 
 def leaders(block: pandas.DataFrame, column: str) -> pandas.DataFrame:
-    """Where the highest value is: its row, then those of the same size and batch whose 95 % interval reaches its own."""
+    """Where the highest value is: its row, then those of the same size and batch that this run can't tell from it."""
     found = block[block[column].notna()]
     shared = found.groupby(["image_size", "batch_size"])[column].transform("size") > 1
     best = (found[shared] if shared.any() else found).nlargest(1, column)
     same = found.merge(best[["image_size", "batch_size"]]).sort_values(column, ascending=False, kind="stable")
-    return same[same["fps_high"].fillna(same["fps"]) >= best["fps_low"].fillna(best["fps"]).max()]
+    return same[[level(row, best.iloc[0]) for _, row in same.iterrows()]] if len(best) else same
 
 
 def fastest(block: pandas.DataFrame, column: str) -> str:

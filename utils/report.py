@@ -231,9 +231,10 @@ def headline(rows: pd.DataFrame, environments: dict) -> str:
         return "Nothing to compare with PyTorch FP32 has been measured here yet."
     best = ok.loc[ok.speedup.idxmax()]
     environment = environments.get(best.run, {})
+    confidence = "at 95 % confidence" if best.rounds > 1 else "from run to run; one round, so without what differs between processes"
     return (
-        f"**{compare.name(best)} serves ResNet-18 {best.speedup:.1f} times as fast as PyTorch FP32** "
-        f"({best.speedup_low:.1f}–{best.speedup_high:.1f} at 95 % confidence): {figure(best.fps)} images/s "
+        f"**{compare.name(best)} serves ResNet-18 {best.speedup:.2f} times as fast as PyTorch FP32** "
+        f"({best.speedup_low:.2f}–{best.speedup_high:.2f} {confidence}): {figure(best.fps)} images/s "
         f"at {best.image_size} px, batch {best.batch_size}, with the same class on {best.agreement:.1%} of the test images.  \n"
         f"<sub>{foot(environment)}</sub>"
     )

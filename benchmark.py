@@ -22,8 +22,8 @@ from tqdm import tqdm
 import onnx_inference
 import pytorch_inference
 import tensorrt_inference
-from utils import measure, records
-from utils.request import add_arguments, make_request, measured, new_record, record_key, record_path
+from utils import records
+from utils.request import add_arguments, make_request, measured, new_record, pick_device, record_key, record_path
 from utils.utils import read_json, run_main, write_json
 
 BACKENDS = {**pytorch_inference.BACKENDS, **onnx_inference.BACKENDS, **tensorrt_inference.BACKENDS}
@@ -100,7 +100,7 @@ def describe(record: dict) -> str:
 
 def without_a_gpu(request: dict) -> dict[str, dict]:
     """The backends that can't run for want of a GPU, with their reasons.  On a GPU only a process of its own may load a runtime."""
-    if measure.pick_device(request["device"]) != "cpu":
+    if pick_device(request["device"]) != "cpu":
         return {}
     asked = {name: BACKENDS[name]() for name in request["backends"] if name in BACKENDS}
     reasons = {name: backend.why_unavailable("cpu") for name, backend in asked.items()}

@@ -271,10 +271,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pretrained", action="store_true", help="start from ImageNet's weights (a download)")
     parser.add_argument("--force", action="store_true", help="train again what is already trained")
-    parser.add_argument("--quick", action="store_true", help="try everything out: 64 and 96 px, 1 epoch, into <results>/quick")
+    parser.add_argument("--quick", action="store_true", help="try everything out: 64 px, 1 epoch, into <results>/quick")
     add_path_arguments(parser)
     args = parser.parse_args()
-    sizes = args.image_sizes or ([64, 96] if args.quick else IMAGE_SIZES)
+    sizes = args.image_sizes or ([64] if args.quick else IMAGE_SIZES)
     epochs = args.epochs if args.epochs is not None else 1 if args.quick else EPOCHS
     if min(sizes) < 32 or epochs < 1 or args.batch_size < 1 or args.workers < 0:
         raise UserError("--image-sizes from 32, --epochs and --batch-size from 1, --workers from 0 make sense; see: python train.py --help")

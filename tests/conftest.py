@@ -36,5 +36,5 @@ def load_test_images(data: Path, image_size: int, classes: list[str], num_worker
 def project(tmp_path_factory) -> Path:
     """A folder with the drawn sample as data/ and a checkpoint for 64 px in weights/, as train.py --quick makes them."""
     folder = tmp_path_factory.mktemp("project")
-    run_script("train.py", "--quick", "--image-sizes", 64, "--workers", 0, cwd=folder)
+    run_script("train.py", "--quick", "--workers", 0, cwd=folder)
     return folder

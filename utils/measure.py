@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import gpu, timing
-from utils.request import add_arguments, make_request, measured, new_record, record_path
+from utils.request import add_arguments, make_request, measured, new_record, pick_device, record_path
 from utils.utils import UserError, checkpoint_path, read_json, sha256, write_atomic, write_json
 
 WARM_UP_SECONDS = 0.5  # at least, besides the calls asked for
@@ -326,11 +326,3 @@ def main(description: str, backends: dict) -> None:
 
         rows = read_rows(Path(request["results"]))
         print(text_table(rows[rows.backend.isin(names) & rows.image_size.isin(sizes) & (rows.run == request["run"])]))
-
-
-def pick_device(wanted: str) -> str:
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA GPU; check that nvidia-smi lists one, or use --device cpu")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"

@@ -162,9 +162,20 @@ def verdicts(notes: str) -> list[str]:
     return [part.split(": ")[0] for part in notes.split("; ") if part.split(": ")[0] in VERDICTS]
 
 
+def lines_of(rows: pd.DataFrame) -> list[list[str]]:
+    """The rows as cells; batch sizes without figures for one and the same reason share a line."""
+    lines = []
+    for (*_, status, _), group in rows.groupby(["run", "backend", "image_size", "status", "reason"], sort=False):
+        found = [cells(row) for _, row in group.iterrows()]
+        if status not in ("ok", "mismatch"):
+            found = [[*found[0][:2], ", ".join(line[2] for line in found), *found[0][3:]]]
+        lines += found
+    return lines
+
+
 def text_table(rows: pd.DataFrame) -> str:
     """The rows as aligned text, the reasons of those without figures below."""
-    return "\n".join([aligned([TABLE, *(cells(row) for _, row in rows.iterrows())]), *reasons(rows)])
+    return "\n".join([aligned([TABLE, *lines_of(rows)]), *reasons(rows)])
 
 
 def reasons(rows: pd.DataFrame) -> list[str]:
@@ -253,16 +264,14 @@ def table(rows: pd.DataFrame, environments: dict) -> str:
             parts.append(f"**Run {run}**")
         part = rows[rows.run == run]
         for size, group in part.groupby("image_size"):
-            best = compare.fastest(group) if (group.status == "ok").any() else []
-            bold = {(row.backend, row.batch_size) for row in best}
-            lines = [TABLE]
-            for _, row in group.iterrows():
-                texts = cells(row)
-                if (row.backend, row.batch_size) in bold:
-                    texts[0], texts[6] = f"**{texts[0]}**", f"**{texts[6]}**"
-                lines.append(texts)
+            lines = lines_of(group)
+            if (group.status == "ok").any():
+                best = compare.fastest(group)[0]
+                if len(compare.fastest(group[group.batch_size == best.batch_size])) == 1:  # no other method is level with it
+                    line = next(line for line in lines if line[0] == compare.name(best) and line[2] == str(best.batch_size))
+                    line[0], line[6] = f"**{line[0]}**", f"**{line[6]}**"
             opened = " open" if size == part.image_size.min() else ""
-            parts.append(f"<details{opened}><summary>{size} px</summary>\n\n" + markdown(lines) + "\n\n</details>")
+            parts.append(f"<details{opened}><summary>{size} px</summary>\n\n" + markdown([TABLE, *lines]) + "\n\n</details>")
         parts += [f"<sub>{line}</sub>" for line in reasons(part)]
         parts.append(f"<sub>{foot(environments.get(run, {}))}</sub>")
     return "\n\n".join(parts)

@@ -87,7 +87,7 @@ def test_a_second_run_measures_nothing_and_an_extended_one_only_what_is_new(proj
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path, call):
-    command = [sys.executable, str(ROOT / "benchmark.py"), *SMALL, "--results", str(tmp_path / "quick")]
+    command = [sys.executable, str(ROOT / "benchmark.py"), *SMALL, "--batch-sizes", "1", "--results", str(tmp_path / "quick")]
     process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first = tmp_path / "quick" / "raw" / "main" / "pytorch_64_round0.json"
     deadline = time.monotonic() + 120
@@ -97,7 +97,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path, c
     process.send_signal(signal.SIGINT if sys.platform != "win32" else signal.SIGTERM)
     process.wait(60)
     kept = first.stat().st_mtime_ns
-    call(benchmark, *SMALL, "--results", tmp_path / "quick")
+    call(benchmark, *SMALL, "--batch-sizes", "1", "--results", tmp_path / "quick")
     assert first.stat().st_mtime_ns == kept
     assert set(records.read_csv(tmp_path / "quick").status) == {"ok"}
 

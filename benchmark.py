@@ -11,10 +11,10 @@ environment.json, benchmark.log, the charts and, for a run into results/, the RE
 
 import argparse
 import datetime
+import importlib
 import os
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,12 +22,12 @@ from tqdm import tqdm
 import onnx_inference
 import pytorch_inference
 import tensorrt_inference
-from utils import records
-from utils.request import add_arguments, make_request, measured, new_record, pick_device, record_key, record_path
-from utils.utils import read_json, run_main, write_json
+from utils import ceilings, measure, records
+from utils.request import add_arguments, make_request, measured, new_record, pick_device, record_key, record_path, settings_key
+from utils.utils import fresh_processes, read_json, run_main, write_json
 
 BACKENDS = {**pytorch_inference.BACKENDS, **onnx_inference.BACKENDS, **tensorrt_inference.BACKENDS}
-SCRIPTS = {name: script.__file__ for script in (pytorch_inference, onnx_inference, tensorrt_inference) for name in script.BACKENDS}
+SCRIPTS = {name: script.__name__ for script in (pytorch_inference, onnx_inference, tensorrt_inference) for name in script.BACKENDS}
 DEFAULT = ["pytorch", "onnx", "torch-tensorrt", "tensorrt"]
 ROOT = Path(__file__).resolve().parent
 
@@ -53,26 +53,39 @@ def up_to_date(request: dict, backend: str, size: int, round_: int) -> bool:
     return record["status"] != "ok" or set(map(str, wanted["batch_sizes"])) <= set(measured(path, key))
 
 
-def run_worker(request_file: Path, request: dict, backend: str, size: int, round_: int, log) -> dict:
+def work(request: dict, script: str, backend: str, size: int, round_: int, log: Path) -> None:
+    """What a worker process does: measure one backend at one image size, everything that anyone says going to the log."""
+    with open(log, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    make = importlib.import_module(script).BACKENDS[backend]
+    run_main(lambda: measure.measure(backend, make(), size, round_, request, pick_device(request["device"])))
+
+
+def run_worker(request: dict, backend: str, size: int, round_: int, log: Path) -> dict:
     """Measure in a fresh process; the record.  If it dies or hangs, what it had measured stays and the rest is marked failed."""
-    command = [sys.executable, SCRIPTS[backend], "--request", request_file, "--backends", backend]
-    command += ["--image-sizes", str(size), "--round", str(round_)]
-    environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
-    log.write(f"\n=== {datetime.datetime.now():%Y-%m-%d %H:%M:%S} round {round_ + 1}, {backend}, {size} px\n")
-    log.flush()
-    path, before, start = record_path(request, backend, size, round_), Path(log.name).stat().st_size, time.perf_counter()
+    said_before, start = log.stat().st_size, time.perf_counter()
+    process = fresh_processes().Process(target=work, args=(request, SCRIPTS[backend], backend, size, round_, log))
+    process.start()
     try:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=request["timeout"]).returncode
-        died = f"its process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}" if code else ""
-    except subprocess.TimeoutExpired:
-        died = f"its process was stopped after {request['timeout']:g} s (--timeout)"
-    key, record = record_key(request, size), read_json(path)
-    if not died:
+        process.join(request["timeout"])
+        code = process.exitcode
+    finally:
+        process.kill()
+        process.join()
+    key, path = record_key(request, size), record_path(request, backend, size, round_)
+    record = read_json(path)
+    if code == 0:
         if "wall" in record:
             record["wall"]["process_s"] = round(time.perf_counter() - start, 3)
             write_json(path, record)
         return record
-    said = Path(log.name).read_bytes()[before:].decode("utf-8", errors="replace").strip().splitlines()
+    died = (
+        f"its process was stopped after {request['timeout']:g} s (--timeout)"
+        if code is None
+        else f"its process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
+    )
+    said = log.read_bytes()[said_before:].decode("utf-8", errors="replace").strip().splitlines()
     reason = f"{died}: {said[-1][:300]}" if said else died
     if record is None or record["key"] != key:
         record = new_record(request, backend, size, round_, status="failed", reason=reason)
@@ -108,31 +121,42 @@ def without_a_gpu(request: dict) -> dict[str, dict]:
     return {name: {**known, "precision": asked[name].precision, "reason": reason} for name, reason in reasons.items() if reason}
 
 
+def measure_ceilings(request: dict) -> None:
+    """Have a fresh process measure what this machine could do at most, unless it is known for the same settings."""
+    path, key = Path(request["results"]) / "raw" / request["run"] / "ceilings.json", settings_key(request)
+    if (read_json(path) or {}).get("settings_key") != key:
+        with ProcessPoolExecutor(1, mp_context=fresh_processes()) as pool:
+            write_json(path, {"settings_key": key, **pool.submit(ceilings.measure, pick_device(request["device"])).result()})
+
+
 def sweep(request: dict) -> None:
     """Bring every record of the request up to date, one process after another."""
-    results = Path(request["results"])
-    request_file = results / "raw" / request["run"] / "request.json"
-    write_json(request_file, request)
+    log = Path(request["results"]) / "benchmark.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+
+    def note(text: str) -> None:
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
     todo = [step for step in plan(request) if not up_to_date(request, step[1], step[2], step[0])]
     unavailable = without_a_gpu(request)
-    with (
-        open(results / "benchmark.log", "a", encoding="utf-8") as log,
-        tqdm(todo, desc="benchmark", unit="process", disable=not todo) as progress,
-    ):
+    measure_ceilings(request)
+    with tqdm(todo, desc="benchmark", unit="process", disable=not todo) as progress:
         for round_, backend, size in progress:
             progress.set_postfix_str(f"{backend}, {size} px")
+            note(f"\n=== {datetime.datetime.now():%Y-%m-%d %H:%M:%S} round {round_ + 1}, {backend}, {size} px")
             if backend in unavailable:  # not for want of another size or round: no process need be started to find out again
                 record = new_record(request, backend, size, round_, **unavailable[backend])
                 write_json(record_path(request, backend, size, round_), record)
             else:
-                record = run_worker(request_file, request, backend, size, round_, log)
+                record = run_worker(request, backend, size, round_, log)
             if record["status"] == "unavailable":
                 unavailable[backend] = {name: record[name] for name in ("device", "status", "precision", "reason")}
             line = describe(record)
-            log.write(line + "\n")
+            note(line)
             tqdm.write(line)
     if not todo:
-        print(f"{results / 'raw' / request['run']}: everything is up to date")
+        print(f"{Path(request['results']) / 'raw' / request['run']}: everything is up to date")
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ normalised there.  Steps are timed one after another with a synchronise between 
 
 import argparse
 import math
-import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -21,13 +20,18 @@ import pandas as pd
 from tqdm import tqdm
 
 import compare
-from utils.utils import UserError, add_path_arguments, checkpoint_path, run_main, write_atomic
+from utils.utils import UserError, add_path_arguments, checkpoint_path, fresh_processes, run_main, write_atomic
 
 STEPS = ["decode", "resize", "copy", "normalise", "infer", "copy_back"]
 
 
-def serve(backend_name: str, image_size: int, batch_size: int, device: str, data: Path, weights: Path, seconds: float) -> dict:
-    """Serve the test set over and over for at least `seconds` after one untimed pass; ms per image of every step, images/s, accuracy."""
+def serve(
+    backend_name: str, image_size: int, batch_size: int, batch_sizes: list[int], device: str, data: Path, weights: Path, seconds: float
+) -> dict:
+    """Serve the test set over and over for at least `seconds` after one untimed pass; ms per image of every step, images/s, accuracy.
+
+    `batch_sizes` are those of the table, so that the engine that was measured is the one that serves.
+    """
     import torch
     from torchvision.transforms import v2
 
@@ -51,7 +55,7 @@ def serve(backend_name: str, image_size: int, batch_size: int, device: str, data
     stream = torch.cuda.Stream() if cuda else None
     spent, served, correct = dict.fromkeys(STEPS, 0.0), 0, 0
     with torch.inference_mode(), torch.cuda.stream(stream), ThreadPoolExecutor(os.cpu_count()) as pool:
-        backend.load(checkpoint, image_size, [batch_size], device)
+        backend.load(checkpoint, image_size, batch_sizes, device)
         pinned = torch.empty(batch_size, image_size, image_size, 3, dtype=torch.uint8, pin_memory=cuda)
         stop = None
         while stop is None or time.perf_counter() < stop:
@@ -90,24 +94,27 @@ def serve(backend_name: str, image_size: int, batch_size: int, device: str, data
 
 
 def run(rows: pd.DataFrame, sizes: list[int] | None, data: Path, weights: Path, results: Path, seconds: float) -> pd.DataFrame:
-    """Serve with every backend of `rows` at every size at its fastest batch; write results/end_to_end.csv and return it."""
+    """Serve with every backend of `rows` at every size at its fastest batch; merge into results/end_to_end.csv and return what is new."""
     ok = compare.measured(rows)
+    batch_sizes = sorted(set(rows.batch_size.tolist()))
     chosen = ok.loc[ok.groupby(["run", "backend", "image_size"], sort=False).fps.idxmax()]
     if sizes:
         chosen = chosen[chosen.image_size.isin(sizes)]
     table = []
     for row in tqdm(list(chosen.itertuples()), desc="end to end", unit="process"):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            served = pool.submit(serve, row.backend, row.image_size, row.batch_size, row.device, data, weights, seconds).result()
+        with ProcessPoolExecutor(1, mp_context=fresh_processes()) as pool:
+            where = row.image_size, row.batch_size, batch_sizes, row.device
+            served = pool.submit(serve, row.backend, *where, data, weights, seconds).result()
         known = {"run": row.run, "backend": row.backend, "image_size": row.image_size, "batch_size": row.batch_size}
         table.append({**known, **served, "infer_alone_images_per_s": row.fps})
-    frame = pd.DataFrame(table)
-    write_atomic(results / "end_to_end.csv", frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    return frame
+    new, path = pd.DataFrame(table), results / "end_to_end.csv"
+    keys = ["run", "backend", "image_size"]
+    both = pd.concat([pd.read_csv(path), new]).drop_duplicates(keys, keep="last") if path.exists() else new
+    write_atomic(path, both.sort_values(["run", "image_size"], kind="stable").to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    return new
 
 
 def main() -> None:
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image-sizes", nargs="+", type=int, help="default: all that are in the table")
     parser.add_argument("--run", default="main", help="whose rows; this environment must be the one that measured them")

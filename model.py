@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from torchvision.models.resnet import BasicBlock
 
 from utils.utils import UserError, write_atomic
 
@@ -70,12 +71,25 @@ def fold_batch_norm(model: torch.nn.Module) -> torch.nn.Module:
     return optimization.fuse(copy.deepcopy(model).eval())
 
 
-def count_flops(image_size: int, num_classes: int = 1000) -> int:
-    """Floating-point operations for one image of image_size x image_size pixels, 2 per multiply-add, counted on the network's own
-    convolutions and matrix products (torch.utils.flop_counter); nothing is computed.
+def count_work(image_size: int, num_classes: int = 1000) -> dict[str, int]:
+    """What ResNet-18 does for one image of image_size x image_size pixels; the network is walked through, nothing is computed.
+
+    flops        floating-point operations of convolutions and matrix products, 2 per multiply-add (torch.utils.flop_counter)
+    activations  numbers that its layers read and write, batch norm, ReLU and residual sums counted as part of their convolution
+    weights      numbers read once per batch
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    activations = []
+
+    def note(module, inputs, output):
+        activations.append(output.numel() if isinstance(module, BasicBlock) else inputs[0].numel() + output.numel())
+
     with torch.inference_mode(False), torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build(num_classes).eval()(torch.empty(1, 3, image_size, image_size))
-    return counter.get_total_flops()
+        network = build(num_classes).eval()
+        for module in network.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.MaxPool2d, torch.nn.AdaptiveAvgPool2d, BasicBlock)):
+                module.register_forward_hook(note)  # of a block only the residual, which its last convolution reads
+        network(torch.empty(1, 3, image_size, image_size))
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    return {"flops": counter.get_total_flops(), "activations": sum(activations), "weights": weights}

@@ -29,7 +29,7 @@ import datasets
 import model as networks
 from utils.utils import IMAGE_SIZES, UserError, add_path_arguments, checkpoint_path, cpu_name, read_json, run_main, write_atomic, write_json
 
-EPOCHS, BATCH_SIZE = 5, 16
+EPOCHS, BATCH_SIZE = 5, 8  # 8 learns from 18 sample heroes a class what 16 does from 24
 LEARNING_RATE = 5e-4  # AdamW's peak; the best of 3e-4 to 4e-3, and better than SGD, on the sample heroes in 5 epochs
 WEIGHT_DECAY = 0.05
 MOMENTUM = 0.2  # of batch norm's statistics; at torch's 0.1 they lag behind the weights in so few steps (95 instead of 98 % right)
@@ -127,8 +127,8 @@ def train_one_epoch(model, batches, optimizer, scaler, precision, device, rate_a
 
 @torch.inference_mode()
 def evaluate(network, batches, device) -> dict[str, float]:
-    """Loss and accuracy on the whole test set, every image once; in FP32, as the benchmark's baseline will run the network."""
-    network.eval()
+    """Loss and accuracy on the whole test set, every image once, in FP32; batch norm is folded, which saves a CPU a sixth of the time."""
+    network = networks.fold_batch_norm(network)
     loss_sum, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
     for images, labels in batches:
         logits = network(images.to(device, non_blocking=True, memory_format=torch.channels_last))

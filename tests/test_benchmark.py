@@ -15,7 +15,9 @@ from conftest import ROOT, run_script
 import benchmark
 import compare
 import end_to_end
+import model
 import onnx_inference
+import pytorch_inference
 from utils import measure, records
 from utils.timing import trimmed_mean
 from utils.utils import run_main
@@ -58,7 +60,10 @@ def test_every_row_is_ok_checked_and_complete(results):
     assert (abs(rows.fps - rows.batch_size / rows.mean_ms * 1000) < 1e-2 * rows.fps).all()
     onnx, base = (rows[rows.backend == name].set_index(["image_size", "batch_size"]) for name in ("onnx", "pytorch"))
     assert (abs(onnx.speedup - base.mean_ms / onnx.mean_ms) < 1e-3 * onnx.speedup).all()
-    assert base.gpu_memory_mb.isna().all()  # no GPU: empty, not 0
+    gpu_only = ["gpu_memory_mb", "gpu_ms", "busy_ms", "sustained_fps", "power_w", "pct_peak"]
+    assert rows[gpu_only].isna().all(axis=None)  # no GPU: empty, not 0
+    assert rows.tflops.to_numpy() == pytest.approx(rows.fps.to_numpy() * model.count_work(64, 4)["flops"] / 1e12, rel=1e-5)
+    assert (rows.pct_measured_peak > 0).all() and rows.host_memory_mb.between(100, 5000).all() and set(rows.limit) <= {"compute", "memory"}
 
 
 def test_the_csv_can_be_recomputed_from_the_raw_samples(results):
@@ -68,7 +73,7 @@ def test_the_csv_can_be_recomputed_from_the_raw_samples(results):
 
 
 def test_charts_log_and_environment_are_there(results):
-    for name in ("fps_vs_image_size.png", "fps_vs_batch_size.png", "speedup_vs_image_size.png"):
+    for name in ("fps_vs_image_size.png", "fps_vs_batch_size.png", "speedup_vs_image_size.png", "roofline.png"):
         assert (results / name).read_bytes().startswith(b"\x89PNG")
     environment = json.loads((results / "environment.json").read_text(encoding="utf-8"))["main"]
     assert environment["sample_data"] is True and environment["packages"]["torch"] and environment["threads"] >= 1
@@ -145,7 +150,7 @@ def test_automatic_batch_sizes_double_until_they_saturate(project, tmp_path, cal
 def test_end_to_end_shares_add_up_and_the_labels_are_right(project, results):
     rows = records.read_csv(results)
     for backend in ("pytorch", "onnx"):
-        served = end_to_end.serve(backend, 64, 4, "cpu", project / "data", project / "weights", seconds=0.2)
+        served = end_to_end.serve(backend, 64, 4, [1, 4], "cpu", project / "data", project / "weights", seconds=0.2)
         steps = sum(value for name, value in served.items() if name.endswith("_ms"))
         assert served["images_per_s"] * steps / 1000 == pytest.approx(1)
         assert served["images"] >= 100 and served["bottleneck"].split(" ")[0] in end_to_end.STEPS
@@ -159,6 +164,13 @@ def test_a_backend_script_alone_leaves_the_same_kind_of_record(project, results,
     swept = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
     assert alone.keys() == swept.keys() and alone["batches"]["4"].keys() == swept["batches"]["4"].keys()
     assert "ONNX Runtime FP32" in said.out
+
+
+def test_a_profile_is_a_table_by_operator_and_a_trace(project, tmp_path, call):
+    said = call(pytorch_inference, "--quick", "--profile", "--batch-sizes", "2", "--device", "cpu", "--results", tmp_path).out
+    assert "convolution" in said and "Self CPU" in said
+    trace = json.loads((tmp_path / "quick" / "profile" / "pytorch_64_batch2.json").read_text(encoding="utf-8"))
+    assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
 
 
 def test_the_export_is_used_again_until_its_checkpoint_changes(project, results):

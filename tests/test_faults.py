@@ -10,7 +10,7 @@ import benchmark
 from utils import records
 from utils.request import make_request
 
-FAULTY = Path(__file__).parent / "faulty_inference.py"
+FAULTY = Path(__file__).with_name("faulty_inference.py")
 SETTINGS = {"device": "cpu", "runs": 5, "warmup": 1, "min_seconds": 0.0, "max_seconds": 1.0}
 
 
@@ -22,7 +22,7 @@ def rows(project, tmp_path_factory):
     request = make_request(Namespace(**settings, data=project / "data", weights=project / "weights", results=results))
     deadly = ["killed", "hangs"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "SCRIPTS", {**benchmark.SCRIPTS, **dict.fromkeys(deadly, str(FAULTY))})
+        patch.setattr(benchmark, "SCRIPTS", {**benchmark.SCRIPTS, **dict.fromkeys(deadly, FAULTY.stem)})
         benchmark.sweep(request | {"backends": ["pytorch", *deadly], "timeout": 30})
     flags = [text for name, value in SETTINGS.items() for text in ("--" + name.replace("_", "-"), value)]
     names = ["takes-all-memory", "raises", "wrong", "not-a-number"]

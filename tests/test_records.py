@@ -10,6 +10,8 @@ from conftest import ROOT
 from utils import records
 from utils.utils import COLUMNS
 
+WORK = {"flops": 10**9, "activations": 2 * 10**6, "weights": 8 * 10**6}
+
 
 def record(backend="pytorch", round_=0, host_ms=(10.0,) * 10, key="k", settings_key="s", time="2026-01-01", **changes) -> dict:
     """One raw record with a single batch size of 4, as measure.py writes it."""
@@ -27,10 +29,10 @@ def record(backend="pytorch", round_=0, host_ms=(10.0,) * 10, key="k", settings_
         **{"date": "2026-01-01", "command": "python benchmark.py", "data": "f", "sample_data": True},
     }
     batch = {"status": "ok", "reason": "", "max_abs_diff": 0.01, "host_ms": list(host_ms), "enqueue_ms": [], "gpu_ms": []}
-    batch |= {"gpu_memory_mb": None, "torch_memory_mb": None, "sustained": None}
+    batch |= {"gpu_memory_mb": None, "memory_of": None, "torch_memory_mb": None, "host_memory_mb": 500.0, "sustained": None}
     made = {
         **{"key": key, "settings_key": settings_key, "time": time, "run": "main", "backend": backend, "precision": "FP32", "device": "cpu"},
-        **{"image_size": 64, "round": round_, "status": "ok", "reason": "", "flops_per_image": 10**9},
+        **{"image_size": 64, "round": round_, "status": "ok", "reason": "", "work": dict(WORK)},
         "request": {"batch_sizes": [4], "runs": 10, "backends": ["pytorch", "onnx"], "environment": environment},
         "build": {"seconds": 1.5, "from_cache": round_ > 0, "artefact_mb": 40.0},
         "process": {"threads": 2},
@@ -50,7 +52,27 @@ def test_a_row_against_hand_worked_figures():
     assert onnx.tflops == pytest.approx(800 * 1e9 / 1e12)
     assert onnx.agreement == 0.99 and onnx.accuracy == 0.9 and onnx.max_abs_diff == 0.02
     assert onnx.build_s == 1.5 and onnx.status == "ok"
-    assert onnx.gpu_memory_mb is None and onnx.power_w is None  # what can't be read is empty
+    assert onnx.gpu_memory_mb is None and onnx.power_w is None and onnx.limit is None  # what can't be read is empty
+
+
+def test_what_the_device_did_against_hand_worked_figures():
+    gpu = {"gpu": "NVIDIA H200", "compute_capability": [9, 0], "sm_count": 100, "boost_clock_mhz": 1000.0}
+    rounds = [record(round_=k, device="cuda", precision="FP16") for k in range(3)]
+    for one in rounds:
+        one["request"]["environment"] |= gpu
+        one["batches"]["4"] |= {"gpu_ms": [9.0] * 10, "enqueue_ms": [1.0] * 10, "gpu_memory_mb": 900.0, "memory_of": "device"}
+    watched = {"gpu_util_pct": 99.0, "power_w": 500.0, "sm_clock_mhz": 1000.0, "temperature_c": 40.0, "throttled": "no"}
+    rounds[0]["batches"]["4"] |= {"busy_ms": 6.0, "sustained": {**watched, "energy_j": 1500.0, "calls": 250, "loop_s": 2.0}}
+    (row,) = records.rows_of(rounds, {"tflops": {"FP16": 8.0}, "gb_per_s": 10.0})
+    assert row.tflops == pytest.approx(400 * 1e9 / 1e12)
+    assert row.pct_peak == pytest.approx(100 * 0.4 / (100 * 1e9 * 2048 * 2 / 1e12))
+    assert row.pct_measured_peak == pytest.approx(100 * 0.4 / 8)
+    assert row.flops_per_byte == pytest.approx(1e9 / (2 * (2e6 + 8e6 / 4)))  # 250 FLOP/B x 10 GB/s = 2.5 TFLOP/s < 8
+    assert row.limit == "memory" and row.sustained_fps == 500 and row.mj_per_image == 1500
+    assert row.temperature_c == 40 and row.host_memory_mb == 500 and "device memory" in row.notes
+    rounds[0]["batches"]["4"]["busy_ms"] = 4.0  # of 10 ms
+    assert records.rows_of(rounds, {"tflops": {"FP16": 8.0}, "gb_per_s": 10.0})[0].limit == "launch"
+    assert records.rows_of(rounds)[0].limit is None  # no ceilings measured
 
 
 @pytest.mark.parametrize(

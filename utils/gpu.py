@@ -4,11 +4,14 @@ Every reading that the driver does not give is None, never 0.  NVML is asked bet
 """
 
 import contextlib
+import ctypes
 import functools
 import os
+import sys
 import threading
 import time
 
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # so that the driver's GPU 0 is CUDA's
 MB = 2**20
 THROTTLE = {  # nvml.h, nvmlClocksEventReasons; idle, application clocks and display settings slow nothing down unasked
     0x04: "power cap",
@@ -57,38 +60,62 @@ def _read(name: str, *arguments):
         return None
 
 
+def _attribute(number: int) -> int | None:
+    """A fact about CUDA's device 0 by its number in cuda.h (CUdevice_attribute), or None; asking makes no CUDA context."""
+    with contextlib.suppress(OSError):
+        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        device, value = ctypes.c_int(), ctypes.c_int()
+        done = cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(device), 0), cuda.cuDeviceGetAttribute(ctypes.byref(value), number, device)
+        return value.value if not any(done) else None
+
+
 def describe() -> dict:
-    """Name, driver, memory in MB, power limit in W and highest SM clock in MHz of the GPU; {} without one."""
+    """Name, driver, memory in MB, power limit in W, compute capability, SMs and boost clock in MHz of the GPU; {} without one."""
     name = _read("nvmlDeviceGetName")
     if name is None:
         return {}
-    nvml = _nvml()
-    driver = nvml.nvmlSystemGetDriverVersion()
+    driver = _nvml().nvmlSystemGetDriverVersion()
     power, memory = _read("nvmlDeviceGetPowerManagementLimit"), _read("nvmlDeviceGetMemoryInfo")
+    clock_khz, sm_count, major, minor = (_attribute(number) for number in (13, 16, 75, 76))
     return {
         "gpu": name if isinstance(name, str) else name.decode(),
         "driver": driver if isinstance(driver, str) else driver.decode(),
         "gpu_memory_mb": memory and round(memory.total / MB),
         "power_limit_w": power and power / 1000,
-        "max_sm_clock_mhz": _read("nvmlDeviceGetMaxClockInfo", getattr(nvml, "NVML_CLOCK_SM", 1)),
+        "compute_capability": major and [major, minor],
+        "sm_count": sm_count,
+        "boost_clock_mhz": clock_khz and clock_khz / 1000,
     }
 
 
-def process_memory_mb() -> float | None:
-    """GPU memory that the driver counts for this process, in MB (context, libraries, arenas and tensors).
+def memory_mb() -> tuple[float | None, str | None]:
+    """GPU memory of this process in MB (context, libraries, arenas and tensors), and whose reading it is.
 
-    None where the driver keeps it to itself (Windows, some containers).
+    "process": what the driver counts for it.  "device", where the driver keeps that to itself (Windows, some containers): the rise of
+    everyone's memory over level_before_context(), which holds what other programs took or gave back meanwhile.  (None, None): not known.
     """
     for process in _read("nvmlDeviceGetComputeRunningProcesses") or []:
         if process.pid == os.getpid() and process.usedGpuMemory:
-            return process.usedGpuMemory / MB
-    return None
+            return process.usedGpuMemory / MB, "process"
+    level, memory = level_before_context(), _read("nvmlDeviceGetMemoryInfo")
+    return ((memory.used - level) / MB, "device") if memory and level is not None and memory.used > level else (None, None)
 
 
-def device_memory_mb() -> float | None:
-    """GPU memory in use by everyone, in MB."""
+@functools.cache
+def level_before_context() -> int | None:
+    """Bytes of GPU memory that everyone used when this was first called: call it before anything touches CUDA."""
     memory = _read("nvmlDeviceGetMemoryInfo")
-    return memory and memory.used / MB
+    return memory and memory.used
+
+
+@functools.cache
+def context_mb() -> float | None:
+    """Make the CUDA context, if there is none, and say what it takes in MB, with PyTorch's kernels and before any tensor."""
+    import torch
+
+    level_before_context()
+    torch.cuda.synchronize()
+    return memory_mb()[0]
 
 
 class Watch:

@@ -9,7 +9,6 @@ import io
 import json
 import math
 import multiprocessing
-import os
 import sys
 import time
 import zipfile
@@ -17,8 +16,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 
-from utils import gpu, timing
+from utils import gpu, profiling, timing
 from utils.request import add_arguments, make_request, measured, new_record, pick_device, record_path
 from utils.utils import UserError, checkpoint_path, read_json, sha256, write_atomic, write_json
 
@@ -48,11 +48,13 @@ def measure(name: str, backend, image_size: int, round_: int, request: dict, dev
         return record
     record["batches"] = measured(path, record["key"])
     wall = record["wall"] = {"load_s": 0.0, "check_s": 0.0, "time_s": 0.0}
+    context_mb = gpu.context_mb() if device == "cuda" else None
     stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
     with torch.inference_mode(), stream:
         try:
             with stopwatch(wall, "load_s"):
                 load(record, backend, request, device)
+                record["process"]["context_mb"] = context_mb
             with stopwatch(wall, "check_s"):
                 checked_with = check(record, backend, request, device)
         except UserError:
@@ -73,6 +75,11 @@ def measure(name: str, backend, image_size: int, round_: int, request: dict, dev
             except Exception as error:
                 result = {"status": failure(error), "reason": one_line(error)}
             record["batches"][str(batch_size)] = result
+            write_json(path, record)
+        if watch:  # last, since the profiler may slow down what follows
+            for batch_size, result in record["batches"].items():
+                if result["status"] == "ok" and "busy_ms" not in result:
+                    result["busy_ms"] = profiling.busy_ms(prepared(backend, checked_with[0][: int(batch_size)], device))
             write_json(path, record)
     if request["auto"]:  # what the record holds is all that was wanted
         record["request"] = {**request, "batch_sizes": sorted(map(int, record["batches"]))}
@@ -124,7 +131,7 @@ def load(record: dict, backend, request: dict, device: str) -> None:
         "artefact_mb": artefact and round(artefact.stat().st_size / 2**20, 1),
     }
     if record["round"] == 0:
-        record["flops_per_image"] = model.count_flops(record["image_size"])
+        record["work"] = model.count_work(record["image_size"], len(model.load_facts(checkpoint)["classes"]))
     record["process"] = {
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if device == "cuda" else None,
@@ -240,47 +247,39 @@ def time_batch(backend, batch_size: int, checked_with: tuple, request: dict, dev
             "reason": f"logits differ from PyTorch FP32 by {difference:.3g}, more than {tolerance:.3g}",
             "max_abs_diff": difference,
         }
-    x = backend.prepare(images.to(device))
+    call = prepared(backend, images, device)
     rounds = request["rounds"]
     at_most = (request["max_seconds"] or MAX_SECONDS[device]) / rounds
     warmup = 1
     if time.perf_counter() - start < at_most / 2:
-        warmup += timing.warm_up(lambda: backend.predict(x), synchronize, request["warmup"] - 1, WARM_UP_SECONDS, at_most / 2)
+        warmup += timing.warm_up(call, synchronize, request["warmup"] - 1, WARM_UP_SECONDS, at_most / 2)
     samples = timing.sample(
-        lambda: backend.predict(x),
+        call,
         synchronize,
         runs=math.ceil(request["runs"] / rounds),
         min_seconds=request["min_seconds"] / rounds,
         max_seconds=at_most,
         new_event=(lambda: torch.cuda.Event(enable_timing=True)) if cuda else None,
     )
+    gpu_memory_mb, memory_of = gpu.memory_mb() if cuda else (None, None)
     return {
         "status": "ok",
         "reason": "",
         "max_abs_diff": difference,
         "warmup": warmup,
         **vars(samples),
-        "gpu_memory_mb": gpu.process_memory_mb() if cuda else None,
+        "gpu_memory_mb": gpu_memory_mb,
+        "memory_of": memory_of,
+        "host_memory_mb": psutil.Process().memory_info().rss / 2**20,
         "torch_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda and getattr(backend, "torch_allocator", False) else None,
-        "sustained": sustain(lambda: backend.predict(x), synchronize, watch) if watch else None,
+        "sustained": profiling.sustain(call, synchronize, watch) if watch else None,
     }
 
 
-def sustain(call, synchronize, seconds: float) -> dict:
-    """Call for at least `seconds`, synchronising about 20 times a second only, while the driver is watched."""
-    start = time.perf_counter()
-    call()
-    synchronize()
-    group = max(1, int(0.05 / max(time.perf_counter() - start, 1e-5)))
-    calls = 0
-    with gpu.Watch() as watch:
-        start = time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            for _ in range(group):
-                call()
-            synchronize()
-            calls += group
-    return {**watch.result, "calls": calls}
+def prepared(backend, images, device: str):
+    """The call that is timed: predict() of images (N, 3, S, S), which lie on the device in the backend's own form."""
+    x = backend.prepare(images.to(device))
+    return lambda: backend.predict(x)
 
 
 def failure(error: Exception) -> str:
@@ -297,32 +296,47 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
 
 
+def profile(name: str, backend, image_size: int, batch_size: int, request: dict, device: str) -> None:
+    """Print the table by operator of some calls, and write their Chrome trace to results/profile/.  Raises UserError."""
+    import torch
+
+    if reason := backend.why_unavailable(device):
+        raise UserError(f"{name}: {reason}")
+    path = Path(request["results"]) / "profile" / f"{name}_{image_size}_batch{batch_size}.json"
+    stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
+    with torch.inference_mode(), stream:
+        backend.load(checkpoint_path(Path(request["weights"]), image_size), image_size, [batch_size], device)
+        call = prepared(backend, torch.rand(batch_size, 3, image_size, image_size), device)
+        print(f"{name}, {image_size} px, batch {batch_size}, {profiling.CALLS} calls")
+        print(profiling.table_and_trace(call, device, path))
+    print(f"written: {path} (open it in chrome://tracing or ui.perfetto.dev)")
+
+
 def main(description: str, backends: dict) -> None:
-    """A backend script's main(): measure its backends in this process and print their table; under benchmark.py just one of them.
+    """A backend script's main(): measure its backends in this process and print their table.
 
     `backends` maps names to callables that make a backend.
     """
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # so that the driver's GPU 0 is CUDA's
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, list(backends), default=[next(iter(backends))])
-    parser.add_argument("--request", type=Path, help=argparse.SUPPRESS)  # benchmark.py's settings, instead of the arguments above
-    parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help="not time but trace the first size and last batch size")
     args = parser.parse_args()
-    request = read_json(args.request) if args.request else {**make_request(args), "rounds": 1}  # rounds are fresh processes: benchmark.py's
+    request = {**make_request(args), "rounds": 1}  # rounds are fresh processes: benchmark.py's
     import torch
 
-    device = pick_device(args.device if not args.request else request["device"])
-    names = list(backends) if "all" in args.backends else args.backends
-    sizes = args.image_sizes if args.request else request["image_sizes"]
+    from utils.records import read_rows
+    from utils.report import text_table
+
+    device = pick_device(request["device"])
+    names, sizes = list(backends) if "all" in args.backends else args.backends, request["image_sizes"]
+    if args.profile:
+        for name in names:
+            profile(name, backends[name](), sizes[0], request["batch_sizes"][-1], request, device)
+        return
     for name, size in [(name, size) for name in names for size in sizes]:
-        record = measure(name, backends[name](), size, args.round, request, device)
-        if not args.request:
-            print(f"{name}, {size} px: {record['status']} {record['reason']}".rstrip(), file=sys.stderr)
+        record = measure(name, backends[name](), size, 0, request, device)
+        print(f"{name}, {size} px: {record['status']} {record['reason']}".rstrip(), file=sys.stderr)
         if device == "cuda":
             torch.cuda.empty_cache()
-    if not args.request:
-        from utils.records import read_rows
-        from utils.report import text_table
-
-        rows = read_rows(Path(request["results"]))
-        print(text_table(rows[rows.backend.isin(names) & rows.image_size.isin(sizes) & (rows.run == request["run"])]))
+    rows = read_rows(Path(request["results"]))
+    print(text_table(rows[rows.backend.isin(names) & rows.image_size.isin(sizes) & (rows.run == request["run"])]))

@@ -456,11 +456,86 @@ def draw(chart: Chart, rows: pandas.DataFrame, environment: dict[str, dict]) -> 
     return fig
 
 
+def roofline_finding(block: pandas.DataFrame) -> str:
+    """Which row comes nearest to a measured matrix product, and what limits how many rows."""
+    best = block.loc[block["pct_measured_peak"].idxmax()]
+    counts = block["limit"].value_counts()
+    limits = ", ".join(f"{counts[name]} {name}-bound" for name in ("launch", "memory", "compute") if name in counts)
+    where = f"at {best['image_size']} px, batch {best['batch_size']}"
+    return f"{best['label']} comes nearest to the measured ceiling, {number(best['pct_measured_peak'])} % of it {where}; rows: {limits}"
+
+
+def draw_roofline(rows: pandas.DataFrame, environment: dict[str, dict]) -> Figure | None:
+    """Rate of operations against operations per byte, one panel a run, under that machine's measured ceilings; None without any."""
+    rows = prepare(rows)
+    rows = rows[(rows["status"] == "ok") & rows["pct_measured_peak"].notna()]
+    parts = [(name, block) for name, block in blocks(rows) if environment.get(block["run"].iloc[0], {}).get("ceilings")]
+    if not parts:
+        return None
+    titles = [
+        wrap((f"{name}: " if len(parts) > 1 else "") + roofline_finding(block), WIDTH - 2 * EDGE, 13, "bold") for name, block in parts
+    ]
+    feet = footer([*dict.fromkeys(block["run"].iloc[0] for _, block in parts)], environment)
+    plot, axis = 3.6, 0.65  # inches
+    height = sum(TITLE * len(title) + 0.15 + plot + axis for title in titles) + LINE * len(feet) + 2 * EDGE
+    fig = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
+    fig.text(EDGE, EDGE, "\n".join(feet), fontsize=10, color=GREY, va="bottom", linespacing=1.15, transform=fig.dpi_scale_trans)
+    top = height - EDGE
+    for title, (_, block) in zip(titles, parts, strict=True):
+        fig.text(EDGE, top, "\n".join(title), fontsize=13, fontweight="bold", color=INK, va="top", transform=fig.dpi_scale_trans)
+        top -= TITLE * len(title) + 0.15 + plot
+        ax = fig.add_axes([LEFT / WIDTH, top / height, (WIDTH - LEFT - LABEL - 0.4) / WIDTH, plot / height], xscale="log", yscale="log")
+        draw_roof(ax, block, environment[block["run"].iloc[0]]["ceilings"])
+        top -= axis
+    return fig
+
+
+def draw_roof(ax: Axes, block: pandas.DataFrame, ceilings: dict) -> None:
+    """The roofs of one machine and the rows under them; a mark grows with its batch."""
+    used = {name: ceilings["tflops"][name] for name in dict.fromkeys(block["precision"])}
+    bandwidth = ceilings["gb_per_s"] / 1000
+    left, right = block["flops_per_byte"].min() / 3, max(block["flops_per_byte"].max(), max(used.values()) / bandwidth) * 1.5
+    for name, peak in used.items():
+        ridge = peak / bandwidth
+        ax.plot([left, ridge, right], [left * bandwidth, peak, peak], color=GREY, linewidth=1.2, zorder=1)
+        where = dict(xytext=(-2, 3), textcoords="offset points", ha="right", va="bottom", fontsize=9, color=INK)
+        ax.annotate(f"{name} matrix product {number(peak)} TFLOP/s", (right, peak), **where)
+    ax.annotate(
+        f"copy {number(ceilings['gb_per_s'])} GB/s",
+        (left, left * bandwidth),
+        xytext=(4, 12),
+        textcoords="offset points",
+        fontsize=9,
+        color=INK,
+    )
+    for name, look in series(block, "tflops").items():
+        own = block[block["label"] == name]
+        for row in own.itertuples():
+            size = 3.5 + 1.2 * numpy.log2(row.batch_size)
+            ax.plot(row.flops_per_byte, row.tflops, **{**look, "linestyle": "none", "markersize": size}, alpha=0.85)
+        ax.plot([], [], **{**look, "linestyle": "none"}, label=name)
+    ax.set_xlim(left, right)
+    ax.set_ylim(block["tflops"].min() / 2, max(used.values()) * 2)
+    ax.set_xlabel("operations per byte (FLOP/B), every layer's input, output and weights moved once", color=INK)
+    ax.set_ylabel("TFLOP/s", color=INK)
+    for side in (ax.xaxis, ax.yaxis):
+        side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        side.set_minor_formatter("")
+    ax.legend(
+        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=10, title="marks grow with the batch", title_fontsize=9
+    )
+    ax.tick_params(labelsize=10, color=GREY, labelcolor=INK)
+    ax.grid(color="#dddddd", linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
 def draw_all(rows: pandas.DataFrame, environment: dict[str, dict], results: Path) -> list[Path]:
     """Write every chart to `results` and return their paths.
 
     Args: `environment` holds for each run a dict with "short", one line of hardware and versions for the footer, and
-    "sample_data", whether the images are the drawn samples.  Without a reading of GPU memory that chart is removed.
+    "sample_data", whether the images are the drawn samples; and, for the roofline, "ceilings" (utils.ceilings.measure()).  A chart
+    of what was not read is removed.
     """
     paths = []
     for name, chart in CHARTS.items():
@@ -468,11 +543,20 @@ def draw_all(rows: pandas.DataFrame, environment: dict[str, dict], results: Path
         if chart.column == "gpu_memory_mb" and not ((rows["status"] == "ok") & rows["gpu_memory_mb"].notna()).any():
             path.unlink(missing_ok=True)
             continue
-        png = io.BytesIO()
-        draw(chart, rows, environment).savefig(png, format="png", metadata={"Software": None})
-        write_atomic(path, png.getvalue())
+        write_png(draw(chart, rows, environment), path)
         paths.append(path)
-    return paths
+    figure, path = draw_roofline(rows, environment), results / "roofline.png"
+    if figure is None:
+        path.unlink(missing_ok=True)
+        return paths
+    write_png(figure, path)
+    return [*paths, path]
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    write_atomic(path, png.getvalue())
 
 
 def draw_comparison(both: pandas.DataFrame, title: str, path: Path) -> None:
@@ -492,6 +576,4 @@ def draw_comparison(both: pandas.DataFrame, title: str, path: Path) -> None:
     fig.suptitle(f"{title}: no difference in {level} of {len(both)} configurations", fontsize=12, fontweight="bold", color=INK)
     ax.grid(axis="x", color="#dddddd", linewidth=0.7)
     ax.spines[["top", "right"]].set_visible(False)
-    png = io.BytesIO()
-    fig.savefig(png, format="png", metadata={"Software": None})
-    write_atomic(path, png.getvalue())
+    write_png(fig, path)

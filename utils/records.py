@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils import timing
+from utils import ceilings, timing
 from utils.utils import COLUMNS, Row, read_json, write_atomic, write_json
 
 MIN_AGREEMENT = 0.99  # of the test images, or all but one on small sets
@@ -16,6 +16,7 @@ VERDICTS = {  # what puts a row in doubt, and what to do about it
     "throttled": "the GPU slowed itself down, cool it or raise its power limit",
     "too short": "not all the runs asked for fitted into the time allowed, raise --max-seconds",
     "CPU-bound": "launching takes over 80 % of the time on the GPU, take a larger batch or a CUDA graph",
+    "device memory": "the driver tells only the whole device's memory, whose rise is given, close what else uses the GPU",
     "one round": "the interval leaves out what differs from process to process, use --rounds 3",
 }
 
@@ -35,12 +36,19 @@ def read_rows(results: Path) -> pd.DataFrame:
     """The rows of every run under results/raw/, sorted; empty where there are none."""
     rows = []
     for folder in sorted(path for path in (results / "raw").glob("*") if path.is_dir()):
-        rows += rows_of(read_records(folder))
+        records = read_records(folder)
+        rows += rows_of(records, read_ceilings(folder, records))
     return pd.DataFrame([vars(row) for row in rows], columns=COLUMNS)
 
 
-def rows_of(records: list[dict]) -> list[Row]:
-    """The rows of one run, each against the run's own baseline, PyTorch FP32."""
+def read_ceilings(folder: Path, records: list[dict]) -> dict | None:
+    """What benchmark.py measured of this machine under the same settings as the records, or None."""
+    found = read_json(folder / "ceilings.json")
+    return found if found and records and found["settings_key"] == records[-1]["settings_key"] else None
+
+
+def rows_of(records: list[dict], limits: dict | None = None) -> list[Row]:
+    """The rows of one run, each against the run's own baseline, PyTorch FP32, and the machine's measured ceilings."""
     groups = {}
     for record in records:
         groups.setdefault((record["backend"], record["image_size"]), {})[record["round"]] = record
@@ -51,12 +59,12 @@ def rows_of(records: list[dict]) -> list[Row]:
     for backend, size in sorted(groups, key=lambda key: (order.index(key[0]) if key[0] in order else 99, key)):
         rounds, baseline = groups[backend, size], groups.get(("pytorch", size), {})
         batch_sizes = {str(n) for record in rounds.values() for n in [*record["request"]["batch_sizes"], *record["batches"]]}
-        rows += [row_of(rounds, baseline, batch_size) for batch_size in sorted(batch_sizes, key=int)]
+        rows += [row_of(rounds, baseline, limits, batch_size) for batch_size in sorted(batch_sizes, key=int)]
     return rows
 
 
-def row_of(rounds: dict[int, dict], baseline: dict[int, dict], batch_size: str) -> Row:
-    """The row of one configuration from its records by round and the baseline's."""
+def row_of(rounds: dict[int, dict], baseline: dict[int, dict], limits: dict | None, batch_size: str) -> Row:
+    """The row of one configuration from its records by round and the baseline's, and the machine's ceilings."""
     first = rounds[min(rounds)]
     status, reason = verdict(rounds, batch_size)
     row = Row(
@@ -83,15 +91,19 @@ def row_of(rounds: dict[int, dict], baseline: dict[int, dict], batch_size: str) 
     warm = {k: result for k, result in timed.items() if rounds[k]["build"]["from_cache"]} or timed  # building takes memory of its own
     row.gpu_memory_mb = none_or(max, [result["gpu_memory_mb"] for result in warm.values() if result["gpu_memory_mb"]])
     row.torch_memory_mb = none_or(max, [result["torch_memory_mb"] for result in timed.values() if result["torch_memory_mb"]])
-    flops = next((record["flops_per_image"] for record in rounds.values() if "flops_per_image" in record), None)
-    row.tflops = flops and row.fps * flops / 1e12
+    row.host_memory_mb = none_or(max, [result["host_memory_mb"] for result in timed.values()])
+    row.busy_ms = next((result["busy_ms"] for result in timed.values() if result.get("busy_ms")), None)
     row.notes = notes(build, timed, first["request"]["runs"])
     sustained = next((result["sustained"] for result in timed.values() if result["sustained"]), None)
     if sustained:
-        for name in ("gpu_util_pct", "power_w", "sm_clock_mhz", "throttled"):
+        for name in ("gpu_util_pct", "power_w", "sm_clock_mhz", "temperature_c", "throttled"):
             setattr(row, name, sustained[name])
+        row.sustained_fps = sustained["calls"] * int(batch_size) / sustained["loop_s"]
         if sustained["energy_j"]:
             row.mj_per_image = sustained["energy_j"] * 1000 / (sustained["calls"] * int(batch_size))
+    work = next((record["work"] for record in rounds.values() if "work" in record), None)
+    if work:
+        compare_with_ceilings(row, work, first["request"]["environment"], limits)
     base = {k: baseline[k]["batches"].get(batch_size, {}).get("host_ms") for k in timed if k in baseline}
     together = [k for k in timed if base.get(k)]
     if together and status == "ok":
@@ -99,6 +111,19 @@ def row_of(rounds: dict[int, dict], baseline: dict[int, dict], batch_size: str) 
         row.speedup = timing.trimmed_mean(np.concatenate(pair[0])) / row.mean_ms
         row.speedup_low, row.speedup_high = timing.interval(pair, lambda slow, fast: slow / fast)
     return row
+
+
+def compare_with_ceilings(row: Row, work: dict, environment: dict, limits: dict | None) -> None:
+    """Fill in the rate of operations, its shares of the theoretical and of the measured peak, and what limits the row."""
+    traffic = ceilings.bytes_per_image(work, row.precision, row.batch_size)
+    row.tflops = row.fps * work["flops"] / 1e12
+    row.flops_per_byte = work["flops"] / traffic
+    peak = ceilings.peak_tflops(environment, row.precision) if row.device == "cuda" else None
+    row.pct_peak = peak and row.tflops / peak * 100
+    if limits and limits["tflops"].get(row.precision):
+        row.pct_measured_peak = row.tflops / limits["tflops"][row.precision] * 100
+        idle = row.busy_ms and 1 - row.busy_ms / row.mean_ms
+        row.limit = ceilings.limit(idle, row.flops_per_byte, limits["tflops"][row.precision], limits["gb_per_s"])
 
 
 def verdict(rounds: dict[int, dict], batch_size: str) -> tuple[str, str]:
@@ -131,6 +156,7 @@ def doubts(timed: dict[int, dict], asked: int) -> list[str]:
         "throttled": any(words not in (None, "no") for words in throttled),
         "too short": len(runs) < asked,
         "CPU-bound": len(on_gpu) > 0 and np.median(enqueue) / np.median(on_gpu) > CPU_BOUND,
+        "device memory": any(result["memory_of"] == "device" for result in timed.values()),
         "one round": len(rounds) == 1,
     }
     return [name for name, is_so in found.items() if is_so]
@@ -180,6 +206,7 @@ def write_csv(results: Path) -> pd.DataFrame:
         environments[run] = {**records[-1]["request"]["environment"], **next((r["process"] for r in records if "process" in r), {})}
         environments[run]["sweep"] = account([record["wall"] for record in records if "process_s" in record.get("wall", {})])
         environments[run]["short"] = short(environments[run])
+        environments[run]["ceilings"] = read_ceilings(results / "raw" / run, records)
         environments[run]["settings"] = {k: v for k, v in records[-1]["request"].items() if k != "environment"}
     write_json(results / "environment.json", environments)
     return read_csv(results)
@@ -205,6 +232,6 @@ def short(environment: dict) -> str:
 
 def read_csv(results: Path) -> pd.DataFrame:
     """The committed table.  Texts that are missing are "", figures that are missing NaN."""
-    texts = {name: str for name in ("run", "backend", "precision", "device", "status", "reason", "throttled", "notes")}
+    texts = {name: str for name in ("run", "backend", "precision", "device", "status", "reason", "throttled", "limit", "notes")}
     rows = pd.read_csv(results / "benchmark_results.csv", encoding="utf-8", dtype=texts)
     return rows.fillna(dict.fromkeys(texts, ""))

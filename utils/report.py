@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 import compare
+from utils import ceilings
 from utils.plot_utils import draw_all, label
 from utils.records import VERDICTS
 from utils.utils import UserError, write_atomic
@@ -25,7 +26,7 @@ TABLE = [
     "95 %",
     "Speedup",
     "95 %",
-    "GPU MB",
+    "Memory MB",
     "Agreement",
     "Accuracy",
     "Notes",
@@ -154,7 +155,8 @@ def cells(row: pd.Series) -> list[str]:
     speed = ["", ""] if pd.isna(row.speedup) else [f"{row.speedup:.2f}", f"{row.speedup_low:.2f}–{row.speedup_high:.2f}"]
     if row.backend == "pytorch":
         speed = ["1", ""]
-    return [*head, *times, fps, *speed, figure(row.gpu_memory_mb), *shares, ", ".join(verdicts(row.notes))]
+    memory = row.gpu_memory_mb if row.device == "cuda" else row.host_memory_mb
+    return [*head, *times, fps, *speed, figure(memory), *shares, ", ".join(verdicts(row.notes))]
 
 
 def verdicts(notes: str) -> list[str]:
@@ -213,6 +215,15 @@ def end_to_end_lines(table: pd.DataFrame) -> list[list[str]]:
     return lines
 
 
+def end_to_end(table: pd.DataFrame) -> str:
+    """The table of end_to_end.py for the README, one for each run."""
+    several = table.run.nunique() > 1
+    parts = []
+    for run, part in table.groupby("run", sort=False):
+        parts += [f"**Run {run}**"] * several + [markdown(end_to_end_lines(part))]
+    return "\n\n".join(parts)
+
+
 def end_to_end_text(table: pd.DataFrame) -> str:
     return aligned(end_to_end_lines(table))
 
@@ -232,6 +243,64 @@ def markdown(lines: list[list[str]]) -> str:
             *("| " + " | ".join(line) + " |" for line in lines[1:]),
         ]
     )
+
+
+DEVICE = [
+    "Method",
+    "Size",
+    "Batch",
+    "Pipelined images/s",
+    "GPU busy %",
+    "Util. %",
+    "W",
+    "mJ/image",
+    "SM MHz",
+    "°C",
+    "TFLOP/s",
+    "% of peak",
+    "% of measured peak",
+    "FLOP/byte",
+    "Limit",
+]
+
+
+def device(rows: pd.DataFrame, environments: dict) -> str:
+    """What the device was doing in each row, a table for each run and image size, and the ceilings it is held against."""
+    parts = []
+    for run in rows.run.unique():
+        if rows.run.nunique() > 1:
+            parts.append(f"**Run {run}**")
+        part = compare.measured(rows[rows.run == run])
+        shown = [k for k, column in enumerate(DEVICE) if k < 3 or any(device_cells(row)[k] for _, row in part.iterrows())]
+        for size, group in part.groupby("image_size"):
+            lines = [DEVICE, *(device_cells(row) for _, row in group.iterrows())]
+            opened = " open" if size == part.image_size.min() else ""
+            table = markdown([[line[k] for k in shown] for line in lines])
+            parts.append(f"<details{opened}><summary>{size} px</summary>\n\n{table}\n\n</details>")
+        parts.append(f"<sub>{' · '.join(filter(None, [ceilings_text(environments.get(run, {})), foot(environments.get(run, {}))]))}</sub>")
+    return "\n\n".join(parts)
+
+
+def device_cells(row: pd.Series) -> list[str]:
+    """One row of the table DEVICE; what is not known is empty."""
+    busy = row.busy_ms / row.mean_ms * 100
+    loop = [row.sustained_fps, busy, row.gpu_util_pct, row.power_w, row.mj_per_image, row.sm_clock_mhz, row.temperature_c]
+    work = [row.tflops, row.pct_peak, row.pct_measured_peak, row.flops_per_byte]
+    return [compare.name(row), str(row.image_size), str(row.batch_size), *map(figure, loop + work), row.limit]
+
+
+def ceilings_text(known: dict) -> str:
+    """The measured ceilings of a run's machine and the theoretical peaks in one line; "" where nothing was measured."""
+    found = known.get("ceilings")
+    if not found:
+        return ""
+    texts = []
+    for precision, tflops in found["tflops"].items():
+        peak = ceilings.peak_tflops(known, precision)
+        texts.append(f"{precision} {figure(tflops)}{f' of {figure(peak)}' if peak else ''} TFLOP/s")
+    context = known.get("context_mb")
+    share = f"; the CUDA context alone takes {context:.0f} MB of each row's GPU memory" if context else ""
+    return f"measured ceilings: matrix product {', '.join(texts)}; copy {figure(found['gb_per_s'])} GB/s{share}"
 
 
 def headline(rows: pd.DataFrame, environments: dict) -> str:
@@ -308,6 +377,7 @@ def described(known: dict) -> dict[str, str]:
         "CPU": f"{known.get('cpu')}, {known.get('cores')} cores, {known.get('threads')} threads used",
         "System": f"{known.get('os')}, Python {known.get('python')}",
         "CUDA": cuda,
+        "Ceilings": ceilings_text(known),
         "Packages": packages,
         "Data": data,
         "Sweep": account(known.get("sweep")),
@@ -327,7 +397,7 @@ def account(sweep: dict | None) -> str | None:
     return f"{sweep['processes']} processes in {sweep['total_s']:.0f} s: {parts}, {each:.1f} s a process to start, load or build, and write"
 
 
-PARTS = {"headline": headline, "table": table, "answers": answers, "environment": environment}
+PARTS = {"headline": headline, "table": table, "answers": answers, "device": device, "environment": environment}
 
 
 def render(text: str, root: Path) -> str:
@@ -335,8 +405,10 @@ def render(text: str, root: Path) -> str:
 
     def part(match: re.Match) -> str:
         begin, kind, folder, end = match.groups()
+        if kind == "end_to_end":
+            return f"{begin}{end_to_end(pd.read_csv(root / folder / 'end_to_end.csv'))}\n{end}"
         if kind not in PARTS:
-            raise UserError(f"README.md asks for the generated part {kind!r} ({folder}); there are {', '.join(PARTS)}")
+            raise UserError(f"README.md asks for the generated part {kind!r} ({folder}); there are end_to_end, {', '.join(PARTS)}")
         return f"{begin}{PARTS[kind](*compare.read(root / folder)).strip()}\n{end}"
 
     return MARKED.sub(part, text)

@@ -17,7 +17,6 @@ from utils.utils import (
     sha256,
 )
 
-ROUNDS = {"cuda": 3, "cpu": 1}  # on two slow CPU cores one round of the default grid takes five minutes
 AUTO_BATCH_SIZES = [2**k for k in range(9)]  # 1 to 256; measured until they saturate
 
 
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser, backends: list[str], default:
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--runs", type=int, help="timed runs per configuration, over all rounds; default 100")
     parser.add_argument("--warmup", type=int, default=10, help="untimed calls before them, and at least half a second")
-    parser.add_argument("--rounds", type=int, help="fresh processes that share the runs; default 3 on a GPU, 1 on a CPU")
+    parser.add_argument("--rounds", type=int, help="fresh processes that share the runs; default 3")
     parser.add_argument("--min-seconds", type=float, help="of timed runs per configuration; default 1")
     parser.add_argument("--max-seconds", type=float, help="of timed runs per configuration; default 30 on a GPU, 3 on a CPU")
     parser.add_argument(
@@ -67,7 +66,7 @@ def make_request(args: argparse.Namespace) -> dict:
     if "auto" in batch_sizes and not auto:
         raise UserError("--batch-sizes takes numbers or auto, not both; see --help")
     batch_sizes = AUTO_BATCH_SIZES if auto else sorted(set(batch_sizes))
-    runs, rounds = chosen(args.runs, 100, 20), chosen(args.rounds, ROUNDS[pick_device(args.device)], 1)
+    runs, rounds = chosen(args.runs, 100, 20), chosen(args.rounds, 3, 1)
     if min(image_sizes) < 32 or min(*batch_sizes, runs, rounds, args.warmup, 1) < 1 or runs < rounds:
         raise UserError("image sizes start at 32, batch sizes, runs, rounds and warm-up at 1, with at least one run a round; see --help")
     if not args.run.replace("-", "").replace(".", "").replace("_", "").isalnum():

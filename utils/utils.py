@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -43,23 +44,29 @@ class Row:
     p99_ms: float | None = None
     min_ms: float | None = None
     gpu_ms: float | None = None
+    busy_ms: float | None = None
     fps: float | None = None
     fps_low: float | None = None
     fps_high: float | None = None
+    sustained_fps: float | None = None
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
     build_s: float | None = None
     gpu_memory_mb: float | None = None
     torch_memory_mb: float | None = None
+    host_memory_mb: float | None = None
     gpu_util_pct: float | None = None
     power_w: float | None = None
     mj_per_image: float | None = None
     sm_clock_mhz: float | None = None
+    temperature_c: float | None = None
     throttled: str | None = None
     tflops: float | None = None
     pct_peak: float | None = None
     pct_measured_peak: float | None = None
+    flops_per_byte: float | None = None
+    limit: str | None = None
     max_abs_diff: float | None = None
     agreement: float | None = None
     accuracy: float | None = None
@@ -82,6 +89,19 @@ def run_main(main) -> None:
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def fresh_processes():
+    """multiprocessing's means to start clean processes.
+
+    On Linux they are forked from a server that has imported the large libraries and done nothing else, which saves each the
+    seconds of importing them; elsewhere each starts from nothing.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision", "torchvision.transforms.v2", "torch.utils.flop_counter", "pandas"])
+    return context
 
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +157,7 @@ def fingerprint_of_code() -> str:
     """Short hash of the files whose change makes an earlier measurement stale."""
     root = Path(__file__).resolve().parent.parent
     names = ["model.py", "datasets.py", "trt.py", "torch_trt.py", "utils/timing.py", "utils/request.py", "utils/measure.py", "utils/gpu.py"]
+    names += ["utils/profiling.py", "utils/ceilings.py"]
     paths = [root / name for name in names] + sorted(root.glob("*_inference.py"))
     return sha256(*(path for path in paths if path.is_file()))[:16]
 

@@ -1,0 +1,103 @@
+"""What the driver says of the GPU, against nvidia-smi and against the clock.  Needs an NVIDIA GPU."""
+
+import os
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+import model
+from utils import ceilings, gpu, profiling, timing
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.fixture(scope="module")
+def call():
+    """A function that makes the call to time: PyTorch FP32 at an image size and a batch size."""
+    network = model.build(4).eval().cuda()
+
+    def make(image_size: int, batch_size: int):
+        torch.cuda.empty_cache()
+        x = torch.rand(batch_size, 3, image_size, image_size, device="cuda")
+
+        def run():
+            with torch.inference_mode():
+                return network(x)
+
+        run()
+        torch.cuda.synchronize()
+        return run
+
+    return make
+
+
+def test_memory_is_what_nvidia_smi_says_of_this_process(call):
+    kept = call(512, 16)
+    found, source = gpu.memory_mb()
+    if source != "process":
+        pytest.skip("the driver keeps this process's memory to itself")
+    listed = subprocess.run(
+        ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    by_pid = dict(map(int, line.split(",")) for line in listed.stdout.strip().splitlines())
+    assert found == pytest.approx(by_pid[os.getpid()], rel=0.1)
+    assert kept is not None
+
+
+def test_memory_grows_with_the_batch_and_is_not_the_last_ones(call):
+    readings = {}
+    for batch in (1, 16, 1):
+        kept = call(512, batch)
+        readings.setdefault(batch, []).append(gpu.memory_mb()[0])
+        del kept
+    assert readings[16][0] > readings[1][0] + 100
+    assert readings[1][1] == pytest.approx(readings[1][0], rel=0.1)
+
+
+def test_where_the_driver_hides_processes_the_devices_rise_is_given_and_labelled(call, monkeypatch):
+    kept = call(224, 8)
+    read = gpu._read
+    monkeypatch.setattr(gpu, "_read", lambda name, *rest: None if name == "nvmlDeviceGetComputeRunningProcesses" else read(name, *rest))
+    level = gpu.level_before_context()  # of this test process, which may have had a context already
+    found, source = gpu.memory_mb()
+    assert (found is None and source is None) if read("nvmlDeviceGetMemoryInfo").used <= level else (found > 0 and source == "device")
+    assert kept is not None
+
+
+def test_runs_with_and_without_nvml_beside_them_agree(call):
+    run, means = call(224, 16), {True: [], False: []}
+    timing.warm_up(run, torch.cuda.synchronize, 50, 1.0, 5.0)
+    for watched in [False, True, True, False] * 3:
+        if watched:
+            profiling.sustain(run, torch.cuda.synchronize, 0.3)
+            gpu.memory_mb()
+        else:
+            timing.warm_up(run, torch.cuda.synchronize, 1, 0.3, 1.0)
+        samples = timing.sample(run, torch.cuda.synchronize, 100, 0.2, 5.0, lambda: torch.cuda.Event(enable_timing=True))
+        means[watched].append(timing.trimmed_mean(samples.host_ms))
+    noise = max(np.ptp(values) / np.mean(values) for values in means.values())
+    assert np.mean(means[True]) == pytest.approx(np.mean(means[False]), rel=max(0.02, noise))
+
+
+def test_the_sustained_loop_reads_everything(call):
+    seen = profiling.sustain(call(224, 16), torch.cuda.synchronize, 1.0)
+    assert seen["calls"] > 10 and seen["loop_s"] >= 1.0 and seen["energy_j"] > 10
+    assert all(seen[name] is not None for name in ("gpu_util_pct", "power_w", "sm_clock_mhz", "temperature_c", "throttled"))
+
+
+def test_busy_time_lies_within_the_time_of_a_call(call):
+    run = call(224, 16)
+    samples = timing.sample(run, torch.cuda.synchronize, 50, 0.1, 5.0, lambda: torch.cuda.Event(enable_timing=True))
+    assert 0.2 < profiling.busy_ms(run) / timing.trimmed_mean(samples.gpu_ms) < 1.1
+
+
+def test_measured_ceilings_stay_under_the_theoretical_peaks():
+    found, known = ceilings.measure("cuda"), gpu.describe()
+    for precision, tflops in found["tflops"].items():
+        peak = ceilings.peak_tflops(known, precision)
+        assert peak is None or 0.2 * peak < tflops < 1.05 * peak

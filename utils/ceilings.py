@@ -1,0 +1,106 @@
+"""What this machine could do at most, in theory and as measured, and which of it limits a row."""
+
+import re
+import time
+
+# Per SM and clock, by compute capability: FP32 lanes, then the tensor cores' dense multiply-adds in TF32 and FP16 (with FP16
+# sums, the faster way).  CUDA C++ Programming Guide, table "Throughput of Native Arithmetic Instructions"; tensor cores from
+# NVIDIA's white papers on V100, TU102, A100, GA102, AD102, H100 and GB202 and the HGX B200 data sheet.
+LANES = {
+    (7, 0): (64, None, 512),
+    (7, 5): (64, None, 512),
+    (8, 0): (64, 512, 1024),
+    (8, 6): (128, 256, 512),
+    (8, 9): (128, 256, 512),
+    (9, 0): (128, 1024, 2048),
+    (10, 0): (128, 2048, 4096),
+    (10, 3): (128, 2048, 4096),
+    (12, 0): (128, 256, 512),
+}
+# Turing's small chips (TU116, TU117) have no tensor cores; FP16 runs in lanes of their own, two for each of FP32 (TU116's white paper).
+NO_TENSOR_CORES = re.compile(r"GTX 16\d\d|MX[45]50|CMP 30HX|\bT(400|500|550|600|1000|1200|2000)\b")
+LAUNCH_BOUND = 0.5  # share of a call's time in which the GPU idles: above, launching and waiting take the larger part
+SECONDS = 0.25  # of products or copies, at least, for each ceiling
+
+
+def peak_tflops(environment: dict, precision: str) -> float | None:
+    """The GPU's theoretical peak in TFLOP/s (10^12 multiplications and additions a second) at its boost clock, or None if not known.
+
+    `environment` holds gpu, compute_capability, sm_count and boost_clock_mhz, as utils.gpu.describe() gives them.
+    """
+    gpu, clock, count = (environment.get(name) for name in ("gpu", "boost_clock_mhz", "sm_count"))
+    lanes = LANES.get(tuple(environment.get("compute_capability") or ()))
+    if not (gpu and clock and count and lanes):
+        return None
+    fp32, tf32, fp16 = lanes
+    if NO_TENSOR_CORES.search(gpu):
+        fp16 = 2 * fp32
+    if tf32 == 256 and "GeForce" in gpu:  # half of what the same chips have on professional cards
+        tf32 //= 2
+    per_clock = {"FP32": fp32, "TF32": tf32, "FP16": fp16}.get(precision)
+    return per_clock and count * clock * 1e6 * per_clock * 2 / 1e12
+
+
+def measure(device: str) -> dict:
+    """The best square matrix product in each precision, in TFLOP/s, and the best copy on `device`, in GB/s read and written."""
+    import torch
+
+    cuda = device == "cuda"
+    precisions = {"FP32": torch.float32}
+    if cuda:
+        precisions |= {"TF32": torch.float32} if torch.cuda.get_device_capability() >= (8, 0) else {}
+        precisions["FP16"] = torch.float16
+    free = torch.cuda.mem_get_info()[0] if cuda else 2**31
+    tflops = {}
+    for precision, dtype in precisions.items():
+        torch.backends.cuda.matmul.allow_tf32 = precision == "TF32"
+        rates = []
+        for n in (2048, 4096, 8192, 16384) if cuda else (1024, 2048):
+            if 4 * n * n * dtype.itemsize < free:
+                a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+                out = torch.empty_like(a)
+                rates.append(2 * n**3 / 1e12 / _seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), cuda))
+        tflops[precision] = round(max(rates), 3)
+    source = torch.ones(min(2**30, free // 8), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * len(source) / 1e9 / _seconds(lambda: target.copy_(source), cuda)
+    return {"tflops": tflops, "gb_per_s": round(bandwidth, 1)}
+
+
+def _seconds(call, cuda: bool) -> float:
+    """The shortest mean of a group of calls, among the groups that fit into SECONDS; on a GPU enqueued without waiting in between."""
+    import torch
+
+    def group(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    group(2)
+    calls = max(1, min(50, int(SECONDS / 5 / max(group(1), 1e-6))))
+    end, best = time.perf_counter() + SECONDS, group(calls)
+    while time.perf_counter() < end:
+        best = min(best, group(calls))
+    return best
+
+
+def bytes_per_image(work: dict, precision: str, batch_size: int) -> float:
+    """Memory traffic of an image that can't be avoided layer by layer: activations in and out, and its share of the weights.
+
+    `work` as model.count_work() gives it.
+    """
+    return (work["activations"] + work["weights"] / batch_size) * (2 if precision == "FP16" else 4)
+
+
+def limit(idle: float | None, flops_per_byte: float, tflops: float, gb_per_s: float) -> str:
+    """What limits a call: "launch" where the GPU idles for most of its time, else the roof over its arithmetic intensity.
+
+    That roof is the lower of the two measured ceilings at so many operations a byte (Williams, Waterman and Patterson, Roofline,
+    2009): "memory" where the copy's is reached first, "compute" where the matrix product's is.
+    """
+    if idle is not None and idle > LAUNCH_BOUND:
+        return "launch"
+    return "memory" if flops_per_byte * gb_per_s / 1000 < tflops else "compute"

@@ -1,6 +1,7 @@
 """What is seen apart from the timed runs: a sustained loop watched by the driver, and some calls by the profiler."""
 
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,22 @@ def sustain(call: Callable, synchronize: Callable, seconds: float) -> dict:
     return {**watch.result, "calls": calls, "loop_s": elapsed}
 
 
+def profiled(call: Callable, activities: list):
+    """torch.profiler's record of CALLS calls, after some that warm up."""
+    import torch
+
+    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    for _ in range(3):
+        call()
+    synchronize()
+    with warnings.catch_warnings(), torch.profiler.profile(activities=activities) as profiler:
+        warnings.simplefilter("ignore")  # that a second cycle would clear these events
+        for _ in range(CALLS):
+            call()
+        synchronize()
+    return profiler
+
+
 def busy_ms(call: Callable) -> float | None:
     """Milliseconds of a call in which the GPU was at work: kernels and copies as CUPTI saw them, overlaps counted once.
 
@@ -33,12 +50,7 @@ def busy_ms(call: Callable) -> float | None:
     """
     import torch
 
-    call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(CALLS):
-            call()
-        torch.cuda.synchronize()
+    profiler = profiled(call, [torch.profiler.ProfilerActivity.CUDA])
     spans = [event.time_range for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     total = end = 0.0
     for span in sorted(spans, key=lambda span: span.start):
@@ -51,14 +63,7 @@ def table_and_trace(call: Callable, device: str, path: Path) -> str:
     """torch.profiler's table by operator of some calls, in the order of the time they took; writes a Chrome trace to `path`."""
     import torch
 
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")
-    for _ in range(3):
-        call()
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(CALLS):
-            call()
-        if device == "cuda":
-            torch.cuda.synchronize()
+    profiler = profiled(call, [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda"))
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
     averages = profiler.key_averages()

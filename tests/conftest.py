@@ -1,11 +1,13 @@
 """What several tests share: the repo on the path, and one small trained project that the real scripts made."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock  # PyTorch brings it along
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside one another: threads that wait spinning would take each other's cores
 
@@ -34,7 +36,21 @@ def load_test_images(data: Path, image_size: int, classes: list[str], num_worker
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Path:
-    """A folder with the drawn sample as data/ and a checkpoint for 64 px in weights/, as train.py --quick makes them."""
-    folder = tmp_path_factory.mktemp("project")
+    """A folder with the drawn sample as data/ and a checkpoint for 64 px in weights/, as train.py --quick makes them, for this process.
+
+    It is made once: test processes beside this one wait for it and copy it.
+    """
+    made = tmp_path_factory.getbasetemp() / "project"
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return train(made)
+    shared = tmp_path_factory.getbasetemp().parent / "project"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "weights" / "best_resnet18_64.pth").is_file():
+            train(shared)
+    return Path(shutil.copytree(shared, made))
+
+
+def train(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
     run_script("train.py", "--quick", "--workers", 0, cwd=folder)
     return folder

@@ -1,18 +1,12 @@
-"""Backends that fail in every way a real one can: for tests/test_faults.py, run by benchmark.py like any other script."""
+"""Backends that fail in every way a real one can: for tests/test_faults.py, run by benchmark.py like any other."""
 
 import os
 import signal
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from pytorch_inference import PyTorch
-from utils import measure
-from utils.utils import run_main
 
 
 class Faulty(PyTorch):
@@ -50,6 +44,3 @@ BACKENDS = {
     "wrong": lambda: Faulty(lambda logits: logits.roll(1, dims=1)),
     "not-a-number": lambda: Faulty(lambda logits: logits * float("nan")),
 }
-
-if __name__ == "__main__":
-    run_main(lambda: measure.main(__doc__, BACKENDS))

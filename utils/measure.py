@@ -24,7 +24,7 @@ from utils.utils import UserError, checkpoint_path, read_json, sha256, write_ato
 
 WARM_UP_SECONDS = 0.5  # at least, besides the calls asked for
 SATURATED = 0.05  # more throughput than this is worth another doubling of the batch
-MAX_SECONDS = {"cuda": 30.0, "cpu": 3.0}  # of timed runs per configuration, over all rounds
+MAX_SECONDS = {"cuda": 30.0, "cpu": 2.0}  # of timed runs per configuration, over all rounds
 CPU_BATCH = 16  # of the accuracy pass on a CPU, where no shapes are fixed and memory is no concern
 # The largest logit difference from PyTorch FP32 that passes, as a share of the largest logit.  ResNet-18 has 21 layers with
 # weights, each rounding weights, products' sum and activation: 63 u (Higham, Accuracy and Stability of Numerical Algorithms,

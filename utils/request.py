@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser, backends: list[str], default:
     parser.add_argument("--warmup", type=int, default=10, help="untimed calls before them, and at least half a second")
     parser.add_argument("--rounds", type=int, help="fresh processes that share the runs; default 3")
     parser.add_argument("--min-seconds", type=float, help="of timed runs per configuration; default 1")
-    parser.add_argument("--max-seconds", type=float, help="of timed runs per configuration; default 30 on a GPU, 3 on a CPU")
+    parser.add_argument("--max-seconds", type=float, help="of timed runs per configuration; default 30 on a GPU, 2 on a CPU")
     parser.add_argument(
         "--sustain-seconds", type=float, default=3.0, help="on a GPU, an untimed loop in which the driver is asked; 0: none"
     )

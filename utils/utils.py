@@ -19,6 +19,9 @@ STATUSES = ["ok", "unavailable", "out_of_memory", "failed", "mismatch"]
 PACKAGES = "torch torchvision numpy onnx onnxscript onnxruntime-gpu onnxruntime torch-tensorrt tensorrt pandas pillow nvidia-ml-py".split()
 
 
+MADE = [":(top,exclude)results", ":(top,exclude)README.md"]  # what runs write: the tree is clean with any of it
+
+
 class UserError(Exception):
     """Something the user can mend: one sentence with the path and the command that repairs it."""
 
@@ -175,7 +178,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := package_version(name))},
         "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "clean": _git("status", "--porcelain", "--untracked-files=no") == "",
+        "clean": _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *MADE) == "",
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

@@ -50,6 +50,11 @@ def test_the_speedup_decides_where_drift_makes_the_throughputs_overlap():
     assert [row.backend for row in compare.fastest(rows)] == ["onnx"]
 
 
+def test_the_throughputs_decide_where_a_noisy_baseline_makes_the_speedups_overlap():
+    rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0), ("tensorrt", 64, 1, 160.0)).assign(speedup_low=1.1, speedup_high=2.2)
+    assert [row.backend for row in compare.fastest(rows)] == ["tensorrt"]
+
+
 def test_a_row_that_is_not_ok_is_never_best_and_says_why():
     rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 900.0), ("tensorrt", 64, 1, "unavailable"))
     rows.loc[1, ["status", "reason"]] = ["mismatch", "wrong class"]

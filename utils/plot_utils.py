@@ -18,7 +18,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from utils.records import level
 from utils.utils import write_atomic
@@ -484,7 +484,7 @@ def draw_roofline(rows: pandas.DataFrame, environment: dict[str, dict]) -> Figur
     for title, (_, block) in zip(titles, parts, strict=True):
         fig.text(EDGE, top, "\n".join(title), fontsize=13, fontweight="bold", color=INK, va="top", transform=fig.dpi_scale_trans)
         top -= TITLE * len(title) + 0.15 + plot
-        ax = fig.add_axes([LEFT / WIDTH, top / height, (WIDTH - LEFT - LABEL - 0.4) / WIDTH, plot / height], xscale="log", yscale="log")
+        ax = fig.add_axes([LEFT / WIDTH, top / height, (WIDTH - LEFT - LABEL - 0.8) / WIDTH, plot / height], xscale="log", yscale="log")
         draw_roof(ax, block, environment[block["run"].iloc[0]]["ceilings"])
         top -= axis
     return fig
@@ -495,34 +495,30 @@ def draw_roof(ax: Axes, block: pandas.DataFrame, ceilings: dict) -> None:
     used = {name: ceilings["tflops"][name] for name in dict.fromkeys(block["precision"])}
     bandwidth = ceilings["gb_per_s"] / 1000
     left, right = block["flops_per_byte"].min() / 3, max(block["flops_per_byte"].max(), max(used.values()) / bandwidth) * 1.5
+    halo = [withStroke(linewidth=2.5, foreground="white")]
     for name, peak in used.items():
         ridge = peak / bandwidth
         ax.plot([left, ridge, right], [left * bandwidth, peak, peak], color=GREY, linewidth=1.2, zorder=1)
-        where = dict(xytext=(-2, 3), textcoords="offset points", ha="right", va="bottom", fontsize=9, color=INK)
-        ax.annotate(f"{name} matrix product {number(peak)} TFLOP/s", (right, peak), **where)
-    ax.annotate(
-        f"copy {number(ceilings['gb_per_s'])} GB/s",
-        (left, left * bandwidth),
-        xytext=(4, 12),
-        textcoords="offset points",
-        fontsize=9,
-        color=INK,
-    )
+        x, side = (right, "right") if ridge**2 > left * right else (max(left, ridge), "left")
+        where = dict(xytext=(-3 if side == "right" else 3, 3), textcoords="offset points", ha=side, va="bottom", fontsize=9)
+        ax.annotate(f"{name} matrix product: {number(peak)} TFLOP/s", (x, peak), color=INK, path_effects=halo, **where)
+    ax.text(0.02, 0.96, f"slope: copy at {number(ceilings['gb_per_s'])} GB/s", transform=ax.transAxes, fontsize=9, color=INK, va="top")
     for name, look in series(block, "tflops").items():
         own = block[block["label"] == name]
         for row in own.itertuples():
             size = 3.5 + 1.2 * numpy.log2(row.batch_size)
             ax.plot(row.flops_per_byte, row.tflops, **{**look, "linestyle": "none", "markersize": size}, alpha=0.85)
-        ax.plot([], [], **{**look, "linestyle": "none"}, label=name)
+        ax.plot([], [], **{**look, "linestyle": "none"}, label="\n".join(wrap(name, LABEL)))
     ax.set_xlim(left, right)
     ax.set_ylim(block["tflops"].min() / 2, max(used.values()) * 2)
     ax.set_xlabel("operations per byte (FLOP/B), every layer's input, output and weights moved once", color=INK)
     ax.set_ylabel("TFLOP/s", color=INK)
     for side in (ax.xaxis, ax.yaxis):
+        side.set_major_locator(LogLocator(subs=[1, 2, 5]))
         side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         side.set_minor_formatter("")
     ax.legend(
-        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=10, title="marks grow with the batch", title_fontsize=9
+        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=10, title="larger marks: larger batches", title_fontsize=9
     )
     ax.tick_params(labelsize=10, color=GREY, labelcolor=INK)
     ax.grid(color="#dddddd", linewidth=0.7)

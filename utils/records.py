@@ -177,18 +177,22 @@ def notes(build: list[dict], timed: dict[int, dict], asked: int) -> str:
 def level(a, b) -> bool:
     """Whether this run can show no difference in throughput between two rows of one table: their 95 % intervals overlap.
 
-    At the same image and batch size the intervals of the speedup decide, where known: what drifted for all cancels in them.
+    At the same image and batch size their speedups must overlap too, where known: in these, what drifted for all cancels.
     """
+
+    def interval(row, figure: str) -> tuple[float, float]:
+        if figure == "speedup" and row.backend == "pytorch":
+            return 1.0, 1.0
+        low, high = getattr(row, f"{figure}_low"), getattr(row, f"{figure}_high")
+        return (row.fps, row.fps) if pd.isna(low) else (low, high)
+
+    def overlap(figure: str) -> bool:
+        (a_low, a_high), (b_low, b_high) = interval(a, figure), interval(b, figure)
+        return bool(a_low <= b_high and b_low <= a_high)
+
     alike = (a.run, a.image_size, a.batch_size) == (b.run, b.image_size, b.batch_size)
-
-    def interval(row) -> tuple[float, float]:
-        if alike and known:
-            return (1.0, 1.0) if row.backend == "pytorch" else (row.speedup_low, row.speedup_high)
-        return (row.fps, row.fps) if pd.isna(row.fps_low) else (row.fps_low, row.fps_high)
-
     known = all(row.backend == "pytorch" or not pd.isna(row.speedup_low) for row in (a, b))
-    (a_low, a_high), (b_low, b_high) = interval(a), interval(b)
-    return bool(a_low <= b_high and b_low <= a_high)
+    return overlap("fps") and (overlap("speedup") if alike and known else True)
 
 
 def none_or(function, values: list):

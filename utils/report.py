@@ -304,12 +304,12 @@ def ceilings_text(known: dict) -> str:
 
 
 def headline(rows: pd.DataFrame, environments: dict) -> str:
-    """The largest speedup over PyTorch FP32 that a run shows, with its hardware."""
+    """The highest throughput that a run shows and its speedup over PyTorch FP32 there, with its hardware."""
     ok = compare.measured(rows)
     ok = ok[(ok.backend != "pytorch") & ok.speedup.notna()]
     if ok.empty:
         return "Nothing to compare with PyTorch FP32 has been measured here yet."
-    best = ok.loc[ok.speedup.idxmax()]
+    best = ok.loc[ok.fps.idxmax()]
     environment = environments.get(best.run, {})
     confidence = "at 95 % confidence" if best.rounds > 1 else "from run to run; one round, so without what differs between processes"
     return (

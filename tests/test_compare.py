@@ -152,6 +152,16 @@ def test_tables_with_several_runs_are_matched_by_name_or_by_choice(tmp_path):
     assert "0.500" in run_script("compare.py", a, b, "--runs", "main", "other").stdout
 
 
+def test_the_device_table_shows_only_what_is_known():
+    rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 200.0))
+    rows = rows.assign(tflops=0.5, pct_measured_peak=25.0, flops_per_byte=60.0, limit="compute", busy_ms=float("nan"))
+    known = {"main": {"short": "a CPU", "ceilings": {"tflops": {"FP32": 2.0}, "gb_per_s": 20.0}}}
+    text = report.device(rows, known)
+    assert "| Method | Size | Batch | TFLOP/s | % of measured peak | FLOP/byte | Limit |" in text
+    assert "| ONNX Runtime FP32 | 64 | 1 | 0.5 | 25 | 60 | compute |" in text
+    assert "matrix product FP32 2 TFLOP/s; copy 20 GB/s · a CPU" in text
+
+
 def test_figures_have_three_digits_and_thousands_apart():
     assert [report.figure(value) for value in (0.51234, 34.06, 999.6, 15834.2, 123456.0, float("nan"))] == [
         "0.512",

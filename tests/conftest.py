@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from filelock import FileLock  # PyTorch brings it along
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside one another: threads that wait spinning would take each other's cores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it, and so would the scripts started here
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -195,7 +195,7 @@ def reasons(rows: pd.DataFrame) -> list[str]:
 
 
 def end_to_end_lines(table: pd.DataFrame) -> list[list[str]]:
-    """Header and rows of the table of end_to_end.py: milliseconds of each step for one image."""
+    """Header and rows of the table of end_to_end.py: milliseconds of each step for one image, and its share of the whole."""
     steps = [column for column in table if column.endswith("_ms")]
     head = [
         "Method",
@@ -209,9 +209,8 @@ def end_to_end_lines(table: pd.DataFrame) -> list[list[str]]:
     lines = [head]
     for _, row in table.iterrows():
         fps = [figure(row.images_per_s), figure(row.infer_alone_images_per_s)]
-        lines.append(
-            [compare.name(row), str(row.image_size), str(row.batch_size), *fps, *(figure(row[step]) for step in steps), row.bottleneck]
-        )
+        parts = [f"{figure(row[step])} ({row[step] / row[steps].sum():.0%})" for step in steps]
+        lines.append([compare.name(row), str(row.image_size), str(row.batch_size), *fps, *parts, row.bottleneck.split(" (")[0]])
     return lines
 
 

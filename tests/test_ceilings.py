@@ -60,11 +60,20 @@ def test_activations_are_every_layers_input_and_output():
 
 
 @pytest.mark.parametrize(
-    "idle, flops_per_byte, limit",
-    [(0.6, 1000, "launch"), (0.4, 1000, "compute"), (None, 201, "compute"), (None, 199, "memory"), (0.0, 10, "memory")],
+    "idle, rate, flops_per_byte, limit",
+    [
+        (0.6, 500, 1000, "launch"),
+        (0.4, 500, 1000, "compute"),
+        (None, 500, 201, "compute"),
+        (None, 500, 199, "memory"),
+        (0.0, 5, 10, "memory"),
+        (0.0, 3, 10, "latency"),
+        (None, 79, 1000, "latency"),
+        (0.6, 3, 10, "launch"),
+    ],
 )
-def test_the_limit_is_the_lower_roof_unless_the_gpu_idles(idle, flops_per_byte, limit):
-    assert ceilings.limit(idle, flops_per_byte, tflops=800, gb_per_s=4000) == limit  # the roofs meet at 200 FLOP/B
+def test_the_limit_is_the_lower_roof_unless_the_gpu_idles_or_stays_far_below(idle, rate, flops_per_byte, limit):
+    assert ceilings.limit(idle, rate, flops_per_byte, tflops=800, gb_per_s=4000) == limit  # the roofs meet at 200 FLOP/B
 
 
 def test_the_ceilings_of_this_cpu_are_of_its_order():

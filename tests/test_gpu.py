@@ -2,13 +2,17 @@
 
 import os
 import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
+import benchmark
 import model
-from utils import ceilings, gpu, profiling, timing
+from utils import ceilings, gpu, profiling, records, timing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -33,20 +37,43 @@ def call():
     return make
 
 
+def smi_memory_mb(pid: int) -> float | None:
+    """What nvidia-smi says of a process, or None where it doesn't list it."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    found = [used.strip() for number, used in (line.split(",") for line in listed) if int(number) == pid]
+    return float(found[0]) if found and found[0].isdecimal() else None
+
+
 def test_memory_is_what_nvidia_smi_says_of_this_process(call):
     kept = call(512, 16)
     found, source = gpu.memory_mb()
     if source != "process":
         pytest.skip("the driver keeps this process's memory to itself")
-    listed = subprocess.run(
-        ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    by_pid = dict(map(int, line.split(",")) for line in listed.stdout.strip().splitlines())
-    assert found == pytest.approx(by_pid[os.getpid()], rel=0.1)
+    assert found == pytest.approx(smi_memory_mb(os.getpid()), rel=0.1)
     assert kept is not None
+
+
+@pytest.mark.parametrize("batch", [1, 256])
+@pytest.mark.parametrize("backend", ["pytorch", "onnx", "torch-tensorrt", "tensorrt"])
+def test_a_rows_memory_is_what_nvidia_smi_saw_of_its_process(project, tmp_path, backend, batch):
+    if reason := benchmark.BACKENDS[backend]().why_unavailable("cuda"):
+        pytest.skip(reason)
+    folders = ["--data", project / "data", "--weights", project / "weights", "--results", tmp_path]
+    what = ["--backends", backend, "--image-sizes", 64, "--batch-sizes", batch, "--min-seconds", 3, "--sustain-seconds", 0]
+    command = [sys.executable, ROOT / f"{benchmark.SCRIPTS[backend]}.py", *what, *folders]
+    seen = []
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while process.poll() is None:
+            seen.append(smi_memory_mb(process.pid))
+            time.sleep(0.1)
+        said = process.stdout.read().decode("utf-8", errors="replace")
+    assert process.returncode == 0, said
+    (row,) = records.read_rows(tmp_path).itertuples()
+    assert row.status == "ok", row.reason
+    if not any(seen):
+        pytest.skip("nvidia-smi does not list a process's memory here")
+    assert row.gpu_memory_mb == pytest.approx(max(filter(None, seen)), rel=0.1)
 
 
 def test_memory_grows_with_the_batch_and_is_not_the_last_ones(call):

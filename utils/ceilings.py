@@ -20,6 +20,7 @@ LANES = {
 # Turing's small chips (TU116, TU117) have no tensor cores; FP16 runs in lanes of their own, two for each of FP32 (TU116's white paper).
 NO_TENSOR_CORES = re.compile(r"GTX 16\d\d|MX[45]50|CMP 30HX|\bT(400|500|550|600|1000|1200|2000)\b")
 LAUNCH_BOUND = 0.5  # share of a call's time in which the GPU idles: above, launching and waiting take the larger part
+LATENCY_BOUND = 0.1  # share of the roof: below, neither the arithmetic nor the memory can be what a busy GPU waits for
 SECONDS = 0.25  # of products or copies, at least, for each ceiling
 
 
@@ -95,12 +96,16 @@ def bytes_per_image(work: dict, precision: str, batch_size: int) -> float:
     return (work["activations"] + work["weights"] / batch_size) * (2 if precision == "FP16" else 4)
 
 
-def limit(idle: float | None, flops_per_byte: float, tflops: float, gb_per_s: float) -> str:
-    """What limits a call: "launch" where the GPU idles for most of its time, else the roof over its arithmetic intensity.
+def limit(idle: float | None, rate: float, flops_per_byte: float, tflops: float, gb_per_s: float) -> str:
+    """What limits a call that reaches `rate` TFLOP/s, given the ceilings measured for products and for copies.
 
-    That roof is the lower of the two measured ceilings at so many operations a byte (Williams, Waterman and Patterson, Roofline,
-    2009): "memory" where the copy's is reached first, "compute" where the matrix product's is.
+    The roof over its arithmetic intensity is the lower of the two (Williams, Waterman and Patterson, Roofline, 2009).
+    "launch": the GPU idles for most of the time.  "latency": it is busy, but far below the roof, as with kernels too small
+    to fill it.  Else "memory" or "compute", whichever the roof is of.
     """
+    roof = min(tflops, flops_per_byte * gb_per_s / 1000)
     if idle is not None and idle > LAUNCH_BOUND:
         return "launch"
-    return "memory" if flops_per_byte * gb_per_s / 1000 < tflops else "compute"
+    if rate < LATENCY_BOUND * roof:
+        return "latency"
+    return "memory" if roof < tflops else "compute"

@@ -460,7 +460,7 @@ def roofline_finding(block: pandas.DataFrame) -> str:
     """Which row comes nearest to a measured matrix product, and what limits how many rows."""
     best = block.loc[block["pct_measured_peak"].idxmax()]
     counts = block["limit"].value_counts()
-    limits = ", ".join(f"{counts[name]} {name}-bound" for name in ("launch", "memory", "compute") if name in counts)
+    limits = ", ".join(f"{counts[name]} {name}-bound" for name in ("launch", "latency", "memory", "compute") if name in counts)
     where = f"at {best['image_size']} px, batch {best['batch_size']}"
     return f"{best['label']} comes nearest to the measured ceiling, {number(best['pct_measured_peak'])} % of it {where}; rows: {limits}"
 

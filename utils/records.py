@@ -123,7 +123,7 @@ def compare_with_ceilings(row: Row, work: dict, environment: dict, limits: dict 
     if limits and limits["tflops"].get(row.precision):
         row.pct_measured_peak = row.tflops / limits["tflops"][row.precision] * 100
         idle = row.busy_ms and 1 - row.busy_ms / row.mean_ms
-        row.limit = ceilings.limit(idle, row.flops_per_byte, limits["tflops"][row.precision], limits["gb_per_s"])
+        row.limit = ceilings.limit(idle, row.tflops, row.flops_per_byte, limits["tflops"][row.precision], limits["gb_per_s"])
 
 
 def verdict(rounds: dict[int, dict], batch_size: str) -> tuple[str, str]:

@@ -130,6 +130,19 @@ def test_the_csv_is_a_pure_function_of_the_raw_records(tmp_path):
     assert "2 threads, torch 2.14.1" in (tmp_path / "environment.json").read_text(encoding="utf-8")
 
 
+def test_every_command_that_made_a_run_is_named_once_in_their_order(tmp_path):
+    folder = tmp_path / "raw" / "main"
+    folder.mkdir(parents=True)
+    commands = ["python benchmark.py --backends pytorch", "python benchmark.py --backends onnx"]
+    for k in range(2):
+        for when, (backend, command) in enumerate(zip(["pytorch", "onnx"], commands, strict=True)):
+            one = record(backend, k, time=f"2026-01-0{1 + when}")
+            one["request"]["environment"]["command"] = command
+            (folder / f"{backend}_64_round{k}.json").write_text(json.dumps(one), encoding="utf-8")
+    records.write_csv(tmp_path)
+    assert json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))["main"]["command"] == " && ".join(commands)
+
+
 @pytest.mark.parametrize("folder", sorted((ROOT / "results" / "published").glob("*")), ids=lambda folder: folder.name)
 def test_published_tables_can_be_recomputed_from_their_raw_samples(folder, tmp_path):
     shutil.copytree(folder / "raw", tmp_path / "raw")

@@ -208,6 +208,8 @@ def write_csv(results: Path) -> pd.DataFrame:
     for run in rows.run.unique():
         records = read_records(results / "raw" / run)
         environments[run] = {**records[-1]["request"]["environment"], **next((r["process"] for r in records if "process" in r), {})}
+        commands = dict.fromkeys(record["request"]["environment"]["command"] for record in records)
+        environments[run]["command"] = " && ".join(commands)
         environments[run]["sweep"] = account([record["wall"] for record in records if "process_s" in record.get("wall", {})])
         environments[run]["short"] = short(environments[run])
         environments[run]["ceilings"] = read_ceilings(results / "raw" / run, records)

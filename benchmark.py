@@ -23,11 +23,24 @@ import onnx_inference
 import pytorch_inference
 import tensorrt_inference
 from utils import ceilings, measure, records
-from utils.request import add_arguments, make_request, measured, new_record, pick_device, record_key, record_path, settings_key
+from utils.request import (
+    add_arguments,
+    make_request,
+    measured,
+    new_record,
+    pick_device,
+    record_key,
+    record_path,
+    settings_key,
+)
 from utils.utils import fresh_processes, read_json, run_main, write_json
 
 BACKENDS = {**pytorch_inference.BACKENDS, **onnx_inference.BACKENDS, **tensorrt_inference.BACKENDS}
-SCRIPTS = {name: script.__name__ for script in (pytorch_inference, onnx_inference, tensorrt_inference) for name in script.BACKENDS}
+SCRIPTS = {
+    name: script.__name__
+    for script in (pytorch_inference, onnx_inference, tensorrt_inference)
+    for name in script.BACKENDS
+}
 DEFAULT = ["pytorch", "onnx", "torch-tensorrt", "tensorrt"]
 ROOT = Path(__file__).resolve().parent
 
@@ -65,7 +78,9 @@ def work(request: dict, script: str, backend: str, size: int, round_: int, log: 
 def run_worker(request: dict, backend: str, size: int, round_: int, log: Path) -> dict:
     """Measure in a fresh process; the record.  If it dies or hangs, what it had measured stays and the rest is marked failed."""
     said_before, start = log.stat().st_size, time.perf_counter()
-    process = fresh_processes().Process(target=work, args=(request, SCRIPTS[backend], backend, size, round_, log))
+    process = fresh_processes().Process(
+        target=work, args=(request, SCRIPTS[backend], backend, size, round_, log)
+    )
     process.start()
     try:
         process.join(request["timeout"])
@@ -118,7 +133,11 @@ def without_a_gpu(request: dict) -> dict[str, dict]:
     asked = {name: BACKENDS[name]() for name in request["backends"] if name in BACKENDS}
     reasons = {name: backend.why_unavailable("cpu") for name, backend in asked.items()}
     known = {"device": "cpu", "status": "unavailable"}
-    return {name: {**known, "precision": asked[name].precision, "reason": reason} for name, reason in reasons.items() if reason}
+    return {
+        name: {**known, "precision": asked[name].precision, "reason": reason}
+        for name, reason in reasons.items()
+        if reason
+    }
 
 
 def measure_ceilings(request: dict) -> None:
@@ -126,7 +145,13 @@ def measure_ceilings(request: dict) -> None:
     path, key = Path(request["results"]) / "raw" / request["run"] / "ceilings.json", settings_key(request)
     if (read_json(path) or {}).get("settings_key") != key:
         with ProcessPoolExecutor(1, mp_context=fresh_processes()) as pool:
-            write_json(path, {"settings_key": key, **pool.submit(ceilings.measure, pick_device(request["device"])).result()})
+            write_json(
+                path,
+                {
+                    "settings_key": key,
+                    **pool.submit(ceilings.measure, pick_device(request["device"])).result(),
+                },
+            )
 
 
 def sweep(request: dict) -> None:
@@ -144,14 +169,20 @@ def sweep(request: dict) -> None:
     with tqdm(todo, desc="benchmark", unit="process", disable=not todo) as progress:
         for round_, backend, size in progress:
             progress.set_postfix_str(f"{backend}, {size} px")
-            note(f"\n=== {datetime.datetime.now():%Y-%m-%d %H:%M:%S} round {round_ + 1}, {backend}, {size} px")
-            if backend in unavailable:  # not for want of another size or round: no process need be started to find out again
+            note(
+                f"\n=== {datetime.datetime.now():%Y-%m-%d %H:%M:%S} round {round_ + 1}, {backend}, {size} px"
+            )
+            if (
+                backend in unavailable
+            ):  # not for want of another size or round: no process need be started to find out again
                 record = new_record(request, backend, size, round_, **unavailable[backend])
                 write_json(record_path(request, backend, size, round_), record)
             else:
                 record = run_worker(request, backend, size, round_, log)
             if record["status"] == "unavailable":
-                unavailable[backend] = {name: record[name] for name in ("device", "status", "precision", "reason")}
+                unavailable[backend] = {
+                    name: record[name] for name in ("device", "status", "precision", "reason")
+                }
             line = describe(record)
             note(line)
             tqdm.write(line)
@@ -160,10 +191,16 @@ def sweep(request: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser, list(SCRIPTS), DEFAULT)
-    parser.add_argument("--end-to-end", action="store_true", help="also measure from files to labels: see end_to_end.py")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a process is taken for hung")
+    parser.add_argument(
+        "--end-to-end", action="store_true", help="also measure from files to labels: see end_to_end.py"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=1800, help="seconds after which a process is taken for hung"
+    )
     args = parser.parse_args()
     request = make_request(args)
     request["backends"] = list(SCRIPTS) if "all" in args.backends else list(dict.fromkeys(args.backends))
@@ -180,7 +217,9 @@ def main() -> None:
     if args.end_to_end:
         print(
             report.end_to_end_text(
-                end_to_end.run(rows[rows.run == args.run], request["image_sizes"], args.data, args.weights, results, 3.0)
+                end_to_end.run(
+                    rows[rows.run == args.run], request["image_sizes"], args.data, args.weights, results, 3.0
+                )
             )
         )
     print(report.text_table(rows))

@@ -32,8 +32,17 @@ from utils.utils import UserError, run_main, sha256, write_atomic
 
 SPLITS = ["train", "test"]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, for RGB in 0..1
-STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows these formats by name but can't decode them everywhere
-SAMPLE_IMAGES = {"train": 18, "test": 25}  # per class; 5 epochs at 224 to 512 px then take 12 minutes on 2 slow cores
+STUBS = {
+    "BUFR",
+    "GRIB",
+    "HDF5",
+    "MPEG",
+    "WMF",
+}  # Pillow knows these formats by name but can't decode them everywhere
+SAMPLE_IMAGES = {
+    "train": 18,
+    "test": 25,
+}  # per class; 5 epochs at 224 to 512 px then take 12 minutes on 2 slow cores
 LAYOUT = "put images into {data}/train/<class>/ and {data}/test/<class>/, or name another folder with --data"
 
 
@@ -48,13 +57,21 @@ def nfc(text: str) -> str:
 @functools.lru_cache
 def image_suffixes() -> set[str]:
     Image.init()
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in STUBS}
+    return {
+        suffix
+        for suffix, name in Image.registered_extensions().items()
+        if name in Image.OPEN and name not in STUBS
+    }
 
 
 def is_image(path: str) -> bool:
     """By the name alone; hidden files and folders (.DS_Store, ._x.jpg, .ipynb_checkpoints) are none."""
     path = Path(path)
-    return path.suffix.lower() in image_suffixes() and not path.name.startswith(".") and not path.parent.name.startswith(".")
+    return (
+        path.suffix.lower() in image_suffixes()
+        and not path.name.startswith(".")
+        and not path.parent.name.startswith(".")
+    )
 
 
 def class_folders(folder: Path) -> list[Path]:
@@ -70,8 +87,12 @@ def list_images(data: Path) -> dict[str, dict[str, list[Path]]]:
     listed = {split: {} for split in SPLITS}
     for split in SPLITS:
         for folder in class_folders(data / split):
-            images = [Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names]
-            listed[split].setdefault(nfc(folder.name), []).extend(sorted(path for path in images if is_image(str(path))))
+            images = [
+                Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names
+            ]
+            listed[split].setdefault(nfc(folder.name), []).extend(
+                sorted(path for path in images if is_image(str(path)))
+            )
     return listed
 
 
@@ -92,20 +113,26 @@ def check_folders(data: Path) -> None:
     for split in SPLITS:
         empty = [str(data / split / name) for name, images in listed[split].items() if not images]
         if empty:
-            raise UserError(f"no images in {', '.join(empty)}; put some there or remove the folder, then: python datasets.py")
+            raise UserError(
+                f"no images in {', '.join(empty)}; put some there or remove the folder, then: python datasets.py"
+            )
     unknown = [str(data / "test" / name) for name in listed["test"] if name not in listed["train"]]
     if unknown:
         mend = f"add {data / 'train'}/<the same name>/ or remove it, then: python datasets.py"
         raise UserError(f"{', '.join(unknown)} has no counterpart to learn from; {mend}")
     if len(listed["train"]) < 2:
-        raise UserError(f"{data / 'train'} holds one class only, there is nothing to tell apart; {LAYOUT.format(data=data)}")
+        raise UserError(
+            f"{data / 'train'} holds one class only, there is nothing to tell apart; {LAYOUT.format(data=data)}"
+        )
 
 
 def image_size_of(path: Path) -> tuple[int, int] | str:
     """(width, height) after really decoding the file, or what is wrong with it."""
     try:
         return load_rgb(path).size
-    except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error on a damaged file
+    except (
+        Exception
+    ) as error:  # Pillow's plugins raise anything from OSError to struct.error on a damaged file
         return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
@@ -125,7 +152,16 @@ def in_threads(function, items: list, label: str | None = None) -> list:
     """The results in order; with a progress bar if there is a label and a terminal."""
     pool = ThreadPoolExecutor()
     try:
-        return list(tqdm(pool.map(function, items), label, len(items), unit="image", leave=False, disable=None if label else True))
+        return list(
+            tqdm(
+                pool.map(function, items),
+                label,
+                len(items),
+                unit="image",
+                leave=False,
+                disable=None if label else True,
+            )
+        )
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C doesn't wait for what hasn't begun
 
@@ -137,7 +173,10 @@ def content_hashes(paths: list[Path]) -> list[str]:
 def fingerprint(data: Path) -> str:
     """16 hex digits over the relative names (NFC) and contents of all images: the same data set gives the same on every system."""
     images = sorted(all_images(data), key=lambda path: relative_name(data, path))
-    lines = [f"{relative_name(data, path)} {digest}" for path, digest in zip(images, content_hashes(images), strict=True)]
+    lines = [
+        f"{relative_name(data, path)} {digest}"
+        for path, digest in zip(images, content_hashes(images), strict=True)
+    ]
     return sha256("\n".join(lines))[:16]
 
 
@@ -154,7 +193,10 @@ def is_sample(data: Path) -> bool:
 def prepare(data: Path, seed: int = 0) -> None:
     """Draw the sample where there is no data at all, otherwise check the folders.  Raises UserError."""
     if not has_data(data) or unfinished_sample(data):
-        print(f"no images in {data}: drawing the sample heroes (your own: {LAYOUT.format(data=data)})", flush=True)
+        print(
+            f"no images in {data}: drawing the sample heroes (your own: {LAYOUT.format(data=data)})",
+            flush=True,
+        )
         draw_sample(data, seed)
     check_folders(data)
 
@@ -167,9 +209,14 @@ def load_rgb(path: str | Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey opens as I;16 or I, by version of Pillow
+    if (
+        image.mode.startswith("I") or image.mode == "F"
+    ):  # 16-bit grey opens as I;16 or I, by version of Pillow
         values = np.asarray(image, dtype=np.float32)
-        full = next((full for full in (1, 255, 65535) if image.mode == "F" and values.max() <= full), max(65535, values.max()))
+        full = next(
+            (full for full in (1, 255, 65535) if image.mode == "F" and values.max() <= full),
+            max(65535, values.max()),
+        )
         return Image.fromarray((values / full * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -178,7 +225,10 @@ def load_rgb(path: str | Path) -> Image.Image:
 
 
 def to_normalised() -> list:
-    mean, std = [255 * value for value in MEAN], [255 * value for value in STD]  # on 0..255: spares a pass over the picture
+    mean, std = (
+        [255 * value for value in MEAN],
+        [255 * value for value in STD],
+    )  # on 0..255: spares a pass over the picture
     return [v2.ToImage(), v2.ToDtype(torch.float32), v2.Normalize(mean, std, inplace=True)]
 
 
@@ -208,7 +258,9 @@ class HeroFolder(ImageFolder):
         classes = self.known or sorted({nfc(name) for name in folders})
         unknown = [name for name in folders if nfc(name) not in classes]
         if unknown:
-            raise UserError(f"{Path(directory, unknown[0])} is a class the network never saw; remove it or train again: python train.py")
+            raise UserError(
+                f"{Path(directory, unknown[0])} is a class the network never saw; remove it or train again: python train.py"
+            )
         return classes, {name: classes.index(nfc(name)) for name in folders}
 
 
@@ -233,9 +285,15 @@ def make_loaders(
     sampler = DistributedSampler(train, world_size, rank, shuffle=True, seed=seed)
     # A last batch of one image has no variance for batch normalisation: it is left out, a different one in every epoch.
     drop_last = len(sampler) > batch_size and len(sampler) % batch_size == 1
-    train_loader = loader(train, batch_size, num_workers, seed, sampler=sampler, drop_last=drop_last, pin_memory=pin_memory)
+    train_loader = loader(
+        train, batch_size, num_workers, seed, sampler=sampler, drop_last=drop_last, pin_memory=pin_memory
+    )
     share = range(rank, len(test), world_size)
-    return train_loader, loader(test, batch_size, num_workers, seed, sampler=share, pin_memory=pin_memory), train.classes
+    return (
+        train_loader,
+        loader(test, batch_size, num_workers, seed, sampler=share, pin_memory=pin_memory),
+        train.classes,
+    )
 
 
 def loader(dataset, batch_size: int, num_workers: int, seed: int, **options) -> DataLoader:
@@ -251,10 +309,14 @@ def loader(dataset, batch_size: int, num_workers: int, seed: int, **options) -> 
     )
 
 
-def make_test_loader(data: Path, image_size: int, batch_size: int, classes: list[str], num_workers: int = 0) -> DataLoader:
+def make_test_loader(
+    data: Path, image_size: int, batch_size: int, classes: list[str], num_workers: int = 0
+) -> DataLoader:
     """The test set in a fixed order: batches of float32 (N, 3, S, S) normalised, int64 (N,) indices in `classes`.  Raises UserError."""
     check_folders(data)
-    return loader(HeroFolder(data / "test", test_transform(image_size), classes), batch_size, num_workers, seed=0)
+    return loader(
+        HeroFolder(data / "test", test_transform(image_size), classes), batch_size, num_workers, seed=0
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the sample heroes
@@ -262,7 +324,9 @@ def make_test_loader(data: Path, image_size: int, batch_size: int, classes: list
 
 def has_data(data: Path) -> bool:
     """Whether the user has begun to put anything there: a file of any kind, or a folder of a class that isn't the sample's."""
-    own = [folder for split in SPLITS for folder in class_folders(data / split) if nfc(folder.name) not in HEROES]
+    own = [
+        folder for split in SPLITS for folder in class_folders(data / split) if nfc(folder.name) not in HEROES
+    ]
     return bool(own) or any(visible_files(data / split) for split in SPLITS)
 
 
@@ -281,13 +345,22 @@ def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = SAMPLE_IMAGE
     if not unfinished_sample(data):
         if has_data(data):
             elsewhere = "python datasets.py --draw-sample --data sample"
-            raise UserError(f"{data} already holds images, the sample is not mixed with them; draw it elsewhere: {elsewhere}")
+            raise UserError(
+                f"{data} already holds images, the sample is not mixed with them; draw it elsewhere: {elsewhere}"
+            )
         shutil.rmtree(part, ignore_errors=True)
         marker.unlink(missing_ok=True)  # of a sample that was deleted since
         folders = [(split, name) for split in SPLITS for name in HEROES]
-        jobs = [(part / split / name, f"{seed}/{split}/{name}", index) for split, name in folders for index in range(counts[split])]
+        jobs = [
+            (part / split / name, f"{seed}/{split}/{name}", index)
+            for split, name in folders
+            for index in range(counts[split])
+        ]
         files = in_threads(lambda job: draw_file(*job), jobs, "drawing the sample heroes")
-        lines = [f"{digest} {relative_name(part, path)}" for path, digest in zip(files, content_hashes(files), strict=True)]
+        lines = [
+            f"{digest} {relative_name(part, path)}"
+            for path, digest in zip(files, content_hashes(files), strict=True)
+        ]
         head = f"Sample data drawn by datasets.py (seed {seed}). What is made with any of these images is marked as sample data."
         write_atomic(marker, "\n".join([head, "", *lines]) + "\n")
     for path in visible_files(part):
@@ -302,7 +375,9 @@ def draw_file(folder: Path, key: str, index: int) -> Path:
     rng = random.Random(f"{key}/{index}")  # seeds by the text's SHA-512: the same on every system
     name = nfc(folder.name)
     png = index % 4 == 3
-    image = draw_picture(name, rng, *((400, 0) if png else (700, 9)))  # a large or noisy PNG takes long to read
+    image = draw_picture(
+        name, rng, *((400, 0) if png else (700, 9))
+    )  # a large or noisy PNG takes long to read
     path = folder / f"{name} {index + 1:02d}.{'png' if png else 'jpg'}"
     folder.mkdir(parents=True, exist_ok=True)
     image.save(path, **({} if png else {"quality": rng.randint(75, 95)}))
@@ -320,7 +395,9 @@ def report(data: Path) -> None:
         images = listed["train"][name] + listed["test"].get(name, [])
         widths, heights = zip(*(sizes[path] for path in images), strict=True)
         count = [len(listed[split].get(name, [])) for split in SPLITS]
-        print(f"{name:<24}{count[0]:>7}{count[1]:>7}   {min(widths)}x{min(heights)} .. {max(widths)}x{max(heights)}")
+        print(
+            f"{name:<24}{count[0]:>7}{count[1]:>7}   {min(widths)}x{min(heights)} .. {max(widths)}x{max(heights)}"
+        )
     total = [sum(map(len, listed[split].values())) for split in SPLITS]
     marked = ", sample data drawn by datasets.py" if is_sample(data) else ""
     print(f"{'all':<24}{total[0]:>7}{total[1]:>7}   fingerprint {fingerprint(data)}{marked}")
@@ -330,11 +407,16 @@ def report(data: Path) -> None:
 
 def oddities(data: Path, listed: dict[str, dict[str, list[Path]]]) -> list[str]:
     untested = [name for name in listed["train"] if name not in listed["test"]]
-    found = [f"{data / 'test' / name} has no images: the accuracy says nothing about this class" for name in untested]
+    found = [
+        f"{data / 'test' / name} has no images: the accuracy says nothing about this class"
+        for name in untested
+    ]
     images = all_images(data)
     other = sorted({path for split in SPLITS for path in visible_files(data / split)} - set(images))
     if other:
-        found.append(f"{len(other)} files aren't used, being no images in a class folder by their names: {', '.join(map(str, other[:5]))}")
+        found.append(
+            f"{len(other)} files aren't used, being no images in a class folder by their names: {', '.join(map(str, other[:5]))}"
+        )
     first = {}
     for path, digest in zip(images, content_hashes(images), strict=True):
         if first.setdefault(digest, path) != path:
@@ -343,15 +425,25 @@ def oddities(data: Path, listed: dict[str, dict[str, list[Path]]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="say what images there are, or draw the sample heroes where there are none")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with train/<class>/ and test/<class>/")
-    parser.add_argument("--draw-sample", action="store_true", help="draw the sample heroes; only where there are no images yet")
+    parser = argparse.ArgumentParser(
+        description="say what images there are, or draw the sample heroes where there are none"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="folder with train/<class>/ and test/<class>/"
+    )
+    parser.add_argument(
+        "--draw-sample",
+        action="store_true",
+        help="draw the sample heroes; only where there are no images yet",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the drawn sample")
     args = parser.parse_args()
     if unfinished_sample(args.data) or args.draw_sample and not is_sample(args.data):
         draw_sample(args.data, args.seed)
     if not has_data(args.data):
-        raise UserError(f"no images in {args.data}; {LAYOUT.format(data=args.data)}, or draw the sample: python datasets.py --draw-sample")
+        raise UserError(
+            f"no images in {args.data}; {LAYOUT.format(data=args.data)}, or draw the sample: python datasets.py --draw-sample"
+        )
     report(args.data)
 
 

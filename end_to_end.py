@@ -20,13 +20,27 @@ import pandas as pd
 from tqdm import tqdm
 
 import compare
-from utils.utils import UserError, add_path_arguments, checkpoint_path, fresh_processes, run_main, write_atomic
+from utils.utils import (
+    UserError,
+    add_path_arguments,
+    checkpoint_path,
+    fresh_processes,
+    run_main,
+    write_atomic,
+)
 
 STEPS = ["decode", "resize", "copy", "normalise", "infer", "copy_back"]
 
 
 def serve(
-    backend_name: str, image_size: int, batch_size: int, batch_sizes: list[int], device: str, data: Path, weights: Path, seconds: float
+    backend_name: str,
+    image_size: int,
+    batch_size: int,
+    batch_sizes: list[int],
+    device: str,
+    data: Path,
+    weights: Path,
+    seconds: float,
 ) -> dict:
     """Serve the test set over and over for at least `seconds` after one untimed pass; ms per image of every step, images/s, accuracy.
 
@@ -45,12 +59,22 @@ def serve(
     backend = {name: make for script in scripts for name, make in script.BACKENDS.items()}[backend_name]()
     checkpoint = checkpoint_path(weights, image_size)
     classes = model.load_facts(checkpoint)["classes"]
-    files = [(path, classes.index(name)) for name, paths in datasets.list_images(data)["test"].items() for path in paths]
-    files += files[: -len(files) % batch_size] if len(files) >= batch_size else files * (math.ceil(batch_size / len(files)) - 1)
+    files = [
+        (path, classes.index(name))
+        for name, paths in datasets.list_images(data)["test"].items()
+        for path in paths
+    ]
+    files += (
+        files[: -len(files) % batch_size]
+        if len(files) >= batch_size
+        else files * (math.ceil(batch_size / len(files)) - 1)
+    )
     files = files[: len(files) // batch_size * batch_size]
     batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
     resize = v2.Resize((image_size, image_size), antialias=True)
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (datasets.MEAN, datasets.STD))
+    mean, std = (
+        torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (datasets.MEAN, datasets.STD)
+    )
     cuda = device == "cuda"
     stream = torch.cuda.Stream() if cuda else None
     spent, served, correct = dict.fromkeys(STEPS, 0.0), 0, 0
@@ -69,7 +93,12 @@ def serve(
 
                 pictures = list(pool.map(datasets.load_rgb, [path for path, _ in batch]))
                 tick()
-                list(pool.map(lambda k, pictures=pictures: np.copyto(pinned[k].numpy(), resize(pictures[k])), range(batch_size)))
+                list(
+                    pool.map(
+                        lambda k, pictures=pictures: np.copyto(pinned[k].numpy(), resize(pictures[k])),
+                        range(batch_size),
+                    )
+                )
                 tick()
                 images = pinned.to(device, non_blocking=True)
                 tick()
@@ -87,13 +116,20 @@ def serve(
             stop = stop or time.perf_counter() + seconds
     total = sum(spent.values())
     return {
-        **{"precision": backend.precision, "images": served, "images_per_s": served / total * 1000, "accuracy": correct / served},
+        **{
+            "precision": backend.precision,
+            "images": served,
+            "images_per_s": served / total * 1000,
+            "accuracy": correct / served,
+        },
         **{f"{step}_ms": spent[step] / served for step in STEPS},
         "bottleneck": f"{max(spent, key=spent.get)} ({max(spent.values()) / total:.0%})",
     }
 
 
-def run(rows: pd.DataFrame, sizes: list[int] | None, data: Path, weights: Path, results: Path, seconds: float) -> pd.DataFrame:
+def run(
+    rows: pd.DataFrame, sizes: list[int] | None, data: Path, weights: Path, results: Path, seconds: float
+) -> pd.DataFrame:
     """Serve with every backend of `rows` at every size at its fastest batch; merge into results/end_to_end.csv and return what is new."""
     ok = compare.measured(rows)
     batch_sizes = sorted(set(rows.batch_size.tolist()))
@@ -105,20 +141,36 @@ def run(rows: pd.DataFrame, sizes: list[int] | None, data: Path, weights: Path, 
         with ProcessPoolExecutor(1, mp_context=fresh_processes()) as pool:
             where = row.image_size, row.batch_size, batch_sizes, row.device
             served = pool.submit(serve, row.backend, *where, data, weights, seconds).result()
-        known = {"run": row.run, "backend": row.backend, "image_size": row.image_size, "batch_size": row.batch_size}
+        known = {
+            "run": row.run,
+            "backend": row.backend,
+            "image_size": row.image_size,
+            "batch_size": row.batch_size,
+        }
         table.append({**known, **served, "infer_alone_images_per_s": row.fps})
     new, path = pd.DataFrame(table), results / "end_to_end.csv"
     keys = ["run", "backend", "image_size"]
     both = pd.concat([pd.read_csv(path), new]).drop_duplicates(keys, keep="last") if path.exists() else new
-    write_atomic(path, both.sort_values(["run", "image_size"], kind="stable").to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    write_atomic(
+        path,
+        both.sort_values(["run", "image_size"], kind="stable").to_csv(
+            index=False, float_format="%.6g", lineterminator="\n"
+        ),
+    )
     return new
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--image-sizes", nargs="+", type=int, help="default: all that are in the table")
-    parser.add_argument("--run", default="main", help="whose rows; this environment must be the one that measured them")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of serving, at least, after an untimed pass")
+    parser.add_argument(
+        "--run", default="main", help="whose rows; this environment must be the one that measured them"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="of serving, at least, after an untimed pass"
+    )
     add_path_arguments(parser)
     args = parser.parse_args()
     rows, _ = compare.read(args.results)
@@ -129,7 +181,11 @@ def main() -> None:
         )
     from utils import report
 
-    print(report.end_to_end_text(run(rows, args.image_sizes, args.data, args.weights, args.results, args.seconds)))
+    print(
+        report.end_to_end_text(
+            run(rows, args.image_sizes, args.data, args.weights, args.results, args.seconds)
+        )
+    )
 
 
 if __name__ == "__main__":

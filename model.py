@@ -33,7 +33,10 @@ def build(num_classes: int, pretrained: bool = False) -> torch.nn.Module:
 def save(path: Path, model: torch.nn.Module, **facts) -> None:
     """Write the weights and `facts` (classes, image_size, epoch, accuracy, settings, data: plain values) to `path`, whole or not at all."""
     buffer = io.BytesIO()
-    torch.save({"model": {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, **facts}, buffer)
+    torch.save(
+        {"model": {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, **facts},
+        buffer,
+    )
     write_atomic(path, buffer.getvalue())
 
 
@@ -49,7 +52,9 @@ def load_facts(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["model"], checkpoint["classes"], checkpoint["image_size"]
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError on a damaged file
-        raise UserError(f"{path} is not a checkpoint of train.py; train again: python train.py --force --image-sizes {size}") from error
+        raise UserError(
+            f"{path} is not a checkpoint of train.py; train again: python train.py --force --image-sizes {size}"
+        ) from error
     return checkpoint
 
 
@@ -83,13 +88,31 @@ def count_work(image_size: int, num_classes: int = 1000) -> dict[str, int]:
     activations = []
 
     def note(module, inputs, output):
-        activations.append(output.numel() if isinstance(module, BasicBlock) else inputs[0].numel() + output.numel())
+        activations.append(
+            output.numel() if isinstance(module, BasicBlock) else inputs[0].numel() + output.numel()
+        )
 
-    with torch.inference_mode(False), torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.device("meta"),
+        FlopCounterMode(display=False) as counter,
+    ):
         network = build(num_classes).eval()
         for module in network.modules():
-            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.MaxPool2d, torch.nn.AdaptiveAvgPool2d, BasicBlock)):
-                module.register_forward_hook(note)  # of a block only the residual, which its last convolution reads
+            if isinstance(
+                module,
+                (
+                    torch.nn.Conv2d,
+                    torch.nn.Linear,
+                    torch.nn.MaxPool2d,
+                    torch.nn.AdaptiveAvgPool2d,
+                    BasicBlock,
+                ),
+            ):
+                module.register_forward_hook(
+                    note
+                )  # of a block only the residual, which its last convolution reads
         network(torch.empty(1, 3, image_size, image_size))
     weights = sum(parameter.numel() for parameter in network.parameters())
     return {"flops": counter.get_total_flops(), "activations": sum(activations), "weights": weights}

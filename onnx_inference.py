@@ -29,7 +29,13 @@ def export(checkpoint: Path, image_size: int, precision: str) -> tuple[Path, flo
     start = time.perf_counter()
     path = checkpoint.with_name(f"resnet18_{image_size}_{precision.lower()}.onnx")
     note = path.with_suffix(".onnx.json")
-    key = sha256(checkpoint, str(package_version("torch")), str(package_version("onnx")), str(package_version("onnxscript")), precision)
+    key = sha256(
+        checkpoint,
+        str(package_version("torch")),
+        str(package_version("onnx")),
+        str(package_version("onnxscript")),
+        precision,
+    )
     if path.is_file() and read_json(note) == {"key": key, "sha256": sha256(path)}:
         return path, time.perf_counter() - start, True
     temporary = path.with_name(path.name + ".tmp")
@@ -53,12 +59,25 @@ def _export(checkpoint: Path, image_size: int, precision: str, path: Path) -> No
     names = {"input_names": ["input"], "output_names": ["logits"]}
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5):
         free = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
-        torch.onnx.export(network, (example,), path, dynamo=True, dynamic_shapes=free, external_data=False, verbose=False, **names)
+        torch.onnx.export(
+            network,
+            (example,),
+            path,
+            dynamo=True,
+            dynamic_shapes=free,
+            external_data=False,
+            verbose=False,
+            **names,
+        )
         return
-    if precision == "FP16" and torch.cuda.is_available():  # the older one runs the network, and CPUs had no half convolution
+    if (
+        precision == "FP16" and torch.cuda.is_available()
+    ):  # the older one runs the network, and CPUs had no half convolution
         network, example = network.cuda(), example.cuda()
     free = {"input": {0: "batch"}, "logits": {0: "batch"}}
-    torch.onnx.export(network, (example,), str(path), opset_version=OLD_EXPORTER_OPSET, dynamic_axes=free, **names)
+    torch.onnx.export(
+        network, (example,), str(path), opset_version=OLD_EXPORTER_OPSET, dynamic_axes=free, **names
+    )
 
 
 class OnnxRuntime:
@@ -77,7 +96,11 @@ class OnnxRuntime:
         import onnxruntime
 
         if device == "cpu":
-            return "NHWC and CUDA graphs are options of ONNX Runtime's CUDA provider; this run is on the CPU" if self.nhwc else None
+            return (
+                "NHWC and CUDA graphs are options of ONNX Runtime's CUDA provider; this run is on the CPU"
+                if self.nhwc
+                else None
+            )
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             return (
                 f"onnxruntime {onnxruntime.__version__} has no CUDA provider; measure it in an environment made from requirements.txt, "
@@ -96,7 +119,9 @@ class OnnxRuntime:
         if device == "cuda":
             onnxruntime.preload_dlls()  # finds the CUDA libraries that PyTorch brought along
         self.run_options = onnxruntime.RunOptions()
-        self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the clock synchronises
+        self.run_options.add_run_config_entry(
+            "disable_synchronize_execution_providers", "1"
+        )  # the clock synchronises
         self.sessions, self.bound = {}, {}
 
     def session(self, batch_size: int):
@@ -107,7 +132,9 @@ class OnnxRuntime:
         if key not in self.sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "0" if self.device == "cpu" else "1")
+            options.add_session_config_entry(
+                "session.disable_cpu_ep_fallback", "0" if self.device == "cpu" else "1"
+            )
             if self.device == "cpu":
                 providers = ["CPUExecutionProvider"]
             else:

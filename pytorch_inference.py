@@ -34,7 +34,9 @@ class PyTorch:
             try:
                 import triton  # noqa: F401
             except ImportError:
-                return "torch.compile needs triton on a GPU; run: pip install triton (triton-windows on Windows)"
+                return (
+                    "torch.compile needs triton on a GPU; run: pip install triton (triton-windows on Windows)"
+                )
         return None
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
@@ -74,7 +76,11 @@ class CudaGraph:
         return getattr(self.backend, name)
 
     def why_unavailable(self, device: str) -> str | None:
-        return "CUDA graphs need a CUDA GPU; this run is on the CPU" if device == "cpu" else self.backend.why_unavailable(device)
+        return (
+            "CUDA graphs need a CUDA GPU; this run is on the CPU"
+            if device == "cpu"
+            else self.backend.why_unavailable(device)
+        )
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         self.graphs = {}

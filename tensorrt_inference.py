@@ -69,7 +69,9 @@ class TensorRT:
         self.build_s, self.from_cache, self.engines = 0.0, True, {}
         for batches in [[batch] for batch in batch_sizes] if self.static else [batch_sizes]:
             shapes = trt.profile(batches, image_size, self.static)
-            engine, self.artefact, seconds, cached = trt.load_or_build(trt.find, trt.build, trt.load, checkpoint, shapes)
+            engine, self.artefact, seconds, cached = trt.load_or_build(
+                trt.find, trt.build, trt.load, checkpoint, shapes
+            )
             self.build_s += seconds
             self.from_cache &= cached
             for batch in batches:

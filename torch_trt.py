@@ -20,7 +20,15 @@ import torch
 
 import model
 import trt
-from utils.utils import BATCH_SIZES, IMAGE_SIZES, UserError, add_path_arguments, checkpoint_path, run_main, sha256
+from utils.utils import (
+    BATCH_SIZES,
+    IMAGE_SIZES,
+    UserError,
+    add_path_arguments,
+    checkpoint_path,
+    run_main,
+    sha256,
+)
 
 
 def is_torchscript() -> bool:
@@ -40,7 +48,9 @@ def compile_network(network: torch.nn.Module, shapes: list[list[int]], timings: 
     workspace = min(trt.WORKSPACE_BYTES, torch.cuda.mem_get_info()[0] // 4)
     common = {"inputs": [input_range(shapes)], "require_full_compilation": True, "workspace_size": workspace}
     if is_torchscript():
-        return torch_tensorrt.compile(torch.jit.script(network), ir="ts", enabled_precisions={torch.half}, **common)
+        return torch_tensorrt.compile(
+            torch.jit.script(network), ir="ts", enabled_precisions={torch.half}, **common
+        )
     return torch_tensorrt.compile(network, ir="dynamo", timing_cache_path=str(timings), **common)
 
 
@@ -49,7 +59,9 @@ def input_range(shapes: list[list[int]]):
     import torch_tensorrt
 
     smallest, best, largest = map(tuple, shapes)
-    return torch_tensorrt.Input(min_shape=smallest, opt_shape=best, max_shape=largest, dtype=torch.half, name="x")
+    return torch_tensorrt.Input(
+        min_shape=smallest, opt_shape=best, max_shape=largest, dtype=torch.half, name="x"
+    )
 
 
 def save(module, path: Path, shapes: list[list[int]]) -> None:
@@ -59,7 +71,9 @@ def save(module, path: Path, shapes: list[list[int]]) -> None:
     if is_torchscript():
         torch.jit.save(module, str(path))
     else:
-        torch_tensorrt.save(module, str(path), output_format="exported_program", arg_inputs=[input_range(shapes)])
+        torch_tensorrt.save(
+            module, str(path), output_format="exported_program", arg_inputs=[input_range(shapes)]
+        )
 
 
 def load(path: Path):
@@ -67,7 +81,11 @@ def load(path: Path):
     import torch_tensorrt
 
     with torch.inference_mode(False), torch.no_grad():
-        return torch.jit.load(str(path)) if is_torchscript() else torch_tensorrt.load(str(path)).module(check_guards=False)
+        return (
+            torch.jit.load(str(path))
+            if is_torchscript()
+            else torch_tensorrt.load(str(path)).module(check_guards=False)
+        )
 
 
 def operations(module) -> list[str]:
@@ -82,7 +100,9 @@ def check_one_engine(module) -> None:
     """Raises RuntimeError, naming the operations, unless the whole network went into one engine."""
     found = operations(module)
     if len(found) != 1 or not ("execute_engine" in found[0] or "_run_on_acc" in found[0]):
-        raise RuntimeError(f"Torch-TensorRT did not put the whole network into one engine, but made: {', '.join(found) or 'none'}")
+        raise RuntimeError(
+            f"Torch-TensorRT did not put the whole network into one engine, but made: {', '.join(found) or 'none'}"
+        )
 
 
 def facts(checkpoint: Path, shapes: list[list[int]]) -> dict:
@@ -90,8 +110,18 @@ def facts(checkpoint: Path, shapes: list[list[int]]) -> dict:
     import tensorrt
     import torch_tensorrt
 
-    versions = {"torch": torch.__version__, "torch_tensorrt": torch_tensorrt.__version__, "tensorrt": tensorrt.__version__}
-    return {"checkpoint": sha256(checkpoint), **versions, **trt.gpu_facts(), "shapes": shapes, "options": trt.OPTIONS}
+    versions = {
+        "torch": torch.__version__,
+        "torch_tensorrt": torch_tensorrt.__version__,
+        "tensorrt": tensorrt.__version__,
+    }
+    return {
+        "checkpoint": sha256(checkpoint),
+        **versions,
+        **trt.gpu_facts(),
+        "shapes": shapes,
+        "options": trt.OPTIONS,
+    }
 
 
 def module_path(checkpoint: Path, shapes: list[list[int]]) -> Path:
@@ -110,10 +140,16 @@ def build(checkpoint: Path, shapes: list[list[int]]) -> tuple[Path, float]:
 
     start = time.perf_counter()
     path, made_from = module_path(checkpoint, shapes), facts(checkpoint, shapes)
-    print(f"compiling {path} with Torch-TensorRT {torch_tensorrt.__version__}; this can take a minute", file=sys.stderr, flush=True)
+    print(
+        f"compiling {path} with Torch-TensorRT {torch_tensorrt.__version__}; this can take a minute",
+        file=sys.stderr,
+        flush=True,
+    )
     timings, timed_with = trt.timing_cache(checkpoint, made_from)
     with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        network = model.fold_batch_norm(model.load(checkpoint, "cpu")[0]).half().cuda()  # folded in FP32, then halved
+        network = (
+            model.fold_batch_norm(model.load(checkpoint, "cpu")[0]).half().cuda()
+        )  # folded in FP32, then halved
         working = Path(folder) / "timings"
         if not is_torchscript() and trt.is_fresh(timings, timed_with):
             working.write_bytes(timings.read_bytes())
@@ -127,7 +163,9 @@ def build(checkpoint: Path, shapes: list[list[int]]) -> tuple[Path, float]:
 
 def main() -> None:
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--image-sizes", nargs="+", type=int, default=IMAGE_SIZES)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
     parser.add_argument("--force", action="store_true", help="compile even where a fresh file is there")

@@ -35,9 +35,14 @@ from utils.utils import (
     write_json,
 )
 
-WORKSPACE_BYTES = 1 << 30  # at most; a quarter of the free memory where that is less, so that a 4 GB card can build
+WORKSPACE_BYTES = (
+    1 << 30
+)  # at most; a quarter of the free memory where that is less, so that a 4 GB card can build
 OLD_PARSER_OPSET = 17  # TensorRT 8.6 misreads ReduceMean from opset 18 on, where the axes are an input
-OPTIONS = {"precision": "FP16", "workspace_bytes": WORKSPACE_BYTES}  # part of an engine's facts, like everything it is made from
+OPTIONS = {
+    "precision": "FP16",
+    "workspace_bytes": WORKSPACE_BYTES,
+}  # part of an engine's facts, like everything it is made from
 
 
 # ---- what both routes to TensorRT share: reasons, shapes, files that say what they were made from
@@ -54,7 +59,9 @@ def why_unavailable(packages: list[str], device: str) -> str | None:
             return f"{package} is not installed; run: pip install -r requirements-tensorrt.txt (Python 3.10: requirements-tensorrt86.txt)"
         try:
             importlib.import_module(package)
-        except Exception as error:  # a missing library, the wrong CUDA or driver: each loader has exceptions of its own
+        except (
+            Exception
+        ) as error:  # a missing library, the wrong CUDA or driver: each loader has exceptions of its own
             words = " ".join(f"{type(error).__name__}: {error}".split())
             return f"{package} {package_version(package) or ''} is installed but does not load: {words}"
     return None
@@ -73,7 +80,10 @@ def file_name(shapes: list[list[int]], suffix: str) -> str:
 
 
 def gpu_facts() -> dict:
-    return {"gpu": torch.cuda.get_device_name(), "compute_capability": "{}.{}".format(*torch.cuda.get_device_capability())}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "compute_capability": "{}.{}".format(*torch.cuda.get_device_capability()),
+    }
 
 
 def is_fresh(path: Path, facts: dict) -> bool:
@@ -115,7 +125,9 @@ def load_or_build(find, build, load, checkpoint: Path, shapes: list[list[int]], 
     A file that does not load is built anew.  Building has a process of its own, so that nothing of it stays in this one's GPU memory.
     """
     if not checkpoint.is_file():
-        raise UserError(f"{checkpoint} is missing; train it first: python train.py --image-sizes {shapes[0][2]}")
+        raise UserError(
+            f"{checkpoint} is missing; train it first: python train.py --image-sizes {shapes[0][2]}"
+        )
     start = time.perf_counter()
     if path := None if force else find(checkpoint, shapes):
         try:
@@ -129,7 +141,9 @@ def load_or_build(find, build, load, checkpoint: Path, shapes: list[list[int]], 
 
 def timing_cache(checkpoint: Path, facts: dict) -> tuple[Path, dict]:
     """The file of TensorRT's kernel timings, and what it depends on: timings hold for every network, by this TensorRT on this GPU."""
-    return checkpoint.with_name("tensorrt.timings"), {name: facts[name] for name in ("tensorrt", "gpu", "compute_capability")}
+    return checkpoint.with_name("tensorrt.timings"), {
+        name: facts[name] for name in ("tensorrt", "gpu", "compute_capability")
+    }
 
 
 # ---- building
@@ -189,8 +203,14 @@ def configure(tensorrt, config, free_bytes: int) -> None:
     config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, min(WORKSPACE_BYTES, free_bytes // 4))
     if hasattr(tensorrt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
         return
-    config.set_flag(tensorrt.BuilderFlag.FP16)  # 8.6 takes a network's types for a wish and builds FP32 kernels without this
-    gone = [tensorrt.TacticSource.CUBLAS, tensorrt.TacticSource.CUBLAS_LT, tensorrt.TacticSource.CUDNN]  # not in 10 any more
+    config.set_flag(
+        tensorrt.BuilderFlag.FP16
+    )  # 8.6 takes a network's types for a wish and builds FP32 kernels without this
+    gone = [
+        tensorrt.TacticSource.CUBLAS,
+        tensorrt.TacticSource.CUBLAS_LT,
+        tensorrt.TacticSource.CUDNN,
+    ]  # not in 10 any more
     config.set_tactic_sources(config.get_tactic_sources() & ~sum(1 << int(source) for source in gone))
 
 
@@ -203,7 +223,10 @@ def build_plan(model: bytes, shapes: list[list[int]], timings: bytes) -> tuple[b
     network = builder.create_network(network_flags(tensorrt))
     parser = tensorrt.OnnxParser(network, logger())
     if not parser.parse(model):
-        raise failed("TensorRT can't read the ONNX file:\n" + "\n".join(str(parser.get_error(i)) for i in range(parser.num_errors)))
+        raise failed(
+            "TensorRT can't read the ONNX file:\n"
+            + "\n".join(str(parser.get_error(i)) for i in range(parser.num_errors))
+        )
     config = builder.create_builder_config()
     configure(tensorrt, config, torch.cuda.mem_get_info()[0])
     if shapes[0] != shapes[2]:
@@ -223,7 +246,13 @@ def build_plan(model: bytes, shapes: list[list[int]], timings: bytes) -> tuple[b
 def engine_facts(onnx_path: Path, shapes: list[list[int]]) -> dict:
     import tensorrt
 
-    return {"onnx": sha256(onnx_path), "tensorrt": tensorrt.__version__, **gpu_facts(), "shapes": shapes, "options": OPTIONS}
+    return {
+        "onnx": sha256(onnx_path),
+        "tensorrt": tensorrt.__version__,
+        **gpu_facts(),
+        "shapes": shapes,
+        "options": OPTIONS,
+    }
 
 
 def find(checkpoint: Path, shapes: list[list[int]]) -> Path | None:
@@ -242,7 +271,11 @@ def build(checkpoint: Path, shapes: list[list[int]]) -> tuple[Path, float]:
 
     start = time.perf_counter()
     path = checkpoint.with_name(file_name(shapes, "engine"))
-    print(f"building {path} with TensorRT {tensorrt.__version__}; this can take a minute", file=sys.stderr, flush=True)
+    print(
+        f"building {path} with TensorRT {tensorrt.__version__}; this can take a minute",
+        file=sys.stderr,
+        flush=True,
+    )
     onnx_path, _, _ = onnx_inference.export(checkpoint, shapes[0][2], "FP16")
     facts = engine_facts(onnx_path, shapes)
     timings, timed_with = timing_cache(checkpoint, facts)
@@ -274,7 +307,9 @@ class Engine:
         shapes = self.engine.get_tensor_profile_shape("input", 0) if -1 in fixed else [fixed] * 3
         self.smallest, _, self.largest = map(tuple, shapes)
         kinds = {tensorrt.DataType.HALF: torch.float16, tensorrt.DataType.FLOAT: torch.float32}
-        self.dtype, self.logits_dtype = (kinds[self.engine.get_tensor_dtype(name)] for name in ("input", "logits"))
+        self.dtype, self.logits_dtype = (
+            kinds[self.engine.get_tensor_dtype(name)] for name in ("input", "logits")
+        )
         self.context = self.shape = self.address = None
         self.outputs = {}  # shape of the input -> logits
 
@@ -287,7 +322,9 @@ class Engine:
         if not self.context.set_input_shape("input", tuple(shape)):
             raise failed(f"TensorRT refuses the input shape {tuple(shape)}:")
         if shape not in self.outputs:
-            self.outputs[shape] = torch.empty(tuple(self.context.get_tensor_shape("logits")), dtype=self.logits_dtype, device="cuda")
+            self.outputs[shape] = torch.empty(
+                tuple(self.context.get_tensor_shape("logits")), dtype=self.logits_dtype, device="cuda"
+            )
         self.logits = self.outputs[shape]
         self.context.set_tensor_address("logits", self.logits.data_ptr())
         self.shape, self.address = shape, None
@@ -297,7 +334,9 @@ class Engine:
         if x.shape != self.shape:
             self.bind(x.shape)
         if x.dtype != self.dtype or not x.is_cuda or not x.is_contiguous():
-            raise ValueError(f"the engine takes contiguous {self.dtype} on the GPU, not {x.dtype} on {x.device} with strides {x.stride()}")
+            raise ValueError(
+                f"the engine takes contiguous {self.dtype} on the GPU, not {x.dtype} on {x.device} with strides {x.stride()}"
+            )
         address = x.data_ptr()
         if address != self.address:
             self.context.set_tensor_address("input", address)
@@ -309,9 +348,13 @@ class Engine:
 
 def check_shape(shape, smallest, largest) -> None:
     """Raises ValueError with both shapes unless `shape` lies between `smallest` and `largest` on every axis."""
-    fits = len(shape) == len(smallest) and all(low <= n <= high for low, n, high in zip(smallest, shape, largest, strict=True))
+    fits = len(shape) == len(smallest) and all(
+        low <= n <= high for low, n, high in zip(smallest, shape, largest, strict=True)
+    )
     if not fits:
-        raise ValueError(f"input of shape {tuple(shape)} is outside the engine's profile, {tuple(smallest)} to {tuple(largest)}")
+        raise ValueError(
+            f"input of shape {tuple(shape)} is outside the engine's profile, {tuple(smallest)} to {tuple(largest)}"
+        )
 
 
 def load(path: Path) -> Engine:
@@ -320,15 +363,22 @@ def load(path: Path) -> Engine:
 
 def report(path: Path, seconds: float, from_cache: bool) -> None:
     """One line about a file, as trt.py and torch_trt.py print it."""
-    print(f"{path}: {'from the cache' if from_cache else 'built'} in {seconds:.1f} s, {path.stat().st_size / 2**20:.1f} MB", flush=True)
+    print(
+        f"{path}: {'from the cache' if from_cache else 'built'} in {seconds:.1f} s, {path.stat().st_size / 2**20:.1f} MB",
+        flush=True,
+    )
 
 
 def main() -> None:
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--image-sizes", nargs="+", type=int, default=IMAGE_SIZES)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
-    parser.add_argument("--static", action="store_true", help="an engine for each batch size and for it alone")
+    parser.add_argument(
+        "--static", action="store_true", help="an engine for each batch size and for it alone"
+    )
     parser.add_argument("--force", action="store_true", help="build even where a fresh engine is there")
     add_path_arguments(parser)
     args = parser.parse_args()
@@ -337,7 +387,11 @@ def main() -> None:
     for size in args.image_sizes:
         checkpoint = checkpoint_path(args.weights, size)
         for batches in [[batch] for batch in args.batch_sizes] if args.static else [args.batch_sizes]:
-            report(*load_or_build(find, build, load, checkpoint, profile(batches, size, args.static), args.force)[1:])
+            report(
+                *load_or_build(
+                    find, build, load, checkpoint, profile(batches, size, args.static), args.force
+                )[1:]
+            )
 
 
 if __name__ == "__main__":

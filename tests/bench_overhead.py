@@ -68,7 +68,9 @@ def bare_loop(call, runs: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
@@ -78,9 +80,14 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device(args.device)
     checkpoint = checkpoint_path(args.weights, args.image_size)
-    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        args.batch_size, 3, args.image_size, args.image_size, generator=torch.Generator().manual_seed(0)
+    )
     worst = 0.0
-    for name, backend, make_bare in (("PyTorch", PyTorch(), bare_pytorch), ("ONNX Runtime", OnnxRuntime(), bare_onnx)):
+    for name, backend, make_bare in (
+        ("PyTorch", PyTorch(), bare_pytorch),
+        ("ONNX Runtime", OnnxRuntime(), bare_onnx),
+    ):
         with torch.inference_mode():
             backend.load(checkpoint, args.image_size, [args.batch_size], device)
             x = backend.prepare(images.to(device))
@@ -89,13 +96,17 @@ def main() -> None:
             new_event = (lambda: torch.cuda.Event(enable_timing=True)) if device == "cuda" else None
             ours, theirs = [], []
             for turn in range(args.turns + 1):
-                samples = timing.sample(lambda b=backend, x=x: b.predict(x), synchronize, args.runs, 0, 600, new_event)
+                samples = timing.sample(
+                    lambda b=backend, x=x: b.predict(x), synchronize, args.runs, 0, 600, new_event
+                )
                 loop = bare_loop(bare, args.runs)
                 if turn:  # the first turn warms up
                     ours, theirs = ours + samples.host_ms, theirs + loop
         ratio = timing.trimmed_mean(ours) / timing.trimmed_mean(theirs)
         worst = max(worst, abs(ratio - 1))
-        print(f"{name}: benchmark {timing.trimmed_mean(ours):.3f} ms, bare loop {timing.trimmed_mean(theirs):.3f} ms, ratio {ratio:.3f}")
+        print(
+            f"{name}: benchmark {timing.trimmed_mean(ours):.3f} ms, bare loop {timing.trimmed_mean(theirs):.3f} ms, ratio {ratio:.3f}"
+        )
     sys.exit(worst > 0.05)
 
 

@@ -26,7 +26,9 @@ from utils.utils import checkpoint_path  # noqa: E402
 def mean_colours(data: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """(N, 3) mean RGB and (N,) class names of a split."""
     listed = datasets.list_images(data)[split]
-    colours = [np.asarray(datasets.load_rgb(path)).mean((0, 1)) for images in listed.values() for path in images]
+    colours = [
+        np.asarray(datasets.load_rgb(path)).mean((0, 1)) for images in listed.values() for path in images
+    ]
     return np.array(colours), np.array([name for name, images in listed.items() for _ in images])
 
 
@@ -49,11 +51,22 @@ def main() -> None:
         data, weights, results = (Path(folder, name) for name in ("data", "weights", "results"))
         datasets.prepare(data, args.seed)
         colour = colour_accuracy(data)
-        command = [sys.executable, str(ROOT / "train.py"), "--image-sizes", str(args.image_size), "--seed", str(args.seed)]
-        subprocess.run([*command, "--data", str(data), "--weights", str(weights), "--results", str(results)], check=True)
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--image-sizes",
+            str(args.image_size),
+            "--seed",
+            str(args.seed),
+        ]
+        subprocess.run(
+            [*command, "--data", str(data), "--weights", str(weights), "--results", str(results)], check=True
+        )
         facts = model.load_facts(checkpoint_path(weights, args.image_size))
     epochs, last = len(facts["history"]), facts["history"][-1]["test_accuracy"]
-    print(f"test accuracy at {args.image_size} px: {last:.1%} after {epochs} epochs, {facts['accuracy']:.1%} at best (at least 90 %)")
+    print(
+        f"test accuracy at {args.image_size} px: {last:.1%} after {epochs} epochs, {facts['accuracy']:.1%} at best (at least 90 %)"
+    )
     print(f"nearest mean colour: {colour:.1%} (under 60 %)")
     sys.exit(0 if last >= 0.9 and colour < 0.6 else 1)
 

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock  # PyTorch brings it along
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside one another: threads that wait spinning would take each other's cores
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it, and so would the scripts started here
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # tests run beside one another: threads that wait spinning would take each other's cores
+)
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # what runs in the background ignores it, and so would the scripts started here
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,7 +25,9 @@ def run_script(script: str, *arguments, cwd: Path = ROOT, ok: bool = True) -> su
     """Run one of the repo's scripts as a user does."""
     environment = {**os.environ, "PYTHONUTF8": "1"}
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600
+    )
     assert not ok or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -54,5 +60,7 @@ def project(tmp_path_factory) -> Path:
 
 def train(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    run_script("train.py", "--quick", "--workers", 0, "--device", "cpu", cwd=folder)  # the same everywhere, whatever GPU there is
+    run_script(
+        "train.py", "--quick", "--workers", 0, "--device", "cpu", cwd=folder
+    )  # the same everywhere, whatever GPU there is
     return folder

@@ -64,11 +64,15 @@ def test_every_row_is_ok_checked_and_complete(results):
     assert (rows.runs >= 6).all() and set(rows.rounds) == {2}
     assert (rows.agreement >= 0.99).all() and (rows.max_abs_diff < 0.01).all()
     assert (abs(rows.fps - rows.batch_size / rows.mean_ms * 1000) < 1e-2 * rows.fps).all()
-    onnx, base = (rows[rows.backend == name].set_index(["image_size", "batch_size"]) for name in ("onnx", "pytorch"))
+    onnx, base = (
+        rows[rows.backend == name].set_index(["image_size", "batch_size"]) for name in ("onnx", "pytorch")
+    )
     assert (abs(onnx.speedup - base.mean_ms / onnx.mean_ms) < 1e-3 * onnx.speedup).all()
     gpu_only = ["gpu_memory_mb", "gpu_ms", "busy_ms", "sustained_fps", "power_w", "pct_peak"]
     assert rows[gpu_only].isna().all(axis=None)  # no GPU: empty, not 0
-    assert rows.tflops.to_numpy() == pytest.approx(rows.fps.to_numpy() * model.count_work(64, 4)["flops"] / 1e12, rel=1e-5)
+    assert rows.tflops.to_numpy() == pytest.approx(
+        rows.fps.to_numpy() * model.count_work(64, 4)["flops"] / 1e12, rel=1e-5
+    )
     assert (rows.pct_measured_peak > 0).all() and rows.host_memory_mb.between(100, 5000).all()
     assert set(rows.limit) <= {"latency", "memory", "compute"}
 
@@ -80,10 +84,19 @@ def test_the_csv_can_be_recomputed_from_the_raw_samples(results):
 
 
 def test_charts_log_and_environment_are_there(results):
-    for name in ("fps_vs_image_size.png", "fps_vs_batch_size.png", "speedup_vs_image_size.png", "roofline.png"):
+    for name in (
+        "fps_vs_image_size.png",
+        "fps_vs_batch_size.png",
+        "speedup_vs_image_size.png",
+        "roofline.png",
+    ):
         assert (results / name).read_bytes().startswith(b"\x89PNG")
     environment = json.loads((results / "environment.json").read_text(encoding="utf-8"))["main"]
-    assert environment["sample_data"] is True and environment["packages"]["torch"] and environment["threads"] >= 1
+    assert (
+        environment["sample_data"] is True
+        and environment["packages"]["torch"]
+        and environment["threads"] >= 1
+    )
     assert "batch 4" in (results / "benchmark.log").read_text(encoding="utf-8")
 
 
@@ -95,15 +108,28 @@ def test_a_second_run_measures_nothing_and_an_extended_one_only_what_is_new(proj
     call(benchmark, *SMALL, "--rounds", "2", "--backends", "onnx", "--batch-sizes", "1", "2")
     again = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
     assert sorted(again["batches"]) == ["1", "2", "4"] and again["batches"]["1"] == record["batches"]["1"]
-    assert len(pd.read_csv(results / "benchmark_results.csv")) == 3 + 2  # batches 1, 2, 4 of ONNX Runtime, 1 and 4 of PyTorch
+    assert (
+        len(pd.read_csv(results / "benchmark_results.csv")) == 3 + 2
+    )  # batches 1, 2, 4 of ONNX Runtime, 1 and 4 of PyTorch
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path, call):
-    command = [sys.executable, str(ROOT / "benchmark.py"), *SMALL, "--batch-sizes", "1", "--results", str(tmp_path / "quick")]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmark.py"),
+        *SMALL,
+        "--batch-sizes",
+        "1",
+        "--results",
+        str(tmp_path / "quick"),
+    ]
     process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first = tmp_path / "quick" / "raw" / "main" / "pytorch_64_round0.json"
     deadline = time.monotonic() + 120
-    while "process_s" not in (first.read_text(encoding="utf-8") if first.is_file() else "") and time.monotonic() < deadline:
+    while (
+        "process_s" not in (first.read_text(encoding="utf-8") if first.is_file() else "")
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     time.sleep(1)  # into the next process
     process.send_signal(signal.SIGINT if sys.platform != "win32" else signal.SIGTERM)
@@ -142,7 +168,18 @@ def test_two_runs_one_after_the_other_agree(project, tmp_path):
 
 
 def test_automatic_batch_sizes_double_until_they_saturate(project, tmp_path, call):
-    arguments = ["--image-sizes", "64", "--batch-sizes", "auto", "--runs", "6", "--min-seconds", "0", "--max-seconds", "1"]
+    arguments = [
+        "--image-sizes",
+        "64",
+        "--batch-sizes",
+        "auto",
+        "--runs",
+        "6",
+        "--min-seconds",
+        "0",
+        "--max-seconds",
+        "1",
+    ]
     call(onnx_inference, *arguments, "--device", "cpu", "--results", tmp_path)
     rows = records.read_rows(tmp_path).sort_values("batch_size")
     batches = rows.batch_size.tolist()
@@ -157,7 +194,9 @@ def test_automatic_batch_sizes_double_until_they_saturate(project, tmp_path, cal
 def test_end_to_end_shares_add_up_and_the_labels_are_right(project, results):
     rows = records.read_csv(results)
     for backend in ("pytorch", "onnx"):
-        served = end_to_end.serve(backend, 64, 4, [1, 4], "cpu", project / "data", project / "weights", seconds=0.2)
+        served = end_to_end.serve(
+            backend, 64, 4, [1, 4], "cpu", project / "data", project / "weights", seconds=0.2
+        )
         steps = sum(value for name, value in served.items() if name.endswith("_ms"))
         assert served["images_per_s"] * steps / 1000 == pytest.approx(1)
         assert served["images"] >= 100 and served["bottleneck"].split(" ")[0] in end_to_end.STEPS
@@ -165,7 +204,19 @@ def test_end_to_end_shares_add_up_and_the_labels_are_right(project, results):
 
 
 def test_a_backend_script_alone_leaves_the_same_kind_of_record(project, results, tmp_path, call):
-    arguments = ["--image-sizes", "64", "--batch-sizes", "1", "4", "--runs", "5", "--min-seconds", "0", "--device", "cpu"]
+    arguments = [
+        "--image-sizes",
+        "64",
+        "--batch-sizes",
+        "1",
+        "4",
+        "--runs",
+        "5",
+        "--min-seconds",
+        "0",
+        "--device",
+        "cpu",
+    ]
     said = call(onnx_inference, *arguments, "--results", tmp_path)
     alone = json.loads((tmp_path / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
     swept = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
@@ -174,9 +225,21 @@ def test_a_backend_script_alone_leaves_the_same_kind_of_record(project, results,
 
 
 def test_a_profile_is_a_table_by_operator_and_a_trace(project, tmp_path, call):
-    said = call(pytorch_inference, "--quick", "--profile", "--batch-sizes", "2", "--device", "cpu", "--results", tmp_path).out
+    said = call(
+        pytorch_inference,
+        "--quick",
+        "--profile",
+        "--batch-sizes",
+        "2",
+        "--device",
+        "cpu",
+        "--results",
+        tmp_path,
+    ).out
     assert "convolution" in said and "Self CPU" in said
-    trace = json.loads((tmp_path / "quick" / "profile" / "pytorch_64_batch2.json").read_text(encoding="utf-8"))
+    trace = json.loads(
+        (tmp_path / "quick" / "profile" / "pytorch_64_batch2.json").read_text(encoding="utf-8")
+    )
     assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
 
 

@@ -25,7 +25,12 @@ from utils import ceilings, gpu
     ],
 )
 def test_the_theoretical_peak_is_the_data_sheets(name, capability, sm_count, clock_mhz, tflops):
-    known = {"gpu": name, "compute_capability": list(capability), "sm_count": sm_count, "boost_clock_mhz": clock_mhz}
+    known = {
+        "gpu": name,
+        "compute_capability": list(capability),
+        "sm_count": sm_count,
+        "boost_clock_mhz": clock_mhz,
+    }
     for precision, expected in tflops.items():
         found = ceilings.peak_tflops(known, precision)
         assert found is None if expected is None else found == pytest.approx(expected, rel=0.005)
@@ -33,26 +38,45 @@ def test_the_theoretical_peak_is_the_data_sheets(name, capability, sm_count, clo
 
 def test_an_unknown_gpu_has_no_peak():
     assert ceilings.peak_tflops({"gpu": None}, "FP32") is None
-    assert ceilings.peak_tflops({"gpu": "X", "compute_capability": [99, 0], "sm_count": 1, "boost_clock_mhz": 1}, "FP32") is None
+    assert (
+        ceilings.peak_tflops(
+            {"gpu": "X", "compute_capability": [99, 0], "sm_count": 1, "boost_clock_mhz": 1}, "FP32"
+        )
+        is None
+    )
 
 
-@pytest.mark.parametrize("size, flops", [(224, 3_628_146_688), (256, 4_738_490_368), (384, 10_660_323_328), (512, 18_950_889_472)])
+@pytest.mark.parametrize(
+    "size, flops", [(224, 3_628_146_688), (256, 4_738_490_368), (384, 10_660_323_328), (512, 18_950_889_472)]
+)
 def test_operations_are_the_known_ones(size, flops):
     assert model.count_work(size)["flops"] == flops
     assert model.count_work(size)["weights"] == 11_689_512
 
 
 def test_the_profiler_counts_the_same_operations():
-    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profiler:
+    with (
+        torch.inference_mode(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profiler,
+    ):
         model.build(4).eval()(torch.zeros(1, 3, 64, 64))
     assert sum(event.flops for event in profiler.key_averages()) == model.count_work(64, 4)["flops"]
 
 
 def test_activations_are_every_layers_input_and_output():
-    planes = {2: 64 * 112**2, 4: 64 * 56**2, 8: 128 * 28**2, 16: 256 * 14**2, 32: 512 * 7**2}  # numbers at each stride, 224 px
+    planes = {
+        2: 64 * 112**2,
+        4: 64 * 56**2,
+        8: 128 * 28**2,
+        16: 256 * 14**2,
+        32: 512 * 7**2,
+    }  # numbers at each stride, 224 px
     stem = 3 * 224**2 + planes[2] + planes[2] + planes[4]  # the first convolution, the pooling
     first = 8 * planes[4] + 2 * planes[4]  # four convolutions, two residuals read
-    later = sum(planes[k // 2] + planes[k] + 6 * planes[k] + planes[k // 2] + planes[k] + 2 * planes[k] for k in (8, 16, 32))
+    later = sum(
+        planes[k // 2] + planes[k] + 6 * planes[k] + planes[k // 2] + planes[k] + 2 * planes[k]
+        for k in (8, 16, 32)
+    )
     head = planes[32] + 512 + 512 + 1000
     assert model.count_work(224)["activations"] == stem + first + later + head
     traffic = ceilings.bytes_per_image(model.count_work(224), "FP16", 16)
@@ -72,8 +96,12 @@ def test_activations_are_every_layers_input_and_output():
         (0.6, 3, 10, "launch"),
     ],
 )
-def test_the_limit_is_the_lower_roof_unless_the_gpu_idles_or_stays_far_below(idle, rate, flops_per_byte, limit):
-    assert ceilings.limit(idle, rate, flops_per_byte, tflops=800, gb_per_s=4000) == limit  # the roofs meet at 200 FLOP/B
+def test_the_limit_is_the_lower_roof_unless_the_gpu_idles_or_stays_far_below(
+    idle, rate, flops_per_byte, limit
+):
+    assert (
+        ceilings.limit(idle, rate, flops_per_byte, tflops=800, gb_per_s=4000) == limit
+    )  # the roofs meet at 200 FLOP/B
 
 
 def test_the_ceilings_of_this_cpu_are_of_its_order():

@@ -14,9 +14,21 @@ from utils.utils import COLUMNS
 
 def table(*rows) -> pd.DataFrame:
     """Rows of (backend, size, batch, fps) or with a status in place of fps, intervals 1 % wide."""
-    made, base = [], {(size, batch): fps for backend, size, batch, fps in rows if backend == "pytorch" and not isinstance(fps, str)}
+    made, base = (
+        [],
+        {
+            (size, batch): fps
+            for backend, size, batch, fps in rows
+            if backend == "pytorch" and not isinstance(fps, str)
+        },
+    )
     for backend, size, batch, fps in rows:
-        row = dict.fromkeys(COLUMNS, None) | {"run": "main", "backend": backend, "precision": "FP32", "device": "cpu"}
+        row = dict.fromkeys(COLUMNS, None) | {
+            "run": "main",
+            "backend": backend,
+            "precision": "FP32",
+            "device": "cpu",
+        }
         row |= {"image_size": size, "batch_size": batch, "status": "ok", "reason": "", "notes": ""}
         if isinstance(fps, str):
             row |= {"status": fps, "reason": "why"}
@@ -34,7 +46,9 @@ def table(*rows) -> pd.DataFrame:
                 speedup = fps / base[size, batch]
                 row |= {"speedup": speedup, "speedup_low": speedup * 0.99, "speedup_high": speedup * 1.01}
         made.append(row)
-    return pd.DataFrame(made).astype({"fps": float, "fps_low": float, "fps_high": float, "mean_ms": float, "speedup": float})
+    return pd.DataFrame(made).astype(
+        {"fps": float, "fps_low": float, "fps_high": float, "mean_ms": float, "speedup": float}
+    )
 
 
 def test_the_fastest_wins_unless_the_intervals_overlap():
@@ -51,7 +65,9 @@ def test_the_speedup_decides_where_drift_makes_the_throughputs_overlap():
 
 
 def test_the_throughputs_decide_where_a_noisy_baseline_makes_the_speedups_overlap():
-    rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0), ("tensorrt", 64, 1, 160.0)).assign(speedup_low=1.1, speedup_high=2.2)
+    rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0), ("tensorrt", 64, 1, 160.0)).assign(
+        speedup_low=1.1, speedup_high=2.2
+    )
     assert [row.backend for row in compare.fastest(rows)] == ["tensorrt"]
 
 
@@ -77,12 +93,19 @@ def test_a_row_that_is_not_ok_is_never_best_and_says_why():
     ],
 )
 def test_saturation(fps, expected):
-    assert compare.saturation(table(*(("onnx", 64, batch, value) for batch, value in fps.items()))) == expected
+    assert (
+        compare.saturation(table(*(("onnx", 64, batch, value) for batch, value in fps.items()))) == expected
+    )
 
 
 def test_the_answers_cover_every_question_for_each_run():
     rows = table(
-        *((b, size, n, f * n**0.5 / size) for b, f in (("pytorch", 6400.0), ("onnx", 12800.0)) for size in (64, 128) for n in (1, 4))
+        *(
+            (b, size, n, f * n**0.5 / size)
+            for b, f in (("pytorch", 6400.0), ("onnx", 12800.0))
+            for size in (64, 128)
+            for n in (1, 4)
+        )
     )
     text = "\n".join(report.answers_of(rows))
     for part in ("Which is fastest", "Throughput", "Speedup", "Image size", "Batch size", "Optimal here"):
@@ -121,15 +144,30 @@ def write(folder, rows, **environment):
 
 
 def test_two_tables_are_compared_with_intervals_and_environments(tmp_path):
-    a = write(tmp_path / "a", table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0)), gpu=None, packages={"torch": "2.2"})
-    b = write(tmp_path / "b", table(("pytorch", 64, 1, 100.2), ("onnx", 64, 1, 120.0)), gpu=None, packages={"torch": "2.14"})
+    a = write(
+        tmp_path / "a",
+        table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0)),
+        gpu=None,
+        packages={"torch": "2.2"},
+    )
+    b = write(
+        tmp_path / "b",
+        table(("pytorch", 64, 1, 100.2), ("onnx", 64, 1, 120.0)),
+        gpu=None,
+        packages={"torch": "2.14"},
+    )
     both = compare.ratios(compare.read(a)[0], compare.read(b)[0]).set_index("backend")
     assert both.fps_ratio["onnx"] == pytest.approx(0.8)
-    half = math.hypot(math.log(1.005 / 0.995) / 2, math.log(1.005 / 0.995) / 2)  # the half-widths add as squares
+    half = math.hypot(
+        math.log(1.005 / 0.995) / 2, math.log(1.005 / 0.995) / 2
+    )  # the half-widths add as squares
     assert both.fps_ratio_high["onnx"] == pytest.approx(0.8 * math.exp(half))
     done = run_script("compare.py", a, b, "--fail-if-slower", "5%", ok=False)
     assert done.returncode == 1 and "torch: 2.2 -> 2.14" in done.stdout
-    assert "agrees within the 95 % intervals in 1 of 2" in done.stdout and "1 of 2 configurations are slower" in done.stdout
+    assert (
+        "agrees within the 95 % intervals in 1 of 2" in done.stdout
+        and "1 of 2 configurations are slower" in done.stdout
+    )
     assert (b / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert run_script("compare.py", a, b / "benchmark_results.csv", "--fail-if-slower", "25%").returncode == 0
     assert "slower" not in run_script("compare.py", a, a).stdout.replace("beyond", "")
@@ -154,7 +192,9 @@ def test_tables_with_several_runs_are_matched_by_name_or_by_choice(tmp_path):
 
 def test_the_device_table_shows_only_what_is_known():
     rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 200.0))
-    rows = rows.assign(tflops=0.5, pct_measured_peak=25.0, flops_per_byte=60.0, limit="compute", busy_ms=float("nan"))
+    rows = rows.assign(
+        tflops=0.5, pct_measured_peak=25.0, flops_per_byte=60.0, limit="compute", busy_ms=float("nan")
+    )
     known = {"main": {"short": "a CPU", "ceilings": {"tflops": {"FP32": 2.0}, "gb_per_s": 20.0}}}
     text = report.device(rows, known)
     assert "| Method | Size | Batch | TFLOP/s | % of measured peak | FLOP/byte | Limit |" in text

@@ -54,7 +54,9 @@ def test_a_class_is_the_same_in_both_normal_forms(data):
     (data / "test" / NAMES[0]).rename(data / "test" / decomposed)
     datasets.prepare(data)
     images, labels = load_test_images(data, 32, NAMES)
-    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.float32 and sorted(labels.tolist()) == [0, 1]
+    assert (
+        images.shape == (2, 3, 32, 32) and images.dtype == torch.float32 and sorted(labels.tolist()) == [0, 1]
+    )
     _, _, classes = datasets.make_loaders(data, 32, 2, num_workers=0)
     assert classes == NAMES and all(unicodedata.is_normalized("NFC", name) for name in classes)
 
@@ -81,14 +83,21 @@ def test_test_transform_squeezes_and_normalises():
 
 
 def test_no_batch_of_a_single_image_reaches_batch_norm(data):
-    for batch_size, batches in ((5, [5]), (4, [4, 2]), (100, [6])):  # six images; five and one: the one waits for another epoch
+    for batch_size, batches in (
+        (5, [5]),
+        (4, [4, 2]),
+        (100, [6]),
+    ):  # six images; five and one: the one waits for another epoch
         loader, _, _ = datasets.make_loaders(data, 32, batch_size, num_workers=0)
         assert [len(labels) for _, labels in loader] == batches
 
 
 def test_processes_share_the_test_images_without_repeating_any(data):
     paint(data / "test" / "Пудж" / "ещё.png")
-    counts = [sum(len(labels) for _, labels in datasets.make_loaders(data, 32, 2, 0, 0, rank, 2)[1]) for rank in (0, 1)]
+    counts = [
+        sum(len(labels) for _, labels in datasets.make_loaders(data, 32, 2, 0, 0, rank, 2)[1])
+        for rank in (0, 1)
+    ]
     assert counts == [2, 1]
 
 
@@ -106,7 +115,11 @@ def test_transparent_pixels_become_white(tmp_path):
     image.putpixel((0, 0), (255, 0, 0, 0))
     image.putpixel((1, 0), (255, 0, 0, 128))
     image.save(tmp_path / "a.png")
-    assert [pixel(tmp_path / "a.png", (x, 0)) for x in range(3)] == [(255, 255, 255), (255, 127, 127), (255, 0, 0)]
+    assert [pixel(tmp_path / "a.png", (x, 0)) for x in range(3)] == [
+        (255, 255, 255),
+        (255, 127, 127),
+        (255, 0, 0),
+    ]
     Image.new("LA", (8, 8), (90, 0)).save(tmp_path / "la.png")
     assert pixel(tmp_path / "la.png") == (255, 255, 255)
 
@@ -144,7 +157,11 @@ def test_exif_rotation(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "r.png", exif=exif)
     turned = datasets.load_rgb(tmp_path / "r.png")
-    assert turned.size == (8, 16) and turned.getpixel((4, 1)) == (255, 255, 255) and turned.getpixel((4, 14)) == (0, 0, 0)
+    assert (
+        turned.size == (8, 16)
+        and turned.getpixel((4, 1)) == (255, 255, 255)
+        and turned.getpixel((4, 14)) == (0, 0, 0)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
@@ -203,11 +220,15 @@ def test_the_report_counts_and_notes_what_is_odd(data, capsys):
 def test_the_sample_is_drawn_the_same_for_the_same_seed(sample, tmp_path):
     datasets.draw_sample(tmp_path / "same", seed=3, counts=FEW)
     datasets.draw_sample(tmp_path / "other", seed=4, counts=FEW)
-    assert datasets.fingerprint(tmp_path / "same") == datasets.fingerprint(sample) != datasets.fingerprint(tmp_path / "other")
+    assert (
+        datasets.fingerprint(tmp_path / "same")
+        == datasets.fingerprint(sample)
+        != datasets.fingerprint(tmp_path / "other")
+    )
     listed = datasets.list_images(sample)
-    assert {split: {name: len(images) for name, images in classes.items()} for split, classes in listed.items()} == {
-        split: dict.fromkeys(sorted(datasets.HEROES), count) for split, count in FEW.items()
-    }
+    assert {
+        split: {name: len(images) for name, images in classes.items()} for split, classes in listed.items()
+    } == {split: dict.fromkeys(sorted(datasets.HEROES), count) for split, count in FEW.items()}
     assert all(200 <= side <= 700 for size in datasets.check_images(sample).values() for side in size)
 
 
@@ -239,13 +260,16 @@ def test_the_sample_never_touches_own_images(data):
 
 def test_an_interrupted_drawing_leaves_no_half_data_set(tmp_path):
     drawing = subprocess.Popen(
-        [sys.executable, str(ROOT / "datasets.py"), "--draw-sample", "--data", str(tmp_path)], stderr=subprocess.PIPE
+        [sys.executable, str(ROOT / "datasets.py"), "--draw-sample", "--data", str(tmp_path)],
+        stderr=subprocess.PIPE,
     )
     while not list(tmp_path.glob("sample.part/train/*/*")) and drawing.poll() is None:
         time.sleep(0.05)
     drawing.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
     drawing.communicate(timeout=60)
-    assert drawing.returncode != 0 and not datasets.has_data(tmp_path) and not (tmp_path / "SAMPLE.txt").exists()
+    assert (
+        drawing.returncode != 0 and not datasets.has_data(tmp_path) and not (tmp_path / "SAMPLE.txt").exists()
+    )
     datasets.draw_sample(tmp_path, seed=3, counts=FEW)
     assert len(datasets.all_images(tmp_path)) == 12 and not (tmp_path / "sample.part").exists()
 
@@ -256,4 +280,6 @@ def test_a_drawing_interrupted_while_it_moved_into_place_is_finished(sample, tmp
     (folder / "sample.part").mkdir()
     (folder / "test").rename(folder / "sample.part" / "test")
     datasets.prepare(folder, seed=3)
-    assert datasets.fingerprint(folder) == datasets.fingerprint(sample) and not (folder / "sample.part").exists()
+    assert (
+        datasets.fingerprint(folder) == datasets.fingerprint(sample) and not (folder / "sample.part").exists()
+    )

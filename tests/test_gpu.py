@@ -60,10 +60,23 @@ def test_a_rows_memory_is_what_nvidia_smi_saw_of_its_process(project, tmp_path, 
     if reason := benchmark.BACKENDS[backend]().why_unavailable("cuda"):
         pytest.skip(reason)
     folders = ["--data", project / "data", "--weights", project / "weights", "--results", tmp_path]
-    what = ["--backends", backend, "--image-sizes", 64, "--batch-sizes", batch, "--min-seconds", 3, "--sustain-seconds", 0]
+    what = [
+        "--backends",
+        backend,
+        "--image-sizes",
+        64,
+        "--batch-sizes",
+        batch,
+        "--min-seconds",
+        3,
+        "--sustain-seconds",
+        0,
+    ]
     command = [sys.executable, ROOT / f"{benchmark.SCRIPTS[backend]}.py", *what, *folders]
     seen = []
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
         while process.poll() is None:
             seen.append(smi_memory_mb(process.pid))
             time.sleep(0.1)
@@ -89,10 +102,18 @@ def test_memory_grows_with_the_batch_and_is_not_the_last_ones(call):
 def test_where_the_driver_hides_processes_the_devices_rise_is_given_and_labelled(call, monkeypatch):
     kept = call(224, 8)
     read = gpu._read
-    monkeypatch.setattr(gpu, "_read", lambda name, *rest: None if name == "nvmlDeviceGetComputeRunningProcesses" else read(name, *rest))
+    monkeypatch.setattr(
+        gpu,
+        "_read",
+        lambda name, *rest: None if name == "nvmlDeviceGetComputeRunningProcesses" else read(name, *rest),
+    )
     level = gpu.level_before_context()  # of this test process, which may have had a context already
     found, source = gpu.memory_mb()
-    assert (found is None and source is None) if read("nvmlDeviceGetMemoryInfo").used <= level else (found > 0 and source == "device")
+    assert (
+        (found is None and source is None)
+        if read("nvmlDeviceGetMemoryInfo").used <= level
+        else (found > 0 and source == "device")
+    )
     assert kept is not None
 
 
@@ -105,7 +126,9 @@ def test_runs_with_and_without_nvml_beside_them_agree(call):
             gpu.memory_mb()
         else:
             timing.warm_up(run, torch.cuda.synchronize, 1, 0.3, 1.0)
-        samples = timing.sample(run, torch.cuda.synchronize, 100, 0.2, 5.0, lambda: torch.cuda.Event(enable_timing=True))
+        samples = timing.sample(
+            run, torch.cuda.synchronize, 100, 0.2, 5.0, lambda: torch.cuda.Event(enable_timing=True)
+        )
         means[watched].append(timing.trimmed_mean(samples.host_ms))
     noise = max(np.ptp(values) / np.mean(values) for values in means.values())
     assert np.mean(means[True]) == pytest.approx(np.mean(means[False]), rel=max(0.02, noise))
@@ -114,12 +137,17 @@ def test_runs_with_and_without_nvml_beside_them_agree(call):
 def test_the_sustained_loop_reads_everything(call):
     seen = profiling.sustain(call(224, 16), torch.cuda.synchronize, 1.0)
     assert seen["calls"] > 10 and seen["loop_s"] >= 1.0 and seen["energy_j"] > 10
-    assert all(seen[name] is not None for name in ("gpu_util_pct", "power_w", "sm_clock_mhz", "temperature_c", "throttled"))
+    assert all(
+        seen[name] is not None
+        for name in ("gpu_util_pct", "power_w", "sm_clock_mhz", "temperature_c", "throttled")
+    )
 
 
 def test_busy_time_lies_within_the_time_of_a_call(call):
     run = call(224, 16)
-    samples = timing.sample(run, torch.cuda.synchronize, 50, 0.1, 5.0, lambda: torch.cuda.Event(enable_timing=True))
+    samples = timing.sample(
+        run, torch.cuda.synchronize, 50, 0.1, 5.0, lambda: torch.cuda.Event(enable_timing=True)
+    )
     assert 0.2 < profiling.busy_ms(run) / timing.trimmed_mean(samples.gpu_ms) < 1.1
 
 

@@ -10,7 +10,10 @@ from utils.plot_utils import CHARTS, draw, draw_all, label
 from utils.utils import COLUMNS
 
 BACKENDS = {"pytorch": ("fp32", 100.0), "onnx": ("fp16", 250.0), "tensorrt": ("fp16", 400.0)}
-ENVIRONMENT = {"a": {"short": "GPU one, torch 2.11", "sample_data": True}, "b": {"short": "GPU one, torch 2.2", "sample_data": False}}
+ENVIRONMENT = {
+    "a": {"short": "GPU one, torch 2.11", "sample_data": True},
+    "b": {"short": "GPU one, torch 2.2", "sample_data": False},
+}
 FPS, BATCH, SPEEDUP, MEMORY = CHARTS
 
 
@@ -27,9 +30,19 @@ def table(backends=BACKENDS, sizes=(224, 512), batches=(1, 16), run="a", interva
         for size in sizes:
             for batch in batches:
                 fps = base * (4 if batch == 16 else 1) * (224 / size) ** 2
-                row = dict(run=run, backend=backend, precision=precision, device="cuda", image_size=size, batch_size=batch, status="ok")
+                row = dict(
+                    run=run,
+                    backend=backend,
+                    precision=precision,
+                    device="cuda",
+                    image_size=size,
+                    batch_size=batch,
+                    status="ok",
+                )
                 bounds = dict(fps_low=fps * (1 - interval), fps_high=fps * (1 + interval)) if interval else {}
-                rows.append({**row, "mean_ms": 1000 * batch / fps, "fps": fps, **bounds, "gpu_memory_mb": memory})
+                rows.append(
+                    {**row, "mean_ms": 1000 * batch / fps, "fps": fps, **bounds, "gpu_memory_mb": memory}
+                )
     return pandas.DataFrame(rows).reindex(columns=COLUMNS)
 
 
@@ -82,7 +95,9 @@ def test_label(backend, precision, expected):
     assert label(backend, precision) == expected
 
 
-@pytest.mark.parametrize("value, expected", [(15832, "15 800"), (999.6, "1 000"), (312.4, "312"), (34.21, "34.2"), (1.02, "1.02")])
+@pytest.mark.parametrize(
+    "value, expected", [(15832, "15 800"), (999.6, "1 000"), (312.4, "312"), (34.21, "34.2"), (1.02, "1.02")]
+)
 def test_number(value, expected):
     assert " ".join(plot_utils.number(value).split()) == expected
 
@@ -101,8 +116,12 @@ def test_no_winner_while_the_intervals_overlap():
         assert f"TensorRT FP16 and ONNX Runtime FP16 are level: {values} at 224 px" in say(rows, name)
         assert "fastest" not in say(rows, name)
     assert "is fastest" in say(table({**BACKENDS, "onnx": ("fp16", 380.0)}))  # 380 + 2 % does not
-    assert "TensorRT FP16 and 2 others are level" in say(table({**BACKENDS, "onnx": ("fp16", 390.0), "torch-tensorrt": ("fp16", 395.0)}))
-    assert "Nothing is clearly faster than PyTorch FP32" in say(table({"pytorch": ("fp32", 100.0), "onnx": ("fp32", 101.0)}), SPEEDUP)
+    assert "TensorRT FP16 and 2 others are level" in say(
+        table({**BACKENDS, "onnx": ("fp16", 390.0), "torch-tensorrt": ("fp16", 395.0)})
+    )
+    assert "Nothing is clearly faster than PyTorch FP32" in say(
+        table({"pytorch": ("fp32", 100.0), "onnx": ("fp32", 101.0)}), SPEEDUP
+    )
     assert "(no interval)" in say(table(interval=None))
 
 
@@ -112,7 +131,9 @@ def test_a_row_that_is_not_ok_is_never_drawn_and_never_wins():
         said = say(rows, name)
         assert "Not measured: TensorRT FP16 (wrong results)" in said
         fig = draw(CHARTS[name], rows, {})
-        legend = [text.get_text() for ax in fig.axes if ax.get_legend() for text in ax.get_legend().get_texts()]
+        legend = [
+            text.get_text() for ax in fig.axes if ax.get_legend() for text in ax.get_legend().get_texts()
+        ]
         assert "TensorRT FP16" not in [*data_lines(fig), *legend] and "TensorRT FP16" not in texts(fig)
     assert "ONNX Runtime FP16 is fastest: 1 000 images/s" in say(rows)
     assert "reaches 2.5x" in say(rows, SPEEDUP)
@@ -128,15 +149,21 @@ def test_what_is_missing_is_said_and_marked():
     fig = draw(CHARTS[FPS], rows, {})
     crosses = [line for ax in fig.axes for line in ax.lines if line.get_marker() == "x"]
     assert len(crosses) == 1 and to_hex(crosses[0].get_color()) == plot_utils.ORANGE.lower()
-    assert pandas.isna(data_lines(fig)["ONNX Runtime FP16"][1].get_ydata()[1])  # the panel of batch 16, at 512 px
+    assert pandas.isna(
+        data_lines(fig)["ONNX Runtime FP16"][1].get_ydata()[1]
+    )  # the panel of batch 16, at 512 px
 
 
 def test_missing_records_and_a_missing_baseline_are_said():
     rows = table()
     rows = rows[~((rows["backend"] == "tensorrt") & (rows["batch_size"] == 16))]
     assert "TensorRT FP16 (not run: batch 16)" in say(rows)
-    assert "no baseline" in texts(draw(CHARTS[SPEEDUP], spoil(table(), "failed", backend="pytorch", image_size=512), {}))
-    assert "PyTorch FP32 was not measured: no speedups" in say(spoil(table(), "failed", backend="pytorch"), SPEEDUP)
+    assert "no baseline" in texts(
+        draw(CHARTS[SPEEDUP], spoil(table(), "failed", backend="pytorch", image_size=512), {})
+    )
+    assert "PyTorch FP32 was not measured: no speedups" in say(
+        spoil(table(), "failed", backend="pytorch"), SPEEDUP
+    )
     diagonal = spoil(table(), "failed", backend="onnx", image_size=224, batch_size=16)
     diagonal = spoil(diagonal, "failed", backend="onnx", image_size=512, batch_size=1)
     assert "ONNX Runtime FP16 (failed: 2 of 4 configurations)" in say(diagonal)
@@ -161,7 +188,10 @@ def test_every_chart_has_the_same_colours_units_and_a_zero():
         assert panels[0].get_ylabel() == chart.unit and panels[-1].get_xlabel() in plot_utils.AXIS.values()
         assert "GPU one, torch 2.11 · sample data" in texts(fig)
         if chart.bars:
-            colours = {patch.get_label(): to_hex(patch.get_facecolor()) for patch in fig.axes[0].get_legend().get_patches()}
+            colours = {
+                patch.get_label(): to_hex(patch.get_facecolor())
+                for patch in fig.axes[0].get_legend().get_patches()
+            }
         else:
             colours = {text: to_hex(lines[0].get_color()) for text, lines in data_lines(fig).items()}
         assert colours["ONNX Runtime FP16"] == plot_utils.ORANGE.lower(), name
@@ -171,7 +201,10 @@ def test_every_chart_has_the_same_colours_units_and_a_zero():
 def test_styles_differ_and_variants_keep_their_backends_colour():
     assert len(set(map(str, plot_utils.BACKEND_STYLE.values()))) == len(plot_utils.BACKEND_STYLE)
     for backend in plot_utils.BACKEND_STYLE:
-        assert plot_utils.style(backend, "fp16")["color"] == plot_utils.style(plot_utils.family(backend), "fp16")["color"]
+        assert (
+            plot_utils.style(backend, "fp16")["color"]
+            == plot_utils.style(plot_utils.family(backend), "fp16")["color"]
+        )
     assert plot_utils.style("onnx-new", "fp16")["color"] == plot_utils.ORANGE
 
 
@@ -206,7 +239,9 @@ def test_edge_cases_are_drawn(rows, tmp_path):
 
 def test_every_panel_and_text_stays_on_the_sheet():
     names = [backend for backend in plot_utils.BACKEND_STYLE if backend != "torch-compile"][:12]
-    backends = {name: ("fp32" if name == "pytorch" else "fp16", 100.0 + 20 * i) for i, name in enumerate(names)}
+    backends = {
+        name: ("fp32" if name == "pytorch" else "fp16", 100.0 + 20 * i) for i, name in enumerate(names)
+    }
     rows = table(backends, sizes=(224, 256, 384, 512), batches=(1, 8, 16))
     for name in (FPS, SPEEDUP):
         fig = draw(CHARTS[name], rows, ENVIRONMENT)
@@ -215,7 +250,9 @@ def test_every_panel_and_text_stays_on_the_sheet():
         for text in fig.findobj(Text):
             box = text.get_window_extent()
             if text.get_text().strip() and text.get_visible() and box.width:
-                assert sheet.x0 <= box.x0 and box.x1 <= sheet.x1 and sheet.y0 <= box.y0 and box.y1 <= sheet.y1, text.get_text()
+                assert (
+                    sheet.x0 <= box.x0 and box.x1 <= sheet.x1 and sheet.y0 <= box.y0 and box.y1 <= sheet.y1
+                ), text.get_text()
 
 
 def test_the_same_rows_give_the_same_bytes_and_a_stale_chart_goes(tmp_path):
@@ -225,7 +262,10 @@ def test_the_same_rows_give_the_same_bytes_and_a_stale_chart_goes(tmp_path):
     assert set(first) == set(CHARTS)
     pandas.testing.assert_frame_equal(rows, before)
     rows.to_csv(tmp_path / "rows.csv", index=False)  # as benchmark.py hands them over
-    again = {path.name: path.read_bytes() for path in draw_all(pandas.read_csv(tmp_path / "rows.csv"), ENVIRONMENT, tmp_path)}
+    again = {
+        path.name: path.read_bytes()
+        for path in draw_all(pandas.read_csv(tmp_path / "rows.csv"), ENVIRONMENT, tmp_path)
+    }
     assert again == first
     assert MEMORY not in [path.name for path in draw_all(table(memory=None), {}, tmp_path)]
     assert not (tmp_path / MEMORY).exists()

@@ -16,7 +16,12 @@ import torch_trt
 import trt
 from utils.utils import UserError
 
-FACTS = {"onnx": "abc", "tensorrt": "8.6.0", "gpu": "NVIDIA H200", "shapes": [[1, 3, 64, 64], [4, 3, 64, 64], [4, 3, 64, 64]]}
+FACTS = {
+    "onnx": "abc",
+    "tensorrt": "8.6.0",
+    "gpu": "NVIDIA H200",
+    "shapes": [[1, 3, 64, 64], [4, 3, 64, 64], [4, 3, 64, 64]],
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NATIVE = trt.why_unavailable(["tensorrt", "onnx"], DEVICE)
 TORCH = trt.why_unavailable(["torch_tensorrt"], DEVICE)
@@ -37,11 +42,18 @@ def test_the_profile_spans_one_to_the_largest_batch_and_its_best_is_at_least_two
 
 
 def test_every_size_largest_batch_and_kind_has_a_file_of_its_own():
-    shapes = [trt.profile([batch], size, static) for batch in (4, 8) for size in (64, 96) for static in (False, True)]
+    shapes = [
+        trt.profile([batch], size, static)
+        for batch in (4, 8)
+        for size in (64, 96)
+        for static in (False, True)
+    ]
     assert len({trt.file_name(shape, "engine") for shape in shapes}) == len(shapes)
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 64, 64), (5, 3, 64, 64), (1, 3, 65, 64), (1, 1, 64, 64), (3, 64, 64)])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 64, 64), (5, 3, 64, 64), (1, 3, 65, 64), (1, 1, 64, 64), (3, 64, 64)]
+)
 def test_a_shape_outside_the_profile_is_refused_with_both_shapes(shape):
     with pytest.raises(ValueError) as error:
         trt.check_shape(torch.Size(shape), (1, 3, 64, 64), (4, 3, 64, 64))
@@ -91,7 +103,9 @@ def test_a_file_without_a_readable_note_is_a_miss(engine, note, capsys):
     assert capsys.readouterr().err == f"{engine} does not say what it was made from; building it anew\n"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("save failed")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("save failed")]
+)
 def test_an_interrupted_write_leaves_the_old_file_and_no_half_one(engine, error):
     def write(temporary):
         temporary.write_bytes(b"half")
@@ -154,11 +168,15 @@ def test_without_a_gpu_the_reason_is_the_gpu(monkeypatch):
 def test_a_missing_package_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     reason = trt.why_unavailable(["no_such_package"], "cuda")
-    assert reason.startswith("no_such_package is not installed; run: pip install -r requirements-tensorrt.txt")
+    assert reason.startswith(
+        "no_such_package is not installed; run: pip install -r requirements-tensorrt.txt"
+    )
 
 
 def test_a_package_that_does_not_load_is_quoted(monkeypatch, tmp_path):
-    (tmp_path / "broken_tensorrt.py").write_text("raise OSError('libnvinfer.so.8: cannot open shared object file')")
+    (tmp_path / "broken_tensorrt.py").write_text(
+        "raise OSError('libnvinfer.so.8: cannot open shared object file')"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     reason = trt.why_unavailable(["broken_tensorrt"], "cuda")
@@ -192,13 +210,19 @@ def small_onnx(path, opset):
     axes = [make.make_tensor("axes", onnx.TensorProto.INT64, [2], [2, 3])] if opset >= 18 else []
     inputs, more = (["input", "axes"], {"noop_with_empty_axes": 0}) if axes else (["input"], {"axes": [2, 3]})
     mean = make.make_node("ReduceMean", inputs, ["logits"], keepdims=0, **more)
-    value = [make.make_tensor_value_info(*described) for described in (("input", 1, ["batch", 3, 4, 4]), ("logits", 1, ["batch", 3]))]
+    value = [
+        make.make_tensor_value_info(*described)
+        for described in (("input", 1, ["batch", 3, 4, 4]), ("logits", 1, ["batch", 3]))
+    ]
     graph = make.make_graph([mean], "small", value[:1], value[1:], axes)
     onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", opset)], ir_version=8), path)
     return onnx
 
 
-@pytest.mark.parametrize(("version", "opset", "given"), [("8.6.0", 20, 17), ("8.6.1", 17, 17), ("10.15.1.29", 20, 20), ("11.1.0", 20, 20)])
+@pytest.mark.parametrize(
+    ("version", "opset", "given"),
+    [("8.6.0", 20, 17), ("8.6.1", 17, 17), ("10.15.1.29", 20, 20), ("11.1.0", 20, 20)],
+)
 @pytest.mark.parametrize("batch", [None, 4])
 def test_each_tensorrt_is_given_onnx_that_it_can_read(tmp_path, version, opset, given, batch):
     onnx = small_onnx(tmp_path / "small.onnx", opset)
@@ -234,8 +258,15 @@ class Config:
 
 
 def fake_tensorrt(version):
-    kinds = {8: {"EXPLICIT_BATCH": 0}, 10: {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, 11: {"STRONGLY_TYPED": 1}}[version]
-    parts = {"NetworkDefinitionCreationFlag": SimpleNamespace(**kinds), "MemoryPoolType": SimpleNamespace(WORKSPACE="workspace")}
+    kinds = {
+        8: {"EXPLICIT_BATCH": 0},
+        10: {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1},
+        11: {"STRONGLY_TYPED": 1},
+    }[version]
+    parts = {
+        "NetworkDefinitionCreationFlag": SimpleNamespace(**kinds),
+        "MemoryPoolType": SimpleNamespace(WORKSPACE="workspace"),
+    }
     if version < 11:
         parts["BuilderFlag"] = SimpleNamespace(FP16="FP16")
         parts["TacticSource"] = SimpleNamespace(CUBLAS=0, CUBLAS_LT=1, CUDNN=2)
@@ -243,7 +274,8 @@ def fake_tensorrt(version):
 
 
 @pytest.mark.parametrize(
-    ("version", "flags", "precision", "sources"), [(8, 1, "FP16", 0b11000), (10, 2, None, 0b11111), (11, 2, None, 0b11111)]
+    ("version", "flags", "precision", "sources"),
+    [(8, 1, "FP16", 0b11000), (10, 2, None, 0b11111), (11, 2, None, 0b11111)],
 )
 def test_each_tensorrt_is_told_the_precision_in_its_own_way(version, flags, precision, sources):
     tensorrt, config = fake_tensorrt(version), Config()
@@ -260,7 +292,9 @@ def test_a_failed_build_says_everything_that_tensorrt_said(monkeypatch):
     class Builder:
         def __init__(self, logger):
             self.logger = logger
-            self.create_network = self.create_builder_config = self.create_optimization_profile = lambda *_: Mock()
+            self.create_network = self.create_builder_config = self.create_optimization_profile = lambda *_: (
+                Mock()
+            )
 
         def build_serialized_network(self, network, config):
             self.logger.log("error", "CUDA error out of memory")
@@ -283,7 +317,8 @@ def test_a_failed_build_says_everything_that_tensorrt_said(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")  # scripting is deprecated from 2.10 on, where only this test does it
 @pytest.mark.parametrize(
-    ("torchscript", "ir", "precisions", "timings"), [(True, "ts", {torch.half}, None), (False, "dynamo", None, "timings")]
+    ("torchscript", "ir", "precisions", "timings"),
+    [(True, "ts", {torch.half}, None), (False, "dynamo", None, "timings")],
 )
 def test_each_torch_tensorrt_is_given_what_it_needs(monkeypatch, torchscript, ir, precisions, timings):
     fake = SimpleNamespace(compile=Mock(), Input=lambda **ranges: ranges)
@@ -294,15 +329,26 @@ def test_each_torch_tensorrt_is_given_what_it_needs(monkeypatch, torchscript, ir
     torch_trt.compile_network(network, FACTS["shapes"], "timings")
     (module,), given = fake.compile.call_args
     assert isinstance(module, torch.jit.ScriptModule) == torchscript
-    assert (given["ir"], given.get("enabled_precisions"), given.get("timing_cache_path")) == (ir, precisions, timings)
+    assert (given["ir"], given.get("enabled_precisions"), given.get("timing_cache_path")) == (
+        ir,
+        precisions,
+        timings,
+    )
     assert given["require_full_compilation"] is True and given["workspace_size"] == 1 << 29
     smallest, best, largest = map(tuple, FACTS["shapes"])
-    assert given["inputs"] == [{"min_shape": smallest, "opt_shape": best, "max_shape": largest, "dtype": torch.half, "name": "x"}]
+    assert given["inputs"] == [
+        {"min_shape": smallest, "opt_shape": best, "max_shape": largest, "dtype": torch.half, "name": "x"}
+    ]
 
 
 @pytest.mark.parametrize(
     ("steps", "fine"),
-    [(["_run_on_acc_0"], True), (["_run_on_acc_0", "_run_on_gpu_1", "_run_on_acc_2"], False), (["aten.relu.default"], False), ([], False)],
+    [
+        (["_run_on_acc_0"], True),
+        (["_run_on_acc_0", "_run_on_gpu_1", "_run_on_acc_2"], False),
+        (["aten.relu.default"], False),
+        ([], False),
+    ],
 )
 def test_anything_but_one_engine_is_an_error(monkeypatch, steps, fine):
     monkeypatch.setattr(torch_trt, "operations", lambda module: steps)
@@ -315,7 +361,11 @@ def test_anything_but_one_engine_is_an_error(monkeypatch, steps, fine):
 
 def test_operations_left_to_pytorch_are_seen():
     network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
-    module = torch.jit.trace(network, torch.zeros(1, 2)) if torch_trt.is_torchscript() else torch.fx.symbolic_trace(network)
+    module = (
+        torch.jit.trace(network, torch.zeros(1, 2))
+        if torch_trt.is_torchscript()
+        else torch.fx.symbolic_trace(network)
+    )
     if torch_trt.is_torchscript():
         module = torch.jit.freeze(module.eval())
     assert len(torch_trt.operations(module)) == 2
@@ -380,7 +430,14 @@ def test_a_native_engine_refuses_what_it_was_not_built_for(checkpoint):
             r"\(5, 3, 64, 64\) is outside the engine's profile, \(1, 3, 64, 64\) to \(4, 3, 64, 64\)",
         ),
         (torch.zeros(1, 3, 64, 64).cuda(), "torch.float32"),
-        (torch.zeros(1, 3, 64, 64).half().cuda().to(memory_format=torch.channels_last).expand(4, -1, -1, -1), "strides"),
+        (
+            torch.zeros(1, 3, 64, 64)
+            .half()
+            .cuda()
+            .to(memory_format=torch.channels_last)
+            .expand(4, -1, -1, -1),
+            "strides",
+        ),
     ]:
         with pytest.raises(ValueError, match=words):
             backend.predict(wrong)
@@ -399,5 +456,7 @@ def test_a_corrupt_timing_cache_does_not_break_a_build(checkpoint):
     import onnx_inference
 
     path, _, _ = onnx_inference.export(checkpoint, 64, "FP16")
-    plan, timings = trt.build_plan(trt.onnx_for(tensorrt.__version__, path, None), trt.profile([2], 64), b"corrupt")
+    plan, timings = trt.build_plan(
+        trt.onnx_for(tensorrt.__version__, path, None), trt.profile([2], 64), b"corrupt"
+    )
     assert trt.Engine(plan).largest == (2, 3, 64, 64) and timings

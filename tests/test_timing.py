@@ -44,7 +44,11 @@ def test_the_clock_includes_what_the_device_still_does_after_the_call_returned()
 
 def test_warm_up_makes_the_calls_and_lasts_the_time_but_not_longer_than_the_limit():
     calls = []
-    assert timing.warm_up(lambda: calls.append(1), lambda: None, calls=5, seconds=0, at_most=9) == len(calls) == 5
+    assert (
+        timing.warm_up(lambda: calls.append(1), lambda: None, calls=5, seconds=0, at_most=9)
+        == len(calls)
+        == 5
+    )
     start = time.perf_counter()
     timing.warm_up(lambda: time.sleep(0.01), lambda: None, calls=1, seconds=0.1, at_most=9)
     assert time.perf_counter() - start >= 0.1

@@ -68,7 +68,12 @@ def test_quick_trains_one_small_size_and_is_not_repeated(project, monkeypatch, c
     facts = model.load_facts(checkpoint_path(project / "weights", 64))
     assert facts["classes"] == sorted(datasets.HEROES) and facts["image_size"] == 64
     assert facts["accuracy"] == pytest.approx(table["test_accuracy"][0], abs=1e-5)
-    expected = {"fingerprint": datasets.fingerprint(project / "data"), "sample": True, "train_images": 72, "test_images": 100}
+    expected = {
+        "fingerprint": datasets.fingerprint(project / "data"),
+        "sample": True,
+        "train_images": 72,
+        "test_images": 100,
+    }
     assert facts["data"] == expected and facts["settings"]["epochs"] == 1
 
 
@@ -100,11 +105,15 @@ def test_other_images_and_force_train_again(folder, run):
     assert "epoch 1/1" in run("--image-sizes", 32, 40, "--epochs", 1, "--force")
     assert not (folder / "weights" / "forced.json").exists()
     settings = model.load_facts(checkpoint_path(folder / "weights", 40))["settings"]
-    write_json(folder / "weights" / "forced.json", [settings])  # as an interrupted --force leaves it, with 32 px done
+    write_json(
+        folder / "weights" / "forced.json", [settings]
+    )  # as an interrupted --force leaves it, with 32 px done
     said = run("--image-sizes", 32, 40, "--epochs", 1, "--force")
     assert "32 px: already trained" in said and "40 px, epoch 1/1" in said
     assert read_json(folder / "weights" / "forced.json") is None
-    shutil.copy(folder / "data" / "test" / "тёмный" / "0.png", folder / "data" / "train" / "тёмный" / "new.png")
+    shutil.copy(
+        folder / "data" / "test" / "тёмный" / "0.png", folder / "data" / "train" / "тёмный" / "new.png"
+    )
     assert "already trained" not in run("--image-sizes", 32, "--epochs", 1)
 
 
@@ -112,13 +121,19 @@ def test_an_interrupted_run_goes_on_after_its_last_epoch(folder, run):
     request = ["--image-sizes", 64, "--epochs", 6]
     last = folder / "weights" / "last_resnet18_64.pth"
     command = [sys.executable, str(ROOT / "train.py"), *arguments(folder, *request)]
-    training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUTF8": "1"})
+    training = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUTF8": "1"}
+    )
     while not last.exists() and training.poll() is None:
         time.sleep(0.02)
     training.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
     _, errors = training.communicate(timeout=60)
     if os.name == "posix":
-        assert training.returncode == 130 and b"run the same command again" in errors and b"Traceback" not in errors
+        assert (
+            training.returncode == 130
+            and b"run the same command again" in errors
+            and b"Traceback" not in errors
+        )
     done = model.load_facts(last)["history"]
     assert 1 <= len(done) < 6 and not checkpoint_path(folder / "weights", 64).exists()
     said = run(*request)
@@ -142,10 +157,20 @@ def test_any_batch_size_works(run, batch_size):
 
 
 def test_two_processes_train_one_network(folder):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "train.py"),
+    ]
     environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
     command = [*launcher, *arguments(folder, "--image-sizes", 32, "--epochs", 2, "--batch-size", 4)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/2") == 1
     table = rows_of(folder)
@@ -163,7 +188,10 @@ def test_two_processes_train_one_network(folder):
 def test_the_learning_rate_rises_and_falls_to_zero():
     rates = [train.learning_rate_at(step / 100, 2.0) for step in range(101)]
     assert (
-        rates[0] == 0 and rates[20] == max(rates) == pytest.approx(2) and rates[60] == pytest.approx(1) and rates[100] == pytest.approx(0)
+        rates[0] == 0
+        and rates[20] == max(rates) == pytest.approx(2)
+        and rates[60] == pytest.approx(1)
+        and rates[100] == pytest.approx(0)
     )
 
 

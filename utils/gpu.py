@@ -65,7 +65,11 @@ def _attribute(number: int) -> int | None:
     with contextlib.suppress(OSError):
         cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         device, value = ctypes.c_int(), ctypes.c_int()
-        done = cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(device), 0), cuda.cuDeviceGetAttribute(ctypes.byref(value), number, device)
+        done = (
+            cuda.cuInit(0),
+            cuda.cuDeviceGet(ctypes.byref(device), 0),
+            cuda.cuDeviceGetAttribute(ctypes.byref(value), number, device),
+        )
         return value.value if not any(done) else None
 
 
@@ -98,7 +102,11 @@ def memory_mb() -> tuple[float | None, str | None]:
         if process.pid == os.getpid() and process.usedGpuMemory:
             return process.usedGpuMemory / MB, "process"
     level, memory = level_before_context(), _read("nvmlDeviceGetMemoryInfo")
-    return ((memory.used - level) / MB, "device") if memory and level is not None and memory.used > level else (None, None)
+    return (
+        ((memory.used - level) / MB, "device")
+        if memory and level is not None and memory.used > level
+        else (None, None)
+    )
 
 
 @functools.cache
@@ -150,7 +158,11 @@ class Watch:
         energy = _read("nvmlDeviceGetTotalEnergyConsumption")
         self._done.set()
         self._thread.join()
-        mean = {name: sum(values) / len(values) if values else None for name, values in self._seen.items() if name != "throttle"}
+        mean = {
+            name: sum(values) / len(values) if values else None
+            for name, values in self._seen.items()
+            if name != "throttle"
+        }
         joules = (energy - self._energy) / 1000 if energy is not None and self._energy is not None else None
         if joules is None and mean["power"] is not None:
             joules = mean["power"] / 1000 * seconds
@@ -164,5 +176,7 @@ class Watch:
             "energy_j": joules,
             "sm_clock_mhz": mean["clock"],
             "temperature_c": mean["temperature"],
-            "throttled": ", ".join(text for bit, text in THROTTLE.items() if bits & bit) or "no" if self._seen["throttle"] else None,
+            "throttled": ", ".join(text for bit, text in THROTTLE.items() if bits & bit) or "no"
+            if self._seen["throttle"]
+            else None,
         }

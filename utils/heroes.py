@@ -20,7 +20,9 @@ def draw_picture(name: str, rng: random.Random, widest: int = 700, noise: float 
     hero = draw_hero(name, side, rng)
     x = (width - side) // 2 + round(width * rng.uniform(-0.09, 0.09))
     y = (height - side) // 2 + round(height * rng.uniform(-0.05, 0.07))
-    shadow = hero.getchannel("A").filter(ImageFilter.GaussianBlur(side / 40)).point(lambda alpha: alpha * 0.45)
+    shadow = (
+        hero.getchannel("A").filter(ImageFilter.GaussianBlur(side / 40)).point(lambda alpha: alpha * 0.45)
+    )
     picture.paste((10, 10, 25), (x + side // 40, y + side // 30), shadow)
     picture.paste(hero, (x, y), hero)
     return light(picture, rng, noise)
@@ -47,9 +49,13 @@ def light(picture: Image.Image, rng: random.Random, noise: float) -> Image.Image
     pixels = np.asarray(picture, dtype=np.float32)
     height, width, _ = pixels.shape
     angle, fall = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.35)
-    ramp = np.linspace(-1, 1, width)[None, :] * math.cos(angle) + np.linspace(-1, 1, height)[:, None] * math.sin(angle)
+    ramp = np.linspace(-1, 1, width)[None, :] * math.cos(angle) + np.linspace(-1, 1, height)[
+        :, None
+    ] * math.sin(angle)
     lamp = np.array(hsv(rng.random(), rng.uniform(0, 0.18), 1)) / 255 * rng.uniform(0.8, 1.15)
-    pixels = pixels * (1 + fall * ramp[..., None]) * lamp + numbers.normal(0, rng.uniform(0, noise), (height, width, 1))
+    pixels = pixels * (1 + fall * ramp[..., None]) * lamp + numbers.normal(
+        0, rng.uniform(0, noise), (height, width, 1)
+    )
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -58,9 +64,15 @@ def hsv(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def near(rng: random.Random, hue: float, saturation: float, value: float, spread: float = 0.04) -> tuple[int, int, int]:
+def near(
+    rng: random.Random, hue: float, saturation: float, value: float, spread: float = 0.04
+) -> tuple[int, int, int]:
     """A colour around this one: a hero's costume comes in many shades."""
-    return hsv(hue + rng.uniform(-spread, spread), saturation + rng.uniform(-0.12, 0.12), value + rng.uniform(-0.12, 0.08))
+    return hsv(
+        hue + rng.uniform(-spread, spread),
+        saturation + rng.uniform(-0.12, 0.12),
+        value + rng.uniform(-0.12, 0.08),
+    )
 
 
 def usual(rng: random.Random, hue: float) -> float:
@@ -101,7 +113,13 @@ def curve(points, closed: bool = False, steps: int = 10) -> list[tuple[float, fl
         for t in (step / steps for step in range(steps)):
             smooth.append(
                 tuple(
-                    0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
+                    0.5
+                    * (
+                        2 * b
+                        + (c - a) * t
+                        + (2 * a - 5 * b + 4 * c - d) * t**2
+                        + (3 * b - a - 3 * c + d) * t**3
+                    )
                     for a, b, c, d in zip(p0, p1, p2, p3, strict=True)
                 )
             )
@@ -125,7 +143,9 @@ class Pen:
         """A polygon; half of the outline lies outside."""
         points = self.at(points)
         if ink:
-            self.canvas.line([*points, points[0], points[1]], self.INK, max(1, round(2 * ink * self.unit)), joint="curve")
+            self.canvas.line(
+                [*points, points[0], points[1]], self.INK, max(1, round(2 * ink * self.unit)), joint="curve"
+            )
         self.canvas.polygon(points, fill)
 
     def blob(self, points, fill, ink: float = 0.8):
@@ -135,7 +155,13 @@ class Pen:
         cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         turns = [2 * math.pi * step / 48 for step in range(48)]
         self.shape(
-            [(x + rx * math.cos(t) * cos - ry * math.sin(t) * sin, y + rx * math.cos(t) * sin + ry * math.sin(t) * cos) for t in turns],
+            [
+                (
+                    x + rx * math.cos(t) * cos - ry * math.sin(t) * sin,
+                    y + rx * math.cos(t) * sin + ry * math.sin(t) * cos,
+                )
+                for t in turns
+            ],
             fill,
             ink,
         )
@@ -160,14 +186,20 @@ class Pen:
         side = self.image.width
         mask = Image.new("L", (side // 8, side // 8))
         unit = self.unit / 8
-        ImageDraw.Draw(mask).ellipse(((x - rx) * unit, (y - ry) * unit, (x + rx) * unit, (y + ry) * unit), round(255 * strength))
+        ImageDraw.Draw(mask).ellipse(
+            ((x - rx) * unit, (y - ry) * unit, (x + rx) * unit, (y + ry) * unit), round(255 * strength)
+        )
         mask = mask.filter(ImageFilter.GaussianBlur(side / 130)).resize((side, side))
         self.image.alpha_composite(Image.merge("RGBA", (*Image.new("RGB", (side, side), fill).split(), mask)))
 
 
 def draw_pudge(pen: Pen, rng: random.Random) -> float:
     """Pudge of Dota: a mountain of stitched flesh, a small head, the hook on its chain and a cleaver."""
-    skin, apron, steel = near(rng, 0.03, 0.38, 0.78, 0.08), near(rng, rng.random(), 0.45, 0.5), near(rng, 0.6, 0.1, 0.75)
+    skin, apron, steel = (
+        near(rng, 0.03, 0.38, 0.78, 0.08),
+        near(rng, rng.random(), 0.45, 0.5),
+        near(rng, 0.6, 0.1, 0.75),
+    )
     gore, leather = near(rng, 0.99, 0.75, 0.6, 0.03), near(rng, 0.08, 0.5, 0.35)
     lift, swing = rng.uniform(-10, 8), rng.uniform(-6, 6)
     for x, out in ((38, -3), (62, 3)):
@@ -250,7 +282,14 @@ def draw_tatsumaki(pen: Pen, rng: random.Random) -> float:
         float_stone(pen, rng)
     x, y = 50 + sway / 2, 33
     for side in (-1, 1):  # the curls behind the head, from the lowest to the crown
-        for out, up, size in ((19, -4, 6.5), (23, 5, 6), (17, 11, 5.5), (20, -13, 6.5), (12, -20, 6.5), (4, -23, 6)):
+        for out, up, size in (
+            (19, -4, 6.5),
+            (23, 5, 6),
+            (17, 11, 5.5),
+            (20, -13, 6.5),
+            (12, -20, 6.5),
+            (4, -23, 6),
+        ):
             curl(pen, (x + side * 7, y - 2), (x + side * out * spread, y - 2 + up), side, size, hair)
     for side in (-1, 1):
         foot = (50 + side * rng.uniform(3, 8), 94)
@@ -259,7 +298,11 @@ def draw_tatsumaki(pen: Pen, rng: random.Random) -> float:
     raised = rng.random() < 0.55
     for side in (-1, 1):
         if raised:
-            arm = [(50 + side * 7, 53), (50 + side * 18, 57 + rng.uniform(-3, 3)), (50 + side * 26, 47 + rng.uniform(-6, 8))]
+            arm = [
+                (50 + side * 7, 53),
+                (50 + side * 18, 57 + rng.uniform(-3, 3)),
+                (50 + side * 26, 47 + rng.uniform(-6, 8)),
+            ]
         else:  # hands on her hips
             arm = [(50 + side * 7, 53), (50 + side * 18, 60), (50 + side * 9, 66)]
         pen.limb(arm, 6, 5, dress)
@@ -283,7 +326,9 @@ def draw_tatsumaki(pen: Pen, rng: random.Random) -> float:
         pen.line([(x + side * 8.6, y - 2.6), (x + side * 2.2, y - 0.6)], 1.3, darker(hair, 0.5))
     pen.line(curve([(x - 2.2, y + 8.6), (x, y + 7.8), (x + 2.2, y + 8.6)]), 0.9)
     # the fringe: pointed locks over a cap
-    fringe = path("-13.5 2, -9.5 -4.5, -7 -1.5, -3.5 -5.5, 0.5 -1.5, 4 -5.5, 7.5 -1.8, 9.8 -4.8, 13.5 2", x, y)
+    fringe = path(
+        "-13.5 2, -9.5 -4.5, -7 -1.5, -3.5 -5.5, 0.5 -1.5, 4 -5.5, 7.5 -1.8, 9.8 -4.8, 13.5 2", x, y
+    )
     pen.shape([*fringe, *curve(path("14.5 -6, 8 -15, 0 -17.5, -8 -15, -14.5 -6", x, y))], hair)
     pen.line(curve([(x - 9, y - 9), (x - 4, y - 13), (x + 2, y - 13.8)]), 1.2, lighter(hair))
     for side in (-1, 1):  # the curls at her cheeks
@@ -297,7 +342,10 @@ def curl(pen: Pen, root, tip, side: int, size: float, fill) -> None:
     heading = math.atan2(y1 - y0, x1 - x0)
     bend = (x0 + (x1 - x0) * 0.55 - side * (y1 - y0) * 0.1, y0 + (y1 - y0) * 0.55 + side * (x1 - x0) * 0.1)
     centre = polar(x1, y1, size * 0.7, heading - side * math.pi / 2)
-    roll = [polar(*centre, size * (0.7 - 0.07 * step), heading + side * math.pi * (0.5 - step / 4)) for step in range(7)]
+    roll = [
+        polar(*centre, size * (0.7 - 0.07 * step), heading + side * math.pi * (0.5 - step / 4))
+        for step in range(7)
+    ]
     pen.limb([root, bend, *roll], size * 1.5, size * 0.35, fill)
     pen.line(curve([bend, *roll[:3]]), size * 0.16, lighter(fill, 0.3))
 
@@ -305,7 +353,9 @@ def curl(pen: Pen, root, tip, side: int, size: float, fill) -> None:
 def float_stone(pen: Pen, rng: random.Random) -> None:
     angle, radius, grey = rng.uniform(0, 2 * math.pi), rng.uniform(36, 44), near(rng, 0.08, 0.15, 0.55)
     centre, size = polar(50, 52, radius, angle), rng.uniform(2, 4.5)
-    pen.shape([polar(*centre, size * rng.uniform(0.7, 1.2), math.pi * step / 3) for step in range(6)], grey, 0.6)
+    pen.shape(
+        [polar(*centre, size * rng.uniform(0.7, 1.2), math.pi * step / 3) for step in range(6)], grey, 0.6
+    )
 
 
 def draw_saitama(pen: Pen, rng: random.Random) -> float:
@@ -313,12 +363,21 @@ def draw_saitama(pen: Pen, rng: random.Random) -> float:
     suit, glove = near(rng, usual(rng, 0.14), 0.65, 0.93), near(rng, usual(rng, 0.0), 0.75, 0.8)
     skin, cape = near(rng, 0.075, 0.28, 0.96, 0.02), near(rng, rng.random(), 0.08, 0.93)
     wind, punch = rng.uniform(-10, 10), rng.random() < 0.45
-    pen.blob(path("37 42, 50 39, 63 42") + path("75 72, 80 91, 64 88, 50 92, 34 88, 20 91, 25 70", wind), cape)
+    pen.blob(
+        path("37 42, 50 39, 63 42") + path("75 72, 80 91, 64 88, 50 92, 34 88, 20 91, 25 70", wind), cape
+    )
     for x in (33, 67):
-        pen.line(curve([(44 + (x - 50) / 3, 50), (x + wind / 2, 70), (x + wind, 86)]), 0.7, darker(cape, 0.75))
+        pen.line(
+            curve([(44 + (x - 50) / 3, 50), (x + wind / 2, 70), (x + wind, 86)]), 0.7, darker(cape, 0.75)
+        )
     step = rng.uniform(0, 4)
     for side in (-1, 1):
-        pen.limb([(50 + side * 4.5, 66), (50 + side * (6 + step), 80), (50 + side * (6.5 + step), 90)], 10.5, 8, suit)
+        pen.limb(
+            [(50 + side * 4.5, 66), (50 + side * (6 + step), 80), (50 + side * (6.5 + step), 90)],
+            10.5,
+            8,
+            suit,
+        )
         pen.limb([(50 + side * (6.3 + step), 83), (50 + side * (6.5 + step), 92)], 9.5, 9, glove)
         pen.oval(50 + side * (8 + step), 95, 6.5, 3, glove)
     arms = [[(38, 47), (30, 57), (31, 68)], [(62, 47), (70, 57), (69, 68)]]
@@ -358,8 +417,20 @@ def draw_saitama(pen: Pen, rng: random.Random) -> float:
         pen.limb([(62, 47), ((62 + fx) / 2 + 2, (47 + fy) / 2), (fx, fy)], 9, 13, suit)
         pen.oval(fx, fy, size, size * 0.92, glove)
         for finger in range(4):
-            pen.oval(fx - size * 0.58 + finger * size * 0.39, fy - size * 0.1, size * 0.24, size * 0.42, lighter(glove, 0.1), ink=0.6)
-        pen.limb([(fx - size * 0.6, fy + size * 0.5), (fx + size * 0.2, fy + size * 0.36)], size * 0.36, size * 0.36, lighter(glove, 0.1))
+            pen.oval(
+                fx - size * 0.58 + finger * size * 0.39,
+                fy - size * 0.1,
+                size * 0.24,
+                size * 0.42,
+                lighter(glove, 0.1),
+                ink=0.6,
+            )
+        pen.limb(
+            [(fx - size * 0.6, fy + size * 0.5), (fx + size * 0.2, fy + size * 0.36)],
+            size * 0.36,
+            size * 0.36,
+            lighter(glove, 0.1),
+        )
     return 0
 
 
@@ -376,7 +447,13 @@ def draw_parovozov(pen: Pen, rng: random.Random) -> float:
         for ink in (0.7, 0):  # all the outlines first, so that the lobes become one cloud
             for lobe_x, lobe_y in lobes:
                 pen.oval(lobe_x, lobe_y, size * 0.62, size * 0.56, puff, ink=ink)
-    pen.blob(path("38 42, 62 42") + path("74 66", wind / 2) + path("70 89, 58 95, 46 88, 34 94", wind) + path("25 66", wind / 2), cape)
+    pen.blob(
+        path("38 42, 62 42")
+        + path("74 66", wind / 2)
+        + path("70 89, 58 95, 46 88, 34 94", wind)
+        + path("25 66", wind / 2),
+        cape,
+    )
     pen.line(curve([(42, 60), (42 + wind / 2, 76), (46 + wind, 86)]), 0.8, darker(cape))
     pen.line(curve([(60, 60), (62 + wind / 2, 76), (58 + wind, 92)]), 0.8, darker(cape))
     iron = near(rng, 0.6, 0.15, 0.28)
@@ -433,41 +510,73 @@ def draw_parovozov(pen: Pen, rng: random.Random) -> float:
     return rng.uniform(-38, 5)
 
 
-HEROES = {"Пудж": draw_pudge, "Тацумаки": draw_tatsumaki, "Сайтама": draw_saitama, "АркадийПаровозов": draw_parovozov}
+HEROES = {
+    "Пудж": draw_pudge,
+    "Тацумаки": draw_tatsumaki,
+    "Сайтама": draw_saitama,
+    "АркадийПаровозов": draw_parovozov,
+}
 
 
 def draw_background(width: int, height: int, rng: random.Random) -> Image.Image:
     """A gradient of two random colours, then hills, a city, rays, bubbles or plain blots of random colours."""
     ends = [hsv(rng.random(), rng.uniform(0.15, 0.75), rng.uniform(0.3, 1)) for _ in range(2)]
     turn = rng.choice([0, 0, 90, 180])
-    picture = ImageOps.colorize(Image.linear_gradient("L").rotate(turn), *ends).resize((width, height)).convert("RGB")
+    picture = (
+        ImageOps.colorize(Image.linear_gradient("L").rotate(turn), *ends)
+        .resize((width, height))
+        .convert("RGB")
+    )
     canvas, hue = ImageDraw.Draw(picture), rng.random()
     kind = rng.choice(["hills", "city", "rays", "bubbles", "blots", "plain"])
     if kind == "hills":
-        x, y, sun = width * rng.uniform(0.1, 0.9), height * rng.uniform(0.1, 0.3), width * rng.uniform(0.05, 0.12)
+        x, y, sun = (
+            width * rng.uniform(0.1, 0.9),
+            height * rng.uniform(0.1, 0.3),
+            width * rng.uniform(0.05, 0.12),
+        )
         canvas.ellipse([x - sun, y - sun, x + sun, y + sun], hsv(rng.random(), 0.4, 1))
         for layer in range(3):
-            line = curve([(width * step / 4, height * (0.5 + 0.15 * layer + rng.uniform(-0.1, 0.1))) for step in range(5)])
-            canvas.polygon([*line, (width, height), (0, height)], hsv(hue + 0.04 * layer, 0.5, 0.75 - 0.15 * layer))
+            line = curve(
+                [
+                    (width * step / 4, height * (0.5 + 0.15 * layer + rng.uniform(-0.1, 0.1)))
+                    for step in range(5)
+                ]
+            )
+            canvas.polygon(
+                [*line, (width, height), (0, height)], hsv(hue + 0.04 * layer, 0.5, 0.75 - 0.15 * layer)
+            )
     elif kind == "city":
         left = 0
         while left < width:
             right, top = left + width * rng.uniform(0.08, 0.18), height * rng.uniform(0.25, 0.7)
-            canvas.rectangle([left, top, right, height], hsv(hue + rng.uniform(-0.04, 0.04), 0.35, rng.uniform(0.25, 0.6)))
+            canvas.rectangle(
+                [left, top, right, height], hsv(hue + rng.uniform(-0.04, 0.04), 0.35, rng.uniform(0.25, 0.6))
+            )
             for row in range(int(top + height * 0.04), height, max(4, height // 14)):
-                for column in range(int(left + width * 0.015), int(right - width * 0.02), max(4, width // 22)):
+                for column in range(
+                    int(left + width * 0.015), int(right - width * 0.02), max(4, width // 22)
+                ):
                     if rng.random() < 0.5:
-                        canvas.rectangle([column, row, column + width // 50, row + height // 35], hsv(0.14, 0.4, 0.95))
+                        canvas.rectangle(
+                            [column, row, column + width // 50, row + height // 35], hsv(0.14, 0.4, 0.95)
+                        )
             left = right
     elif kind == "rays":
         x, y = width * rng.uniform(0.3, 0.7), height * rng.uniform(0.3, 0.7)
         colour, count = hsv(hue, 0.4, 0.95), rng.choice([8, 12, 16])
         for ray in range(count):
-            corners = [polar(x, y, 2 * max(width, height), 2 * math.pi * (ray + half) / count) for half in (0, 0.5)]
+            corners = [
+                polar(x, y, 2 * max(width, height), 2 * math.pi * (ray + half) / count) for half in (0, 0.5)
+            ]
             canvas.polygon([(x, y), *corners], colour)
     elif kind in ("bubbles", "blots"):
         for _ in range(rng.randint(8, 22)):
-            x, y, size = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(0.03, 0.18) * max(width, height)
+            x, y, size = (
+                rng.uniform(0, width),
+                rng.uniform(0, height),
+                rng.uniform(0.03, 0.18) * max(width, height),
+            )
             colour = hsv(hue + rng.uniform(-0.15, 0.15), rng.uniform(0.2, 0.7), rng.uniform(0.35, 1))
             if kind == "bubbles":
                 canvas.ellipse([x - size, y - size, x + size, y + size], colour)

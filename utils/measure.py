@@ -79,7 +79,9 @@ def measure(name: str, backend, image_size: int, round_: int, request: dict, dev
         if watch:  # last, since the profiler may slow down what follows
             for batch_size, result in record["batches"].items():
                 if result["status"] == "ok" and "busy_ms" not in result:
-                    result["busy_ms"] = profiling.busy_ms(prepared(backend, checked_with[0][: int(batch_size)], device))
+                    result["busy_ms"] = profiling.busy_ms(
+                        prepared(backend, checked_with[0][: int(batch_size)], device)
+                    )
             write_json(path, record)
     if request["auto"]:  # what the record holds is all that was wanted
         record["request"] = {**request, "batch_sizes": sorted(map(int, record["batches"]))}
@@ -100,7 +102,9 @@ def stopwatch(wall: dict, name: str):
 def batch_sizes_of(request: dict, name: str, image_size: int, round_: int) -> list[int]:
     """The batch sizes to measure; with --batch-sizes auto, round 0 finds out how many and the later rounds follow it."""
     if request["auto"] and round_ > 0:
-        return (read_json(record_path(request, name, image_size, 0)) or {"request": request})["request"]["batch_sizes"]
+        return (read_json(record_path(request, name, image_size, 0)) or {"request": request})["request"][
+            "batch_sizes"
+        ]
     return request["batch_sizes"]
 
 
@@ -112,7 +116,9 @@ def saturated(batches: dict) -> bool:
     if len(done) < 2:
         return False
     (small, before), (large, after) = done[-2:]
-    return large / timing.trimmed_mean(after["host_ms"]) < (1 + SATURATED) * small / timing.trimmed_mean(before["host_ms"])
+    return large / timing.trimmed_mean(after["host_ms"]) < (1 + SATURATED) * small / timing.trimmed_mean(
+        before["host_ms"]
+    )
 
 
 def load(record: dict, backend, request: dict, device: str) -> None:
@@ -164,7 +170,11 @@ def check(record: dict, backend, request: dict, device: str) -> tuple:
     )
     first = next(iter(loader))[0]
     if whole:
-        logits = expected if baseline else np.concatenate([classify(backend, images, at_once, device) for images, _ in loader])
+        logits = (
+            expected
+            if baseline
+            else np.concatenate([classify(backend, images, at_once, device) for images, _ in loader])
+        )
         record["check"] = {
             "images": len(labels),
             "different": int((logits.argmax(1) != expected.argmax(1)).sum()),
@@ -173,7 +183,11 @@ def check(record: dict, backend, request: dict, device: str) -> tuple:
             "tolerance": tolerance,
         }
     times = math.ceil(largest / len(first))
-    return first.repeat(times, 1, 1, 1)[:largest], np.tile(expected[: len(first)], (times, 1))[:largest], tolerance
+    return (
+        first.repeat(times, 1, 1, 1)[:largest],
+        np.tile(expected[: len(first)], (times, 1))[:largest],
+        tolerance,
+    )
 
 
 def classify(backend, images, batch_size: int, device: str) -> np.ndarray:
@@ -187,19 +201,31 @@ def classify(backend, images, batch_size: int, device: str) -> np.ndarray:
     return np.concatenate(logits)
 
 
-def reference(checkpoint: Path, image_size: int, request: dict, device: str, baseline=None) -> tuple[np.ndarray, np.ndarray]:
+def reference(
+    checkpoint: Path, image_size: int, request: dict, device: str, baseline=None
+) -> tuple[np.ndarray, np.ndarray]:
     """PyTorch FP32's logits (N, classes) on the test set, and the labels (N,): from weights/ or, where they are stale, computed.
 
     By `baseline` if this process holds it, else in a process of its own, so that nothing of it stays in this one's memory.
     """
     path = checkpoint.with_name(f"reference_{image_size}_{device}.npz")
     environment = request["environment"]
-    key = sha256(checkpoint, json.dumps([environment["data"], environment["packages"], environment["gpu"], device]))
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # missing or cut short: compute it
+    key = sha256(
+        checkpoint, json.dumps([environment["data"], environment["packages"], environment["gpu"], device])
+    )
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
+    ):  # missing or cut short: compute it
         with np.load(path) as stored:
             if str(stored["key"]) == key:
                 return stored["logits"], stored["labels"]
-    arguments = checkpoint, image_size, request["data"], request["batch_sizes"][0] if device == "cuda" else CPU_BATCH, device
+    arguments = (
+        checkpoint,
+        image_size,
+        request["data"],
+        request["batch_sizes"][0] if device == "cuda" else CPU_BATCH,
+        device,
+    )
     if baseline:
         logits, labels = compute_reference(*arguments, baseline)
     else:
@@ -211,7 +237,9 @@ def reference(checkpoint: Path, image_size: int, request: dict, device: str, bas
     return logits, labels
 
 
-def compute_reference(checkpoint: Path, image_size: int, data: str, batch_size: int, device: str, backend=None):
+def compute_reference(
+    checkpoint: Path, image_size: int, data: str, batch_size: int, device: str, backend=None
+):
     """Logits (N, classes) and labels (N,) of the test set by PyTorch FP32, loaded here unless given."""
     import torch
 
@@ -223,23 +251,33 @@ def compute_reference(checkpoint: Path, image_size: int, data: str, batch_size: 
 
         backend = PyTorch()
         backend.load(checkpoint, image_size, [batch_size], device)
-    loader = datasets.make_test_loader(Path(data), image_size, 16, model.load_facts(checkpoint)["classes"], num_workers=0)
+    loader = datasets.make_test_loader(
+        Path(data), image_size, 16, model.load_facts(checkpoint)["classes"], num_workers=0
+    )
     with torch.inference_mode():
-        parts = [(classify(backend, images, batch_size, device), targets.numpy()) for images, targets in loader]
+        parts = [
+            (classify(backend, images, batch_size, device), targets.numpy()) for images, targets in loader
+        ]
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
-def time_batch(backend, batch_size: int, checked_with: tuple, request: dict, device: str, watch: float) -> dict:
+def time_batch(
+    backend, batch_size: int, checked_with: tuple, request: dict, device: str, watch: float
+) -> dict:
     """Check, warm up and time one batch size; then let it run on for `watch` seconds while the driver is asked."""
     import torch
 
-    images, expected, tolerance = (part if isinstance(part, float) else part[:batch_size] for part in checked_with)
+    images, expected, tolerance = (
+        part if isinstance(part, float) else part[:batch_size] for part in checked_with
+    )
     cuda = device == "cuda"
     synchronize = torch.cuda.current_stream().synchronize if cuda else lambda: None
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()  # the check is the first call of the warm-up: on a slow CPU it may be all of it
+    start = (
+        time.perf_counter()
+    )  # the check is the first call of the warm-up: on a slow CPU it may be all of it
     difference = float(np.abs(classify(backend, images, batch_size, device) - expected).max())
     if not difference <= tolerance:  # NaN fails too
         return {
@@ -271,7 +309,9 @@ def time_batch(backend, batch_size: int, checked_with: tuple, request: dict, dev
         "gpu_memory_mb": gpu_memory_mb,
         "memory_of": memory_of,
         "host_memory_mb": psutil.Process().memory_info().rss / 2**20,
-        "torch_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda and getattr(backend, "torch_allocator", False) else None,
+        "torch_memory_mb": torch.cuda.max_memory_allocated() / 2**20
+        if cuda and getattr(backend, "torch_allocator", False)
+        else None,
         "sustained": profiling.sustain(call, synchronize, watch) if watch else None,
     }
 
@@ -287,7 +327,13 @@ def failure(error: Exception) -> str:
     words = str(error).lower()
     short = any(
         text in words
-        for text in ("out of memory", "outofmemory", "failed to allocate memory", "not enough memory", "can't allocate memory")
+        for text in (
+            "out of memory",
+            "outofmemory",
+            "failed to allocate memory",
+            "not enough memory",
+            "can't allocate memory",
+        )
     )
     return "out_of_memory" if short or isinstance(error, MemoryError) else "failed"
 
@@ -317,9 +363,13 @@ def main(description: str, backends: dict) -> None:
 
     `backends` maps names to callables that make a backend.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser, list(backends), default=[next(iter(backends))])
-    parser.add_argument("--profile", action="store_true", help="not time but trace the first size and last batch size")
+    parser.add_argument(
+        "--profile", action="store_true", help="not time but trace the first size and last batch size"
+    )
     args = parser.parse_args()
     request = {**make_request(args), "rounds": 1}  # rounds are fresh processes: benchmark.py's
     import torch
@@ -339,4 +389,8 @@ def main(description: str, backends: dict) -> None:
         if device == "cuda":
             torch.cuda.empty_cache()
     rows = read_rows(Path(request["results"]))
-    print(text_table(rows[rows.backend.isin(names) & rows.image_size.isin(sizes) & (rows.run == request["run"])]))
+    print(
+        text_table(
+            rows[rows.backend.isin(names) & rows.image_size.isin(sizes) & (rows.run == request["run"])]
+        )
+    )

@@ -24,10 +24,21 @@ from utils.records import level
 from utils.utils import write_atomic
 
 WIDTH, DPI = 10.0, 150  # inches, dots per inch; shown about 850 pixels wide in the README
-LEFT, EDGE, LINE, TITLE = 0.95, 0.12, 0.19, 0.25  # inches: the y axis, the margin, a line of 10 pt text, one of 13 pt
+LEFT, EDGE, LINE, TITLE = (
+    0.95,
+    0.12,
+    0.19,
+    0.25,
+)  # inches: the y axis, the margin, a line of 10 pt text, one of 13 pt
 ABOVE, BELOW, LABEL = 0.3, 0.5, 2.1  # inches: a panel's own title, its x axis, the widest label of a line
 INK, GREY = "#222222", "#666666"
-BLUE, SKY, ORANGE, PURPLE, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#009E73"  # Okabe and Ito's palette
+BLUE, SKY, ORANGE, PURPLE, GREEN = (
+    "#0072B2",
+    "#56B4E9",
+    "#E69F00",
+    "#CC79A7",
+    "#009E73",
+)  # Okabe and Ito's palette
 
 BASELINE = "pytorch"
 BACKEND_STYLE = {  # backend: colour, marker, line style; charts list them in this order
@@ -47,7 +58,14 @@ BACKEND_STYLE = {  # backend: colour, marker, line style; charts list them in th
     "tensorrt-static-graph": (GREEN, "P", "-."),
     "tensorrt-int8": (GREEN, "v", (0, (5, 1))),
 }
-HATCH = {"s": "//", "^": "\\\\", "D": "..", "P": "xx", "v": "--", "X": "oo"}  # what a bar has instead of the marker
+HATCH = {
+    "s": "//",
+    "^": "\\\\",
+    "D": "..",
+    "P": "xx",
+    "v": "--",
+    "X": "oo",
+}  # what a bar has instead of the marker
 NAMES = {
     "pytorch": "PyTorch",
     "torch-compile": "torch.compile",
@@ -81,7 +99,9 @@ def style(backend: str, precision: str) -> dict:
     colour, marker, dashes = BACKEND_STYLE.get(backend, (colour, "X", (0, (1, 1))))
     face = "white" if label(backend, precision).split(",")[0].endswith("FP32") else colour
     width = 1.8 if backend in NAMES else 1.2
-    return dict(color=colour, marker=marker, linestyle=dashes, linewidth=width, markersize=5.5, markerfacecolor=face)
+    return dict(
+        color=colour, marker=marker, linestyle=dashes, linewidth=width, markersize=5.5, markerfacecolor=face
+    )
 
 
 def number(value: float) -> str:
@@ -102,7 +122,9 @@ def prepare(rows: pandas.DataFrame) -> pandas.DataFrame:
     for column in ["mean_ms", "fps", "fps_low", "fps_high", "speedup_low", "speedup_high", "gpu_memory_mb"]:
         rows[column] = pandas.to_numeric(rows[column]).astype(float).where(rows["status"] == "ok")
     keys = ["run", "device", "image_size", "batch_size"]
-    baseline = rows[rows["backend"] == BASELINE].groupby(keys)["mean_ms"].first().rename("baseline_ms").reset_index()
+    baseline = (
+        rows[rows["backend"] == BASELINE].groupby(keys)["mean_ms"].first().rename("baseline_ms").reset_index()
+    )
     rows = rows.merge(baseline, on=keys, how="left")
     rows["speedup"] = rows["baseline_ms"].astype(float) / rows["mean_ms"]
     order = {backend: index for index, backend in enumerate(BACKEND_STYLE)}
@@ -115,7 +137,9 @@ def blocks(rows: pandas.DataFrame) -> list[tuple[str, pandas.DataFrame]]:
     twice = runs["run"].duplicated(keep=False)
     found = []
     for run, device, both in zip(runs["run"], runs["device"], twice, strict=True):
-        found.append((f"{run} on {device}" if both else run, rows[(rows["run"] == run) & (rows["device"] == device)]))
+        found.append(
+            (f"{run} on {device}" if both else run, rows[(rows["run"] == run) & (rows["device"] == device)])
+        )
     return found
 
 
@@ -141,7 +165,11 @@ def fastest(block: pandas.DataFrame, column: str) -> str:
     """The fastest (or the largest speedup) and where; no winner while the intervals of the best overlap."""
     lead = leaders(block, column)
     if lead.empty:
-        return "PyTorch FP32 was not measured: no speedups" if block["fps"].notna().any() else "Nothing was measured"
+        return (
+            "PyTorch FP32 was not measured: no speedups"
+            if block["fps"].notna().any()
+            else "Nothing was measured"
+        )
     best, last = lead.iloc[0], lead.iloc[-1]
     where = f"at {best['image_size']} px, batch {best['batch_size']}"
     unit = "x the speed of PyTorch FP32" if column == "speedup" else " images/s"
@@ -161,14 +189,20 @@ def fastest(block: pandas.DataFrame, column: str) -> str:
 def span(values: pandas.Series, unit: str) -> str:
     """ "1.2x (PyTorch FP32) to 11.8x (TensorRT FP16)": the least and the greatest."""
     values = values.sort_values(kind="stable")
-    return " to ".join(f"{number(values.iloc[i])}{unit} ({values.index[i]})" for i in ([0, -1] if len(values) > 1 else [0]))
+    return " to ".join(
+        f"{number(values.iloc[i])}{unit} ({values.index[i]})" for i in ([0, -1] if len(values) > 1 else [0])
+    )
 
 
 def batching(block: pandas.DataFrame, column: str) -> str:
     """What the largest batch gains over the smallest, at the smallest image size that has both."""
     found = block[block[column].notna()].drop_duplicates(["image_size", "batch_size", "label"])
     small, large = found["batch_size"].min(), found["batch_size"].max()
-    ends = found.set_index(["image_size", "label", "batch_size"])[column].unstack().dropna(subset=[small, large]) if len(found) else found
+    ends = (
+        found.set_index(["image_size", "label", "batch_size"])[column].unstack().dropna(subset=[small, large])
+        if len(found)
+        else found
+    )
     if ends.empty or small == large:
         return fastest(block, column)
     size = ends.index.get_level_values("image_size").min()
@@ -209,9 +243,15 @@ def not_measured(block: pandas.DataFrame, column: str) -> str:
         for row in own.itertuples():
             blank = pandas.isna(getattr(row, column))
             reasons[row.image_size, row.batch_size] = STATUS.get(row.status, row.status) if blank else None
-        parts = {reason: {pair for pair in grid if reasons[pair] == reason} for reason in reasons.values() if reason}
+        parts = {
+            reason: {pair for pair in grid if reasons[pair] == reason}
+            for reason in reasons.values()
+            if reason
+        }
         if parts:
-            gaps.append(f"{name} ({'; '.join(reason + place(pairs, grid) for reason, pairs in parts.items())})")
+            gaps.append(
+                f"{name} ({'; '.join(reason + place(pairs, grid) for reason, pairs in parts.items())})"
+            )
     return f"Not measured: {', '.join(gaps)}" if gaps else ""
 
 
@@ -235,7 +275,9 @@ AXIS = {"image_size": "image size (px)", "batch_size": "batch size (images)"}
 CHARTS = {
     "fps_vs_image_size.png": Chart("fps", "images/s", "image_size", "batch_size", fastest, shared=False),
     "fps_vs_batch_size.png": Chart("fps", "images/s", "batch_size", "image_size", batching),
-    "speedup_vs_image_size.png": Chart("speedup", "speedup over\nPyTorch FP32", "image_size", "batch_size", fastest, bars=True),
+    "speedup_vs_image_size.png": Chart(
+        "speedup", "speedup over\nPyTorch FP32", "image_size", "batch_size", fastest, bars=True
+    ),
     "memory_vs_batch_size.png": Chart("gpu_memory_mb", "GPU memory (MB)", "batch_size", "image_size", memory),
 }
 
@@ -243,7 +285,10 @@ CHARTS = {
 @functools.cache
 def text_width(text: str, size: float = 10, weight: str = "normal") -> float:
     """Inches."""
-    return text_to_path.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)[0] / 72
+    return (
+        text_to_path.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)[0]
+        / 72
+    )
 
 
 def wrap(text: str, width: float, size: float = 10, weight: str = "normal") -> list[str]:
@@ -275,12 +320,24 @@ def draw_lines(ax: Axes, chart: Chart, panel: pandas.DataFrame, looks: dict, tic
     for name, look in looks.items():
         own = panel[panel["label"] == name].drop_duplicates(chart.x).set_index(chart.x).reindex(ticks)
         value = own[chart.column].to_numpy()
-        error = numpy.clip([value - own["fps_low"], own["fps_high"] - value], 0, None) if chart.column == "fps" else None
+        error = (
+            numpy.clip([value - own["fps_low"], own["fps_high"] - value], 0, None)
+            if chart.column == "fps"
+            else None
+        )
         ax.errorbar(range(len(ticks)), value, yerr=error, elinewidth=1, capsize=2, label=name, **look)
         for i in numpy.flatnonzero(numpy.isnan(value) & own["status"].notna()):
             foot = 0.05 + 0.08 * crosses[ticks[i]]
             crosses[ticks[i]] += 1
-            ax.plot(i, foot, "x", color=look["color"], markeredgewidth=1.8, transform=ax.get_xaxis_transform(), zorder=5)
+            ax.plot(
+                i,
+                foot,
+                "x",
+                color=look["color"],
+                markeredgewidth=1.8,
+                transform=ax.get_xaxis_transform(),
+                zorder=5,
+            )
     ax.set_xlim(-0.3, len(ticks) - 0.7)
 
 
@@ -294,15 +351,26 @@ def draw_bars(ax: Axes, chart: Chart, panel: pandas.DataFrame, looks: dict, tick
         own = panel[panel["label"] == name].drop_duplicates(chart.x).set_index(chart.x).reindex(ticks)
         at = [i - 0.42 + step * (k + 0.5) for i in range(len(ticks))]
         ax.bar(at, own[chart.column], step * 0.92, **bar_look(look))
-        error = numpy.clip([own["speedup"] - own["speedup_low"], own["speedup_high"] - own["speedup"]], 0, None)
+        error = numpy.clip(
+            [own["speedup"] - own["speedup_low"], own["speedup_high"] - own["speedup"]], 0, None
+        )
         ax.errorbar(at, own[chart.column], yerr=error, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
         tops = own["speedup_high"].fillna(own["speedup"])
         for x, value, top, status in zip(at, own[chart.column], tops, own["status"], strict=True):
             text = f"{value:.1f}" if value == value else MARK.get(status, status)
             if slot > 0.13 and isinstance(text, str):  # no text where nothing was tried
                 turn = 0 if slot > text_width(text) + 0.05 else 90
-                where = dict(xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", rotation=turn)
-                ax.annotate(text, (x, top if value == value else 0), fontsize=10, color=INK, path_effects=halo, **where)
+                where = dict(
+                    xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", rotation=turn
+                )
+                ax.annotate(
+                    text,
+                    (x, top if value == value else 0),
+                    fontsize=10,
+                    color=INK,
+                    path_effects=halo,
+                    **where,
+                )
     ax.set_xlim(-0.5, len(ticks) - 0.5)
 
 
@@ -315,11 +383,15 @@ def label_height(name: str) -> float:
     return 0.17 * len(wrap(name, LABEL)) + 0.05
 
 
-def draw_labels(fig: Figure, ax: Axes, chart: Chart, panel: pandas.DataFrame, looks: dict, ticks: list[int]) -> None:
+def draw_labels(
+    fig: Figure, ax: Axes, chart: Chart, panel: pandas.DataFrame, looks: dict, ticks: list[int]
+) -> None:
     """Name the lines to the right of the last panel, each at the height of its end or as near as there is room."""
     box, (width, height) = ax.get_position(), fig.get_size_inches()
     room = box.height * height  # inches, as is everything on the column of labels
-    column = fig.add_axes([box.x1, box.y0, 1 - box.x1, box.height], xlim=(0, (1 - box.x1) * width), ylim=(0, room))
+    column = fig.add_axes(
+        [box.x1, box.y0, 1 - box.x1, box.height], xlim=(0, (1 - box.x1) * width), ylim=(0, room)
+    )
     column.axis("off")
     last = panel[panel[chart.x] == ticks[-1]].set_index("label")[chart.column].to_dict()
     ends = [last.get(name, float("nan")) / ax.get_ylim()[1] * room for name in looks]
@@ -328,7 +400,9 @@ def draw_labels(fig: Figure, ax: Axes, chart: Chart, panel: pandas.DataFrame, lo
     for (name, look), end, y in zip(looks.items(), ends, places, strict=True):
         column.plot([-margin, 0.3], [end, y], color=look["color"], linewidth=0.7, alpha=0.7, clip_on=False)
         column.plot([0.3, 0.5, 0.7], [y, y, y], markevery=[1], **look)
-        column.text(0.78, y, "\n".join(wrap(name, LABEL)), fontsize=10, color=INK, va="center", linespacing=1.05)
+        column.text(
+            0.78, y, "\n".join(wrap(name, LABEL)), fontsize=10, color=INK, va="center", linespacing=1.05
+        )
 
 
 @dataclasses.dataclass
@@ -351,7 +425,12 @@ class Strip:
     def height(self) -> float:
         legend = 0.21 * -(-len(self.looks) // self.legend) if self.legend else 0
         axis = BELOW if self.last else BELOW - 0.2
-        return TITLE * len(self.title) + legend + (ABOVE + self.plot + axis if self.values else 0.1) + self.foot()
+        return (
+            TITLE * len(self.title)
+            + legend
+            + (ABOVE + self.plot + axis if self.values else 0.1)
+            + self.foot()
+        )
 
 
 def strips(chart: Chart, name: str, block: pandas.DataFrame) -> list[Strip]:
@@ -371,7 +450,12 @@ def strips(chart: Chart, name: str, block: pandas.DataFrame) -> list[Strip]:
     plot = 1.7 if chart.bars else max(2.2, sum(map(label_height, looks)))
     rows = [values[i : i + columns] for i in range(0, len(values), columns)] or [[]]
     found = [Strip(block, looks, row, columns, [], 0, [], False, plot) for row in rows]
-    found[0].title, found[0].legend, found[-1].note, found[-1].last = title, legend, wrap(note, WIDTH - 2 * EDGE), True
+    found[0].title, found[0].legend, found[-1].note, found[-1].last = (
+        title,
+        legend,
+        wrap(note, WIDTH - 2 * EDGE),
+        True,
+    )
     return found
 
 
@@ -397,7 +481,13 @@ def draw_strip(fig: Figure, chart: Chart, strip: Strip, top: float, limits: dict
         ax.set_ylabel(chart.unit if i == 0 else "", color=INK)
         if i == 0 and strip.legend:
             handles = [Patch(**bar_look(look), label=name) for name, look in strip.looks.items()]
-            above = dict(loc="lower left", bbox_to_anchor=(0, 1 + 0.25 / strip.plot), borderaxespad=0, borderpad=0, labelspacing=0.25)
+            above = dict(
+                loc="lower left",
+                bbox_to_anchor=(0, 1 + 0.25 / strip.plot),
+                borderaxespad=0,
+                borderpad=0,
+                labelspacing=0.25,
+            )
             ax.legend(handles=handles, ncols=strip.legend, frameon=False, fontsize=10, **above)
     if strip.values and not chart.bars:
         draw_labels(fig, ax, chart, panel, strip.looks, ticks)
@@ -408,7 +498,9 @@ def dress(ax: Axes, title: str, ticks: list[int]) -> None:
     ax.set_title(title, fontsize=10.5, color=INK, pad=4)
     ax.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}".replace(",", "\N{NARROW NO-BREAK SPACE}")))
+    ax.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: f"{y:,.6g}".replace(",", "\N{NARROW NO-BREAK SPACE}"))
+    )
     ax.tick_params(labelsize=10, color=GREY, labelcolor=INK)
     ax.grid(axis="y", color="#dddddd", linewidth=0.7)
     ax.set_axisbelow(True)
@@ -422,7 +514,11 @@ def footer(runs: list[str], environment: dict[str, dict]) -> list[str]:
         known = environment.get(run, {})
         name = f"{run}: " if len(runs) > 1 else ""
         facts = [known.get("short"), "sample\N{NO-BREAK SPACE}data" if known.get("sample_data") else None]
-        lines += wrap(name + " ·\N{NO-BREAK SPACE}".join(filter(None, facts)), WIDTH - 2 * EDGE) if any(facts) else []
+        lines += (
+            wrap(name + " ·\N{NO-BREAK SPACE}".join(filter(None, facts)), WIDTH - 2 * EDGE)
+            if any(facts)
+            else []
+        )
     return lines
 
 
@@ -440,11 +536,24 @@ def draw(chart: Chart, rows: pandas.DataFrame, environment: dict[str, dict]) -> 
     """The whole chart.  Args: rows as in the CSV; environment by run (see draw_all)."""
     rows = prepare(rows)
     parts = blocks(rows) or [("", rows)]
-    sheet = [strip for name, block in parts for strip in strips(chart, f"{name}: " if len(parts) > 1 else "", block)]
+    sheet = [
+        strip
+        for name, block in parts
+        for strip in strips(chart, f"{name}: " if len(parts) > 1 else "", block)
+    ]
     feet = footer([*dict.fromkeys(rows.sort_index()["run"])], environment)
     top = sum(strip.height() for strip in sheet) + LINE * len(feet) + 2 * EDGE
     fig = Figure(figsize=(WIDTH, top), dpi=DPI, facecolor="white")
-    fig.text(EDGE, EDGE, "\n".join(feet), fontsize=10, color=GREY, va="bottom", linespacing=1.15, transform=fig.dpi_scale_trans)
+    fig.text(
+        EDGE,
+        EDGE,
+        "\n".join(feet),
+        fontsize=10,
+        color=GREY,
+        va="bottom",
+        linespacing=1.15,
+        transform=fig.dpi_scale_trans,
+    )
     limits = scales(chart, rows)
     names = [line for strip in sheet for look in strip.looks for line in wrap(look, LABEL)]
     right = EDGE if chart.bars else 0.9 + max(map(text_width, names), default=0)
@@ -460,7 +569,11 @@ def roofline_finding(block: pandas.DataFrame) -> str:
     """Which row comes nearest to a measured matrix product, and what limits how many rows."""
     best = block.loc[block["pct_measured_peak"].idxmax()]
     counts = block["limit"].value_counts()
-    limits = ", ".join(f"{counts[name]} {name}-bound" for name in ("launch", "latency", "memory", "compute") if name in counts)
+    limits = ", ".join(
+        f"{counts[name]} {name}-bound"
+        for name in ("launch", "latency", "memory", "compute")
+        if name in counts
+    )
     where = f"at {best['image_size']} px, batch {best['batch_size']}"
     return f"{best['label']} comes nearest to the measured ceiling, {number(best['pct_measured_peak'])} % of it {where}; rows: {limits}"
 
@@ -469,22 +582,49 @@ def draw_roofline(rows: pandas.DataFrame, environment: dict[str, dict]) -> Figur
     """Rate of operations against operations per byte, one panel a run, under that machine's measured ceilings; None without any."""
     rows = prepare(rows)
     rows = rows[(rows["status"] == "ok") & rows["pct_measured_peak"].notna()]
-    parts = [(name, block) for name, block in blocks(rows) if environment.get(block["run"].iloc[0], {}).get("ceilings")]
+    parts = [
+        (name, block)
+        for name, block in blocks(rows)
+        if environment.get(block["run"].iloc[0], {}).get("ceilings")
+    ]
     if not parts:
         return None
     titles = [
-        wrap((f"{name}: " if len(parts) > 1 else "") + roofline_finding(block), WIDTH - 2 * EDGE, 13, "bold") for name, block in parts
+        wrap((f"{name}: " if len(parts) > 1 else "") + roofline_finding(block), WIDTH - 2 * EDGE, 13, "bold")
+        for name, block in parts
     ]
     feet = footer([*dict.fromkeys(block["run"].iloc[0] for _, block in parts)], environment)
     plot, axis = 3.6, 0.65  # inches
     height = sum(TITLE * len(title) + 0.15 + plot + axis for title in titles) + LINE * len(feet) + 2 * EDGE
     fig = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
-    fig.text(EDGE, EDGE, "\n".join(feet), fontsize=10, color=GREY, va="bottom", linespacing=1.15, transform=fig.dpi_scale_trans)
+    fig.text(
+        EDGE,
+        EDGE,
+        "\n".join(feet),
+        fontsize=10,
+        color=GREY,
+        va="bottom",
+        linespacing=1.15,
+        transform=fig.dpi_scale_trans,
+    )
     top = height - EDGE
     for title, (_, block) in zip(titles, parts, strict=True):
-        fig.text(EDGE, top, "\n".join(title), fontsize=13, fontweight="bold", color=INK, va="top", transform=fig.dpi_scale_trans)
+        fig.text(
+            EDGE,
+            top,
+            "\n".join(title),
+            fontsize=13,
+            fontweight="bold",
+            color=INK,
+            va="top",
+            transform=fig.dpi_scale_trans,
+        )
         top -= TITLE * len(title) + 0.15 + plot
-        ax = fig.add_axes([LEFT / WIDTH, top / height, (WIDTH - LEFT - LABEL - 0.8) / WIDTH, plot / height], xscale="log", yscale="log")
+        ax = fig.add_axes(
+            [LEFT / WIDTH, top / height, (WIDTH - LEFT - LABEL - 0.8) / WIDTH, plot / height],
+            xscale="log",
+            yscale="log",
+        )
         draw_roof(ax, block, environment[block["run"].iloc[0]]["ceilings"])
         top -= axis
     return fig
@@ -494,31 +634,62 @@ def draw_roof(ax: Axes, block: pandas.DataFrame, ceilings: dict) -> None:
     """The roofs of one machine and the rows under them; a mark grows with its batch."""
     used = {name: ceilings["tflops"][name] for name in dict.fromkeys(block["precision"])}
     bandwidth = ceilings["gb_per_s"] / 1000
-    left, right = block["flops_per_byte"].min() / 3, max(block["flops_per_byte"].max(), max(used.values()) / bandwidth) * 1.5
+    left, right = (
+        block["flops_per_byte"].min() / 3,
+        max(block["flops_per_byte"].max(), max(used.values()) / bandwidth) * 1.5,
+    )
     halo = [withStroke(linewidth=2.5, foreground="white")]
     for name, peak in used.items():
         ridge = peak / bandwidth
         ax.plot([left, ridge, right], [left * bandwidth, peak, peak], color=GREY, linewidth=1.2, zorder=1)
         x, side = (right, "right") if ridge**2 > left * right else (max(left, ridge), "left")
-        where = dict(xytext=(-3 if side == "right" else 3, 3), textcoords="offset points", ha=side, va="bottom", fontsize=9)
-        ax.annotate(f"{name} matrix product: {number(peak)} TFLOP/s", (x, peak), color=INK, path_effects=halo, **where)
-    ax.text(0.02, 0.96, f"slope: copy at {number(ceilings['gb_per_s'])} GB/s", transform=ax.transAxes, fontsize=9, color=INK, va="top")
+        where = dict(
+            xytext=(-3 if side == "right" else 3, 3),
+            textcoords="offset points",
+            ha=side,
+            va="bottom",
+            fontsize=9,
+        )
+        ax.annotate(
+            f"{name} matrix product: {number(peak)} TFLOP/s", (x, peak), color=INK, path_effects=halo, **where
+        )
+    ax.text(
+        0.02,
+        0.96,
+        f"slope: copy at {number(ceilings['gb_per_s'])} GB/s",
+        transform=ax.transAxes,
+        fontsize=9,
+        color=INK,
+        va="top",
+    )
     for name, look in series(block, "tflops").items():
         own = block[block["label"] == name]
         for row in own.itertuples():
             size = 3.5 + 1.2 * numpy.log2(row.batch_size)
-            ax.plot(row.flops_per_byte, row.tflops, **{**look, "linestyle": "none", "markersize": size}, alpha=0.85)
+            ax.plot(
+                row.flops_per_byte,
+                row.tflops,
+                **{**look, "linestyle": "none", "markersize": size},
+                alpha=0.85,
+            )
         ax.plot([], [], **{**look, "linestyle": "none"}, label="\n".join(wrap(name, LABEL)))
     ax.set_xlim(left, right)
     ax.set_ylim(block["tflops"].min() / 2, max(used.values()) * 2)
-    ax.set_xlabel("operations per byte (FLOP/B), every layer's input, output and weights moved once", color=INK)
+    ax.set_xlabel(
+        "operations per byte (FLOP/B), every layer's input, output and weights moved once", color=INK
+    )
     ax.set_ylabel("TFLOP/s", color=INK)
     for side in (ax.xaxis, ax.yaxis):
         side.set_major_locator(LogLocator(subs=[1, 2, 5]))
         side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         side.set_minor_formatter("")
     ax.legend(
-        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=10, title="larger marks: larger batches", title_fontsize=9
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        fontsize=10,
+        title="larger marks: larger batches",
+        title_fontsize=9,
     )
     ax.tick_params(labelsize=10, color=GREY, labelcolor=INK)
     ax.grid(color="#dddddd", linewidth=0.7)
@@ -536,7 +707,10 @@ def draw_all(rows: pandas.DataFrame, environment: dict[str, dict], results: Path
     paths = []
     for name, chart in CHARTS.items():
         path = results / name
-        if chart.column == "gpu_memory_mb" and not ((rows["status"] == "ok") & rows["gpu_memory_mb"].notna()).any():
+        if (
+            chart.column == "gpu_memory_mb"
+            and not ((rows["status"] == "ok") & rows["gpu_memory_mb"].notna()).any()
+        ):
             path.unlink(missing_ok=True)
             continue
         write_png(draw(chart, rows, environment), path)
@@ -559,17 +733,31 @@ def draw_comparison(both: pandas.DataFrame, title: str, path: Path) -> None:
     """Throughput of a second table over a first's, a bar of its 95 % interval for each configuration: see compare.ratios()."""
     fig = Figure(figsize=(WIDTH, 1.3 + 0.24 * len(both)), dpi=DPI, layout="constrained")
     ax = fig.add_subplot()
-    names = [f"{label(row.backend, row.precision_after)}, {row.image_size} px, batch {row.batch_size}" for row in both.itertuples()]
+    names = [
+        f"{label(row.backend, row.precision_after)}, {row.image_size} px, batch {row.batch_size}"
+        for row in both.itertuples()
+    ]
     for y, row in enumerate(both.itertuples()):
         look = style(row.backend, row.precision_after)
         ax.plot([row.fps_ratio_low, row.fps_ratio_high], [y, y], color=look["color"], linewidth=2)
-        ax.plot(row.fps_ratio, y, marker=look["marker"], color=look["color"], markerfacecolor=look["markerfacecolor"])
+        ax.plot(
+            row.fps_ratio,
+            y,
+            marker=look["marker"],
+            color=look["color"],
+            markerfacecolor=look["markerfacecolor"],
+        )
     ax.axvline(1, color=INK, linewidth=1)
     ax.set_yticks(range(len(both)), names)
     ax.invert_yaxis()
     ax.set_xlabel("throughput, second / first (right of 1: the second is faster)", color=INK)
     level = ((both["fps_ratio_low"] <= 1) & (both["fps_ratio_high"] >= 1)).sum()
-    fig.suptitle(f"{title}: no difference in {level} of {len(both)} configurations", fontsize=12, fontweight="bold", color=INK)
+    fig.suptitle(
+        f"{title}: no difference in {level} of {len(both)} configurations",
+        fontsize=12,
+        fontweight="bold",
+        color=INK,
+    )
     ax.grid(axis="x", color="#dddddd", linewidth=0.7)
     ax.spines[["top", "right"]].set_visible(False)
     write_png(fig, path)

@@ -51,7 +51,9 @@ def busy_ms(call: Callable) -> float | None:
     import torch
 
     profiler = profiled(call, [torch.profiler.ProfilerActivity.CUDA])
-    spans = [event.time_range for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [
+        event.time_range for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
     total = end = 0.0
     for span in sorted(spans, key=lambda span: span.start):
         total += max(0.0, span.end - max(span.start, end))
@@ -63,9 +65,16 @@ def table_and_trace(call: Callable, device: str, path: Path) -> str:
     """torch.profiler's table by operator of some calls, in the order of the time they took; writes a Chrome trace to `path`."""
     import torch
 
-    profiler = profiled(call, [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda"))
+    profiler = profiled(
+        call,
+        [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda"),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
     averages = profiler.key_averages()
-    on_gpu = "self_device_time_total" if hasattr(averages[0], "self_device_time_total") else "self_cuda_time_total"  # torch before 2.5
-    return averages.table(sort_by=on_gpu if device == "cuda" else "self_cpu_time_total", row_limit=15, max_name_column_width=60)
+    on_gpu = (
+        "self_device_time_total" if hasattr(averages[0], "self_device_time_total") else "self_cuda_time_total"
+    )  # torch before 2.5
+    return averages.table(
+        sort_by=on_gpu if device == "cuda" else "self_cpu_time_total", row_limit=15, max_name_column_width=60
+    )

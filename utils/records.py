@@ -9,7 +9,10 @@ from utils import ceilings, timing
 from utils.utils import COLUMNS, Row, read_json, write_atomic, write_json
 
 MIN_AGREEMENT = 0.99  # of the test images, or all but one on small sets
-NOISY_RUNS, NOISY_ROUNDS = 0.10, 0.05  # interquartile range / median of the runs; largest / smallest mean of a round - 1
+NOISY_RUNS, NOISY_ROUNDS = (
+    0.10,
+    0.05,
+)  # interquartile range / median of the runs; largest / smallest mean of a round - 1
 CPU_BOUND = 0.80  # time until the call returned / time on the GPU
 VERDICTS = {  # what puts a row in doubt, and what to do about it
     "noisy": "runs scatter by over 10 % or rounds differ by over 5 %, close other programs or raise --runs and --rounds",
@@ -23,12 +26,16 @@ VERDICTS = {  # what puts a row in doubt, and what to do about it
 
 def read_records(folder: Path) -> list[dict]:
     """One run's records that belong together: those of the newest settings and, at each image size, of its newest checkpoint."""
-    records = sorted(filter(None, (read_json(path) for path in sorted(folder.glob("*_round*.json")))), key=lambda record: record["time"])
+    records = sorted(
+        filter(None, (read_json(path) for path in sorted(folder.glob("*_round*.json")))),
+        key=lambda record: record["time"],
+    )
     newest = {record["image_size"]: record["key"] for record in records}
     return [
         record
         for record in records
-        if record["settings_key"] == records[-1]["settings_key"] and record["key"] == newest[record["image_size"]]
+        if record["settings_key"] == records[-1]["settings_key"]
+        and record["key"] == newest[record["image_size"]]
     ]
 
 
@@ -52,13 +59,19 @@ def rows_of(records: list[dict], limits: dict | None = None) -> list[Row]:
     groups = {}
     for record in records:
         groups.setdefault((record["backend"], record["image_size"]), {})[record["round"]] = record
-    order = list(dict.fromkeys(name for record in records for name in record["request"].get("backends", []))) or sorted(
-        {b for b, _ in groups}
-    )
+    order = list(
+        dict.fromkeys(name for record in records for name in record["request"].get("backends", []))
+    ) or sorted({b for b, _ in groups})
     rows = []
-    for backend, size in sorted(groups, key=lambda key: (order.index(key[0]) if key[0] in order else 99, key)):
+    for backend, size in sorted(
+        groups, key=lambda key: (order.index(key[0]) if key[0] in order else 99, key)
+    ):
         rounds, baseline = groups[backend, size], groups.get(("pytorch", size), {})
-        batch_sizes = {str(n) for record in rounds.values() for n in [*record["request"]["batch_sizes"], *record["batches"]]}
+        batch_sizes = {
+            str(n)
+            for record in rounds.values()
+            for n in [*record["request"]["batch_sizes"], *record["batches"]]
+        }
         rows += [row_of(rounds, baseline, limits, batch_size) for batch_size in sorted(batch_sizes, key=int)]
     return rows
 
@@ -74,10 +87,17 @@ def row_of(rounds: dict[int, dict], baseline: dict[int, dict], limits: dict | No
     build = [record["build"] for record in rounds.values() if "build" in record]
     if build:
         row.build_s = max(build, key=lambda entry: not entry["from_cache"])["seconds"]
-    timed = {k: record["batches"][batch_size] for k, record in rounds.items() if "host_ms" in record["batches"].get(batch_size, {})}
+    timed = {
+        k: record["batches"][batch_size]
+        for k, record in rounds.items()
+        if "host_ms" in record["batches"].get(batch_size, {})
+    }
     checks = [record["check"] for record in rounds.values() if "check" in record]
     if checks:
-        row.accuracy, row.agreement = checks[0]["correct"] / checks[0]["images"], 1 - checks[0]["different"] / checks[0]["images"]
+        row.accuracy, row.agreement = (
+            checks[0]["correct"] / checks[0]["images"],
+            1 - checks[0]["different"] / checks[0]["images"],
+        )
     differences = [check["max_abs_diff"] for check in checks] + [
         record["batches"][batch_size]["max_abs_diff"]
         for record in rounds.values()
@@ -88,9 +108,15 @@ def row_of(rounds: dict[int, dict], baseline: dict[int, dict], limits: dict | No
         return row
     vars(row).update(timing.summarize([result["host_ms"] for result in timed.values()], int(batch_size)))
     row.gpu_ms = none_or(timing.trimmed_mean, [ms for result in timed.values() for ms in result["gpu_ms"]])
-    warm = {k: result for k, result in timed.items() if rounds[k]["build"]["from_cache"]} or timed  # building takes memory of its own
-    row.gpu_memory_mb = none_or(max, [result["gpu_memory_mb"] for result in warm.values() if result["gpu_memory_mb"]])
-    row.torch_memory_mb = none_or(max, [result["torch_memory_mb"] for result in timed.values() if result["torch_memory_mb"]])
+    warm = {
+        k: result for k, result in timed.items() if rounds[k]["build"]["from_cache"]
+    } or timed  # building takes memory of its own
+    row.gpu_memory_mb = none_or(
+        max, [result["gpu_memory_mb"] for result in warm.values() if result["gpu_memory_mb"]]
+    )
+    row.torch_memory_mb = none_or(
+        max, [result["torch_memory_mb"] for result in timed.values() if result["torch_memory_mb"]]
+    )
     row.host_memory_mb = none_or(max, [result["host_memory_mb"] for result in timed.values()])
     row.busy_ms = next((result["busy_ms"] for result in timed.values() if result.get("busy_ms")), None)
     row.notes = notes(build, timed, first["request"]["runs"])
@@ -123,7 +149,9 @@ def compare_with_ceilings(row: Row, work: dict, environment: dict, limits: dict 
     if limits and limits["tflops"].get(row.precision):
         row.pct_measured_peak = row.tflops / limits["tflops"][row.precision] * 100
         idle = row.busy_ms and 1 - row.busy_ms / row.mean_ms
-        row.limit = ceilings.limit(idle, row.tflops, row.flops_per_byte, limits["tflops"][row.precision], limits["gb_per_s"])
+        row.limit = ceilings.limit(
+            idle, row.tflops, row.flops_per_byte, limits["tflops"][row.precision], limits["gb_per_s"]
+        )
 
 
 def verdict(rounds: dict[int, dict], batch_size: str) -> tuple[str, str]:
@@ -133,10 +161,18 @@ def verdict(rounds: dict[int, dict], batch_size: str) -> tuple[str, str]:
             return record["status"], record["reason"]
         check = record.get("check")
         if check and check["different"] > max(1, (1 - MIN_AGREEMENT) * check["images"]):
-            return "mismatch", f"another class than PyTorch FP32 on {check['different']} of {check['images']} test images"
+            return (
+                "mismatch",
+                f"another class than PyTorch FP32 on {check['different']} of {check['images']} test images",
+            )
         if check and not check["max_abs_diff"] <= check["tolerance"]:
-            return "mismatch", f"logits differ from PyTorch FP32 by {check['max_abs_diff']:.3g}, more than {check['tolerance']:.3g}"
-        result = record["batches"].get(batch_size, {"status": "failed", "reason": "was interrupted; run python benchmark.py again"})
+            return (
+                "mismatch",
+                f"logits differ from PyTorch FP32 by {check['max_abs_diff']:.3g}, more than {check['tolerance']:.3g}",
+            )
+        result = record["batches"].get(
+            batch_size, {"status": "failed", "reason": "was interrupted; run python benchmark.py again"}
+        )
         if result["status"] != "ok":
             return result["status"], result["reason"]
     if 0 not in rounds:
@@ -150,7 +186,9 @@ def doubts(timed: dict[int, dict], asked: int) -> list[str]:
     runs, means = np.concatenate(rounds), [timing.trimmed_mean(values) for values in rounds]
     low, median, high = np.percentile(runs, [25, 50, 75])
     throttled = [result["sustained"]["throttled"] for result in timed.values() if result["sustained"]]
-    enqueue, on_gpu = (np.concatenate([result[name] for result in timed.values()]) for name in ("enqueue_ms", "gpu_ms"))
+    enqueue, on_gpu = (
+        np.concatenate([result[name] for result in timed.values()]) for name in ("enqueue_ms", "gpu_ms")
+    )
     found = {
         "noisy": (high - low) / median > NOISY_RUNS or max(means) / min(means) - 1 > NOISY_ROUNDS,
         "throttled": any(words not in (None, "no") for words in throttled),
@@ -203,17 +241,26 @@ def none_or(function, values: list):
 def write_csv(results: Path) -> pd.DataFrame:
     """Make results/benchmark_results.csv and environment.json anew from results/raw/; the rows."""
     rows = read_rows(results)
-    write_atomic(results / "benchmark_results.csv", rows.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    write_atomic(
+        results / "benchmark_results.csv", rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    )
     environments = {}
     for run in rows.run.unique():
         records = read_records(results / "raw" / run)
-        environments[run] = {**records[-1]["request"]["environment"], **next((r["process"] for r in records if "process" in r), {})}
+        environments[run] = {
+            **records[-1]["request"]["environment"],
+            **next((r["process"] for r in records if "process" in r), {}),
+        }
         commands = dict.fromkeys(record["request"]["environment"]["command"] for record in records)
         environments[run]["command"] = " && ".join(commands)
-        environments[run]["sweep"] = account([record["wall"] for record in records if "process_s" in record.get("wall", {})])
+        environments[run]["sweep"] = account(
+            [record["wall"] for record in records if "process_s" in record.get("wall", {})]
+        )
         environments[run]["short"] = short(environments[run])
         environments[run]["ceilings"] = read_ceilings(results / "raw" / run, records)
-        environments[run]["settings"] = {k: v for k, v in records[-1]["request"].items() if k != "environment"}
+        environments[run]["settings"] = {
+            k: v for k, v in records[-1]["request"].items() if k != "environment"
+        }
     write_json(results / "environment.json", environments)
     return read_csv(results)
 
@@ -222,22 +269,52 @@ def account(walls: list[dict]) -> dict | None:
     """Where a sweep's time went, in seconds: timing with warm-up, checking against PyTorch, and what else its processes took."""
     if not walls:
         return None
-    total, checked, timed = (round(sum(wall[name] for wall in walls), 1) for name in ("process_s", "check_s", "time_s"))
-    return {"processes": len(walls), "total_s": total, "time_s": timed, "check_s": checked, "other_s": round(total - timed - checked, 1)}
+    total, checked, timed = (
+        round(sum(wall[name] for wall in walls), 1) for name in ("process_s", "check_s", "time_s")
+    )
+    return {
+        "processes": len(walls),
+        "total_s": total,
+        "time_s": timed,
+        "check_s": checked,
+        "other_s": round(total - timed - checked, 1),
+    }
 
 
 def short(environment: dict) -> str:
     """The environment in one line, for the foot of tables and charts."""
     packages = environment["packages"]
-    runtime = "onnxruntime-gpu" if "onnxruntime-gpu" in packages else "onnxruntime"  # the same module: only one is loaded
-    shown = [f"{name} {packages[name]}" for name in ("torch", runtime, "torch-tensorrt", "tensorrt") if name in packages]
-    machine = environment["gpu"] or f"{environment['cpu']}, {environment.get('threads', environment['cores'])} threads"
+    runtime = (
+        "onnxruntime-gpu" if "onnxruntime-gpu" in packages else "onnxruntime"
+    )  # the same module: only one is loaded
+    shown = [
+        f"{name} {packages[name]}"
+        for name in ("torch", runtime, "torch-tensorrt", "tensorrt")
+        if name in packages
+    ]
+    machine = (
+        environment["gpu"]
+        or f"{environment['cpu']}, {environment.get('threads', environment['cores'])} threads"
+    )
     driver = environment.get("driver") and f"driver {environment['driver']}"
     return ", ".join(filter(None, [machine, driver, *shown, environment["date"]]))
 
 
 def read_csv(results: Path) -> pd.DataFrame:
     """The committed table.  Texts that are missing are "", figures that are missing NaN."""
-    texts = {name: str for name in ("run", "backend", "precision", "device", "status", "reason", "throttled", "limit", "notes")}
+    texts = {
+        name: str
+        for name in (
+            "run",
+            "backend",
+            "precision",
+            "device",
+            "status",
+            "reason",
+            "throttled",
+            "limit",
+            "notes",
+        )
+    }
     rows = pd.read_csv(results / "benchmark_results.csv", encoding="utf-8", dtype=texts)
     return rows.fillna(dict.fromkeys(texts, ""))

@@ -59,7 +59,9 @@ def answers_of(rows: pd.DataFrame) -> list[str]:
             sentences.append(f"{head}nothing was measured; the reasons are in the table.")
             continue
         sentences += [
-            head + sentence for sentence in (_which(ok), _ranges(ok), _speedups(ok), _sizes(ok), _batches(ok), _optimum(ok)) if sentence
+            head + sentence
+            for sentence in (_which(ok), _ranges(ok), _speedups(ok), _sizes(ok), _batches(ok), _optimum(ok))
+            if sentence
         ]
     return sentences
 
@@ -75,10 +77,16 @@ def _which(ok: pd.DataFrame) -> str:
         ties += len(best) > 1
     if not total:
         return f"**Which is fastest?** Only {compare.name(ok.iloc[0])} was measured, so there is nothing to compare it with."
-    texts = [f"{who} in {count} of {total}" for who, count in sorted(wins.items(), key=lambda item: -item[1]) if count]
+    texts = [
+        f"{who} in {count} of {total}"
+        for who, count in sorted(wins.items(), key=lambda item: -item[1])
+        if count
+    ]
     if ties:
         texts.append(f"in {ties} of {total} no difference that this run can show between the first two")
-    return f"**Which is fastest?** Of the {total} combinations of image size and batch size: {'; '.join(texts)}."
+    return (
+        f"**Which is fastest?** Of the {total} combinations of image size and batch size: {'; '.join(texts)}."
+    )
 
 
 def _by_backend(ok: pd.DataFrame):
@@ -86,7 +94,11 @@ def _by_backend(ok: pd.DataFrame):
 
 
 def _ranges(ok: pd.DataFrame) -> str:
-    return "**Throughput.** " + "; ".join(f"{who} {span(group.fps)} images/s" for who, group in _by_backend(ok)) + "."
+    return (
+        "**Throughput.** "
+        + "; ".join(f"{who} {span(group.fps)} images/s" for who, group in _by_backend(ok))
+        + "."
+    )
 
 
 def _speedups(ok: pd.DataFrame) -> str:
@@ -95,7 +107,10 @@ def _speedups(ok: pd.DataFrame) -> str:
         best = group.loc[group.speedup.idxmax()]
         unclear = int(((group.speedup_low <= 1) & (group.speedup_high >= 1)).sum())
         text = f"{who} {group.speedup.min():.2f} to {best.speedup:.2f} times (most at {best.image_size} px, batch {best.batch_size})"
-        texts.append(text + (f", no difference that this run can show in {unclear} of {len(group)} rows" if unclear else ""))
+        texts.append(
+            text
+            + (f", no difference that this run can show in {unclear} of {len(group)} rows" if unclear else "")
+        )
     return f"**Speedup** over PyTorch FP32. {'; '.join(texts)}." if texts else ""
 
 
@@ -124,10 +139,18 @@ def _batches(ok: pd.DataFrame) -> str:
         return ""
     texts = []
     for who, group in _by_backend(ok):
-        found = {size: compare.saturation(rows) for size, rows in group.groupby("image_size") if rows.batch_size.nunique() > 1}
+        found = {
+            size: compare.saturation(rows)
+            for size, rows in group.groupby("image_size")
+            if rows.batch_size.nunique() > 1
+        }
         reached = [f"{size} px at batch {batch}" for size, batch in found.items() if batch]
         missing = [f"{size}" for size, batch in found.items() if not batch]
-        parts = reached + ([f"not reached up to batch {group.batch_size.max()} at {', '.join(missing)} px"] if missing else [])
+        parts = reached + (
+            [f"not reached up to batch {group.batch_size.max()} at {', '.join(missing)} px"]
+            if missing
+            else []
+        )
         texts.append(f"{who}: {', '.join(parts)}")
     return "**Batch size.** Doubling the batch gives under 5 % more from here on: " + "; ".join(texts) + "."
 
@@ -152,7 +175,11 @@ def cells(row: pd.Series) -> list[str]:
         return [*head, row.status.replace("_", " "), *[""] * 7, *shares, ""]
     times = [figure(value) for value in (row.mean_ms, row.std_ms, row.p95_ms, row.fps)]
     fps = f"{figure(row.fps_low)}–{figure(row.fps_high)}"
-    speed = ["", ""] if pd.isna(row.speedup) else [f"{row.speedup:.2f}", f"{row.speedup_low:.2f}–{row.speedup_high:.2f}"]
+    speed = (
+        ["", ""]
+        if pd.isna(row.speedup)
+        else [f"{row.speedup:.2f}", f"{row.speedup_low:.2f}–{row.speedup_high:.2f}"]
+    )
     if row.backend == "pytorch":
         speed = ["1", ""]
     memory = row.gpu_memory_mb if row.device == "cuda" else row.host_memory_mb
@@ -167,7 +194,9 @@ def verdicts(notes: str) -> list[str]:
 def lines_of(rows: pd.DataFrame) -> list[list[str]]:
     """The rows as cells; batch sizes without figures for one and the same reason share a line."""
     lines = []
-    for (*_, status, _), group in rows.groupby(["run", "backend", "image_size", "status", "reason"], sort=False):
+    for (*_, status, _), group in rows.groupby(
+        ["run", "backend", "image_size", "status", "reason"], sort=False
+    ):
         found = [cells(row) for _, row in group.iterrows()]
         if status not in ("ok", "mismatch"):
             found = [[*found[0][:2], ", ".join(line[2] for line in found), *found[0][3:]]]
@@ -191,7 +220,11 @@ def reasons(rows: pd.DataFrame) -> list[str]:
         )
         scope = "" if len(where) == len(rows[rows.backend == backend]) else f" ({', '.join(where)})"
         lines.append(f"{label(backend, precision)}{scope}: {status.replace('_', ' ')}: {reason}")
-    return lines + [f"{name}: {VERDICTS[name]}" for name in VERDICTS if any(name in verdicts(notes) for notes in rows.notes)]
+    return lines + [
+        f"{name}: {VERDICTS[name]}"
+        for name in VERDICTS
+        if any(name in verdicts(notes) for notes in rows.notes)
+    ]
 
 
 def end_to_end_lines(table: pd.DataFrame) -> list[list[str]]:
@@ -210,7 +243,16 @@ def end_to_end_lines(table: pd.DataFrame) -> list[list[str]]:
     for _, row in table.iterrows():
         fps = [figure(row.images_per_s), figure(row.infer_alone_images_per_s)]
         parts = [f"{figure(row[step])} ({row[step] / row[steps].sum():.0%})" for step in steps]
-        lines.append([compare.name(row), str(row.image_size), str(row.batch_size), *fps, *parts, row.bottleneck.split(" (")[0]])
+        lines.append(
+            [
+                compare.name(row),
+                str(row.image_size),
+                str(row.batch_size),
+                *fps,
+                *parts,
+                row.bottleneck.split(" (")[0],
+            ]
+        )
     return lines
 
 
@@ -231,7 +273,10 @@ def aligned(lines: list[list[str]]) -> str:
     """Columns of text, the first to the left and the others to the right."""
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     rows = [zip(line, widths, strict=True) for line in lines]
-    return "\n".join("  ".join(cell.rjust(width) if k else cell.ljust(width) for k, (cell, width) in enumerate(row)) for row in rows)
+    return "\n".join(
+        "  ".join(cell.rjust(width) if k else cell.ljust(width) for k, (cell, width) in enumerate(row))
+        for row in rows
+    )
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -270,20 +315,34 @@ def device(rows: pd.DataFrame, environments: dict) -> str:
         if rows.run.nunique() > 1:
             parts.append(f"**Run {run}**")
         part = compare.measured(rows[rows.run == run])
-        shown = [k for k, column in enumerate(DEVICE) if k < 3 or any(device_cells(row)[k] for _, row in part.iterrows())]
+        shown = [
+            k
+            for k, column in enumerate(DEVICE)
+            if k < 3 or any(device_cells(row)[k] for _, row in part.iterrows())
+        ]
         for size, group in part.groupby("image_size"):
             lines = [DEVICE, *(device_cells(row) for _, row in group.iterrows())]
             opened = " open" if size == part.image_size.min() else ""
             table = markdown([[line[k] for k in shown] for line in lines])
             parts.append(f"<details{opened}><summary>{size} px</summary>\n\n{table}\n\n</details>")
-        parts.append(f"<sub>{' · '.join(filter(None, [ceilings_text(environments.get(run, {})), foot(environments.get(run, {}))]))}</sub>")
+        parts.append(
+            f"<sub>{' · '.join(filter(None, [ceilings_text(environments.get(run, {})), foot(environments.get(run, {}))]))}</sub>"
+        )
     return "\n\n".join(parts)
 
 
 def device_cells(row: pd.Series) -> list[str]:
     """One row of the table DEVICE; what is not known is empty."""
     busy = row.busy_ms / row.mean_ms * 100
-    loop = [row.sustained_fps, busy, row.gpu_util_pct, row.power_w, row.mj_per_image, row.sm_clock_mhz, row.temperature_c]
+    loop = [
+        row.sustained_fps,
+        busy,
+        row.gpu_util_pct,
+        row.power_w,
+        row.mj_per_image,
+        row.sm_clock_mhz,
+        row.temperature_c,
+    ]
     work = [row.tflops, row.pct_peak, row.pct_measured_peak, row.flops_per_byte]
     return [compare.name(row), str(row.image_size), str(row.batch_size), *map(figure, loop + work), row.limit]
 
@@ -299,7 +358,9 @@ def ceilings_text(known: dict) -> str:
         texts.append(f"{precision} {figure(tflops)}{f' of {figure(peak)}' if peak else ''} TFLOP/s")
     context = known.get("context_mb")
     share = f"; the CUDA context alone takes {context:.0f} MB of each row's GPU memory" if context else ""
-    return f"measured ceilings: matrix product {', '.join(texts)}; copy {figure(found['gb_per_s'])} GB/s{share}"
+    return (
+        f"measured ceilings: matrix product {', '.join(texts)}; copy {figure(found['gb_per_s'])} GB/s{share}"
+    )
 
 
 def headline(rows: pd.DataFrame, environments: dict) -> str:
@@ -310,7 +371,11 @@ def headline(rows: pd.DataFrame, environments: dict) -> str:
         return "Nothing to compare with PyTorch FP32 has been measured here yet."
     best = ok.loc[ok.fps.idxmax()]
     environment = environments.get(best.run, {})
-    confidence = "at 95 % confidence" if best.rounds > 1 else "from run to run; one round, so without what differs between processes"
+    confidence = (
+        "at 95 % confidence"
+        if best.rounds > 1
+        else "from run to run; one round, so without what differs between processes"
+    )
     return (
         f"**{compare.name(best)} serves ResNet-18 {best.speedup:.2f} times as fast as PyTorch FP32** "
         f"({best.speedup_low:.2f}–{best.speedup_high:.2f} {confidence}): {figure(best.fps)} images/s "
@@ -321,7 +386,9 @@ def headline(rows: pd.DataFrame, environments: dict) -> str:
 
 def foot(environment: dict) -> str:
     """The hardware and versions behind a figure in one line, and whether the network saw sample data only."""
-    return environment.get("short", "") + (" · sample data (drawn heroes)" if environment.get("sample_data") else "")
+    return environment.get("short", "") + (
+        " · sample data (drawn heroes)" if environment.get("sample_data") else ""
+    )
 
 
 def table(rows: pd.DataFrame, environments: dict) -> str:
@@ -335,11 +402,21 @@ def table(rows: pd.DataFrame, environments: dict) -> str:
             lines = lines_of(group)
             if (group.status == "ok").any():
                 best = compare.fastest(group)[0]
-                if len(compare.fastest(group[group.batch_size == best.batch_size])) == 1:  # no other method is level with it
-                    line = next(line for line in lines if line[0] == compare.name(best) and line[2] == str(best.batch_size))
+                if (
+                    len(compare.fastest(group[group.batch_size == best.batch_size])) == 1
+                ):  # no other method is level with it
+                    line = next(
+                        line
+                        for line in lines
+                        if line[0] == compare.name(best) and line[2] == str(best.batch_size)
+                    )
                     line[0], line[6] = f"**{line[0]}**", f"**{line[6]}**"
             opened = " open" if size == part.image_size.min() else ""
-            parts.append(f"<details{opened}><summary>{size} px</summary>\n\n" + markdown([TABLE, *lines]) + "\n\n</details>")
+            parts.append(
+                f"<details{opened}><summary>{size} px</summary>\n\n"
+                + markdown([TABLE, *lines])
+                + "\n\n</details>"
+            )
         parts += [f"<sub>{line}</sub>" for line in reasons(part)]
         parts.append(f"<sub>{foot(environments.get(run, {}))}</sub>")
     return "\n\n".join(parts)
@@ -369,7 +446,10 @@ def described(known: dict) -> dict[str, str]:
         and f"{known['gpu']}, {known.get('gpu_memory_mb')} MB, power limit {known.get('power_limit_w')} W, driver {known.get('driver')}"
     )
     cuda = known.get("cuda") and f"{known['cuda']}, cuDNN {known.get('cudnn')}"
-    commit = known.get("commit") and f"{known['commit']}{'' if known.get('clean') else ' with uncommitted changes'}"
+    commit = (
+        known.get("commit")
+        and f"{known['commit']}{'' if known.get('clean') else ' with uncommitted changes'}"
+    )
     data = f"{known.get('data')}{' (drawn sample heroes)' if known.get('sample_data') else ''}"
     facts = {
         "GPU": gpu or "none",
@@ -396,7 +476,13 @@ def account(sweep: dict | None) -> str | None:
     return f"{sweep['processes']} processes in {sweep['total_s']:.0f} s: {parts}, {each:.1f} s a process to start, load or build, and write"
 
 
-PARTS = {"headline": headline, "table": table, "answers": answers, "device": device, "environment": environment}
+PARTS = {
+    "headline": headline,
+    "table": table,
+    "answers": answers,
+    "device": device,
+    "environment": environment,
+}
 
 
 def render(text: str, root: Path) -> str:
@@ -407,7 +493,9 @@ def render(text: str, root: Path) -> str:
         if kind == "end_to_end":
             return f"{begin}{end_to_end(pd.read_csv(root / folder / 'end_to_end.csv'))}\n{end}"
         if kind not in PARTS:
-            raise UserError(f"README.md asks for the generated part {kind!r} ({folder}); there are end_to_end, {', '.join(PARTS)}")
+            raise UserError(
+                f"README.md asks for the generated part {kind!r} ({folder}); there are end_to_end, {', '.join(PARTS)}"
+            )
         return f"{begin}{PARTS[kind](*compare.read(root / folder)).strip()}\n{end}"
 
     return MARKED.sub(part, text)

@@ -22,22 +22,41 @@ AUTO_BATCH_SIZES = [2**k for k in range(9)]  # 1 to 256; measured until they sat
 
 def add_arguments(parser: argparse.ArgumentParser, backends: list[str], default: list[str]) -> None:
     parser.add_argument(
-        "--backends", nargs="+", default=default, choices=[*backends, "all"], metavar="NAME", help=", ".join(backends) + " or all"
+        "--backends",
+        nargs="+",
+        default=default,
+        choices=[*backends, "all"],
+        metavar="NAME",
+        help=", ".join(backends) + " or all",
     )
     parser.add_argument("--image-sizes", nargs="+", type=int, help=f"pixels; default {IMAGE_SIZES}")
-    parser.add_argument("--batch-sizes", nargs="+", type=batch_size, help=f"default {BATCH_SIZES}; auto: double from 1 until it saturates")
+    parser.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        type=batch_size,
+        help=f"default {BATCH_SIZES}; auto: double from 1 until it saturates",
+    )
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--runs", type=int, help="timed runs per configuration, over all rounds; default 100")
-    parser.add_argument("--warmup", type=int, default=10, help="untimed calls before them, and at least half a second")
+    parser.add_argument(
+        "--warmup", type=int, default=10, help="untimed calls before them, and at least half a second"
+    )
     parser.add_argument("--rounds", type=int, help="fresh processes that share the runs; default 3")
     parser.add_argument("--min-seconds", type=float, help="of timed runs per configuration; default 1")
-    parser.add_argument("--max-seconds", type=float, help="of timed runs per configuration; default 30 on a GPU, 2 on a CPU")
     parser.add_argument(
-        "--sustain-seconds", type=float, default=3.0, help="on a GPU, an untimed loop in which the driver is asked; 0: none"
+        "--max-seconds", type=float, help="of timed runs per configuration; default 30 on a GPU, 2 on a CPU"
+    )
+    parser.add_argument(
+        "--sustain-seconds",
+        type=float,
+        default=3.0,
+        help="on a GPU, an untimed loop in which the driver is asked; 0: none",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", default="main", help="name of this run: one environment on one machine")
-    parser.add_argument("--quick", action="store_true", help="64 px, batches 1 and 4, 20 runs, into results/quick")
+    parser.add_argument(
+        "--quick", action="store_true", help="64 px, batches 1 and 4, 20 runs, into results/quick"
+    )
     add_path_arguments(parser)
 
 
@@ -49,7 +68,9 @@ def pick_device(wanted: str) -> str:
     import torch
 
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA GPU; check that nvidia-smi lists one, or use --device cpu")
+        raise UserError(
+            "--device cuda: PyTorch finds no CUDA GPU; check that nvidia-smi lists one, or use --device cpu"
+        )
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
@@ -68,14 +89,24 @@ def make_request(args: argparse.Namespace) -> dict:
     batch_sizes = AUTO_BATCH_SIZES if auto else sorted(set(batch_sizes))
     runs, rounds = chosen(args.runs, 100, 20), chosen(args.rounds, 3, 1)
     if min(image_sizes) < 32 or min(*batch_sizes, runs, rounds, args.warmup, 1) < 1 or runs < rounds:
-        raise UserError("image sizes start at 32, batch sizes, runs, rounds and warm-up at 1, with at least one run a round; see --help")
+        raise UserError(
+            "image sizes start at 32, batch sizes, runs, rounds and warm-up at 1, with at least one run a round; see --help"
+        )
     if not args.run.replace("-", "").replace(".", "").replace("_", "").isalnum():
-        raise UserError(f"the run's name {args.run!r} becomes a folder's; use letters, digits, '.', '-' and '_' in --run")
+        raise UserError(
+            f"the run's name {args.run!r} becomes a folder's; use letters, digits, '.', '-' and '_' in --run"
+        )
     datasets.prepare(args.data, args.seed)
     missing = [size for size in image_sizes if not checkpoint_path(args.weights, size).is_file()]
     if missing:
-        flags = f"--image-sizes {' '.join(map(str, missing))}" if args.image_sizes or not args.quick else "--quick"
-        raise UserError(f"{checkpoint_path(args.weights, missing[0])} is missing; train it first: python train.py {flags}")
+        flags = (
+            f"--image-sizes {' '.join(map(str, missing))}"
+            if args.image_sizes or not args.quick
+            else "--quick"
+        )
+        raise UserError(
+            f"{checkpoint_path(args.weights, missing[0])} is missing; train it first: python train.py {flags}"
+        )
     return {
         "run": args.run,
         "image_sizes": image_sizes,
@@ -91,7 +122,9 @@ def make_request(args: argparse.Namespace) -> dict:
         "seed": args.seed,
         "data": args.data.as_posix(),
         "weights": args.weights.as_posix(),
-        "results": (args.results / "quick" if args.quick and args.results.name != "quick" else args.results).as_posix(),
+        "results": (
+            args.results / "quick" if args.quick and args.results.name != "quick" else args.results
+        ).as_posix(),
         "environment": {
             **environment(),
             "data": datasets.fingerprint(args.data),
@@ -103,7 +136,10 @@ def make_request(args: argparse.Namespace) -> dict:
 def settings_key(request: dict) -> str:
     """Short hash of the settings, the machine, the packages, the data and the code: rows of one table share it."""
     passing = {"commit", "clean", "date", "command"}
-    settings = {name: request[name] for name in "device runs rounds warmup min_seconds max_seconds sustain_seconds seed".split()}
+    settings = {
+        name: request[name]
+        for name in "device runs rounds warmup min_seconds max_seconds sustain_seconds seed".split()
+    }
     machine = {name: value for name, value in request["environment"].items() if name not in passing}
     return sha256(json.dumps([settings, machine, fingerprint_of_code()], sort_keys=True))[:16]
 
@@ -123,7 +159,15 @@ def new_record(request: dict, backend: str, image_size: int, round_: int, **know
         **{"key": record_key(request, image_size), "settings_key": settings_key(request)},
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(),
         **{"run": request["run"], "backend": backend, "precision": "", "device": request["device"]},
-        **{"image_size": image_size, "round": round_, "status": "ok", "reason": "", "request": request, "batches": {}, **known},
+        **{
+            "image_size": image_size,
+            "round": round_,
+            "status": "ok",
+            "reason": "",
+            "request": request,
+            "batches": {},
+            **known,
+        },
     }
 
 

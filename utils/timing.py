@@ -38,7 +38,12 @@ def warm_up(call: Callable, synchronize: Callable, calls: int, seconds: float, a
 
 
 def sample(
-    call: Callable, synchronize: Callable, runs: int, min_seconds: float, max_seconds: float, new_event: Callable | None = None
+    call: Callable,
+    synchronize: Callable,
+    runs: int,
+    min_seconds: float,
+    max_seconds: float,
+    new_event: Callable | None = None,
 ) -> Samples:
     """Time at least `runs` calls and at least `min_seconds` of them, but start none after `max_seconds`.
 
@@ -51,7 +56,9 @@ def sample(
     try:
         synchronize()
         begin = clock()
-        while (len(ends) < runs or ends[-1] - begin < min_seconds) and (not ends or ends[-1] - begin < max_seconds):
+        while (len(ends) < runs or ends[-1] - begin < min_seconds) and (
+            not ends or ends[-1] - begin < max_seconds
+        ):
             if new_event:
                 before, after = new_event(), new_event()
                 events.append((before, after))
@@ -112,7 +119,9 @@ def summarize(rounds: list[list[float]], batch_size: int) -> dict:
     }
 
 
-def interval(series: list[list[list[float]]], figure: Callable[..., float], paired: bool = True, seed: int = 0) -> tuple[float, float]:
+def interval(
+    series: list[list[list[float]]], figure: Callable[..., float], paired: bool = True, seed: int = 0
+) -> tuple[float, float]:
     """The 95 % interval of a positive figure formed from trimmed means, by resampling rounds, or the runs of a single one.
 
     `series` holds one or several measurements, each a list of rounds, each a list of run times in ms; `figure` takes one mean

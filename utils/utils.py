@@ -19,7 +19,10 @@ STATUSES = ["ok", "unavailable", "out_of_memory", "failed", "mismatch"]
 PACKAGES = "torch torchvision numpy onnx onnxscript onnxruntime-gpu onnxruntime torch-tensorrt tensorrt pandas pillow nvidia-ml-py".split()
 
 
-MADE = [":(top,exclude)results", ":(top,exclude)README.md"]  # what runs write: the tree is clean with any of it
+MADE = [
+    ":(top,exclude)results",
+    ":(top,exclude)README.md",
+]  # what runs write: the tree is clean with any of it
 
 
 class UserError(Exception):
@@ -103,14 +106,22 @@ def fresh_processes():
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision", "torchvision.transforms.v2", "torch.utils.flop_counter", "pandas"])
+    context.set_forkserver_preload(
+        ["torch", "torchvision", "torchvision.transforms.v2", "torch.utils.flop_counter", "pandas"]
+    )
     return context
 
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with train/<class>/ and test/<class>/")
-    parser.add_argument("--weights", type=Path, default=Path("weights"), help="folder of checkpoints, exports and engines")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of records, tables and charts")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="folder with train/<class>/ and test/<class>/"
+    )
+    parser.add_argument(
+        "--weights", type=Path, default=Path("weights"), help="folder of checkpoints, exports and engines"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="folder of records, tables and charts"
+    )
 
 
 def read_json(path: Path):
@@ -140,7 +151,13 @@ def sha256(*parts: str | bytes | Path) -> str:
     """The hash of texts, bytes and files' contents in order, as 64 hex digits."""
     digest = hashlib.sha256()
     for part in parts:
-        content = part.read_bytes() if isinstance(part, Path) else part.encode("utf-8") if isinstance(part, str) else part
+        content = (
+            part.read_bytes()
+            if isinstance(part, Path)
+            else part.encode("utf-8")
+            if isinstance(part, str)
+            else part
+        )
         digest.update(str(len(content)).encode() + b":" + content)
     return digest.hexdigest()
 
@@ -159,7 +176,16 @@ def checkpoint_path(weights: Path, image_size: int) -> Path:
 def fingerprint_of_code() -> str:
     """Short hash of the files whose change makes an earlier measurement stale."""
     root = Path(__file__).resolve().parent.parent
-    names = ["model.py", "datasets.py", "trt.py", "torch_trt.py", "utils/timing.py", "utils/request.py", "utils/measure.py", "utils/gpu.py"]
+    names = [
+        "model.py",
+        "datasets.py",
+        "trt.py",
+        "torch_trt.py",
+        "utils/timing.py",
+        "utils/request.py",
+        "utils/measure.py",
+        "utils/gpu.py",
+    ]
     names += ["utils/profiling.py", "utils/ceilings.py"]
     paths = [root / name for name in names] + sorted(root.glob("*_inference.py"))
     return sha256(*(path for path in paths if path.is_file()))[:16]
@@ -187,11 +213,15 @@ def environment() -> dict:
 def cpu_name() -> str:
     """The processor's name as its maker writes it, as far as the system tells."""
     if sys.platform == "darwin":
-        return subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, encoding="utf-8").stdout.strip()
+        return subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, encoding="utf-8"
+        ).stdout.strip()
     if sys.platform == "win32":
         import winreg
 
-        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
+        with winreg.OpenKey(
+            winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+        ) as key:
             return winreg.QueryValueEx(key, "ProcessorNameString")[0].strip()
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
@@ -202,7 +232,9 @@ def cpu_name() -> str:
 def _git(*arguments: str) -> str | None:
     """What git answers about this checkout, or None where there is no git or no checkout."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, encoding="utf-8", cwd=Path(__file__).parent)
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, encoding="utf-8", cwd=Path(__file__).parent
+        )
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -3,9 +3,10 @@
 import re
 import time
 
-# Per SM and clock, by compute capability: FP32 lanes, then the tensor cores' dense multiply-adds in TF32 and FP16 (with FP16
-# sums, the faster way).  CUDA C++ Programming Guide, table "Throughput of Native Arithmetic Instructions"; tensor cores from
-# NVIDIA's white papers on V100, TU102, A100, GA102, AD102, H100 and GB202 and the HGX B200 data sheet.
+# Per SM and clock, by compute capability: FP32 lanes, then the tensor cores' dense multiply-adds in TF32
+# and FP16 (with FP16 sums, the faster way).  CUDA C++ Programming Guide, table "Throughput of Native
+# Arithmetic Instructions"; tensor cores from NVIDIA's white papers on V100, TU102, A100, GA102, AD102, H100
+# and GB202 and the HGX B200 data sheet.
 LANES = {
     (7, 0): (64, None, 512),
     (7, 5): (64, None, 512),
@@ -17,7 +18,8 @@ LANES = {
     (10, 3): (128, 2048, 4096),
     (12, 0): (128, 256, 512),
 }
-# Turing's small chips (TU116, TU117) have no tensor cores; FP16 runs in lanes of their own, two for each of FP32 (TU116's white paper).
+# Turing's small chips (TU116, TU117) have no tensor cores; FP16 runs in lanes of their own, two for each of
+# FP32 (TU116's white paper).
 NO_TENSOR_CORES = re.compile(r"GTX 16\d\d|MX[45]50|CMP 30HX|\bT(400|500|550|600|1000|1200|2000)\b")
 LAUNCH_BOUND = (
     0.5  # share of a call's time in which the GPU idles: above, launching and waiting take the larger part
@@ -29,9 +31,9 @@ SECONDS = 0.25  # of products or copies, at least, for each ceiling
 
 
 def peak_tflops(environment: dict, precision: str) -> float | None:
-    """The GPU's theoretical peak in TFLOP/s (10^12 multiplications and additions a second) at its boost clock, or None if not known.
+    """The GPU's peak at its boost clock, in 10^12 multiplications and additions a second, or None.
 
-    `environment` holds gpu, compute_capability, sm_count and boost_clock_mhz, as utils.gpu.describe() gives them.
+    `environment` holds gpu, compute_capability, sm_count and boost_clock_mhz, as gpu.describe() gives them.
     """
     gpu, clock, count = (environment.get(name) for name in ("gpu", "boost_clock_mhz", "sm_count"))
     lanes = LANES.get(tuple(environment.get("compute_capability") or ()))
@@ -47,7 +49,7 @@ def peak_tflops(environment: dict, precision: str) -> float | None:
 
 
 def measure(device: str) -> dict:
-    """The best square matrix product in each precision, in TFLOP/s, and the best copy on `device`, in GB/s read and written."""
+    """The best matrix product in each precision, in TFLOP/s, and the best copy, in GB/s read and written."""
     import torch
 
     cuda = device == "cuda"
@@ -75,7 +77,7 @@ def measure(device: str) -> dict:
 
 
 def _seconds(call, cuda: bool) -> float:
-    """The shortest mean of a group of calls, among the groups that fit into SECONDS; on a GPU enqueued without waiting in between."""
+    """The shortest mean of a group of calls among those that fit into SECONDS; a GPU waits after each."""
     import torch
 
     def group(calls: int) -> float:
@@ -95,7 +97,7 @@ def _seconds(call, cuda: bool) -> float:
 
 
 def bytes_per_image(work: dict, precision: str, batch_size: int) -> float:
-    """Memory traffic of an image that can't be avoided layer by layer: activations in and out, and its share of the weights.
+    """Memory traffic of an image that layers can't avoid: activations in and out, and its share of weights.
 
     `work` as model.count_work() gives it.
     """
@@ -103,11 +105,11 @@ def bytes_per_image(work: dict, precision: str, batch_size: int) -> float:
 
 
 def limit(idle: float | None, rate: float, flops_per_byte: float, tflops: float, gb_per_s: float) -> str:
-    """What limits a call that reaches `rate` TFLOP/s, given the ceilings measured for products and for copies.
+    """What limits a call that reaches `rate` TFLOP/s, given the measured ceilings of products and copies.
 
-    The roof over its arithmetic intensity is the lower of the two (Williams, Waterman and Patterson, Roofline, 2009).
-    "launch": the GPU idles for most of the time.  "latency": it is busy, but far below the roof, as with kernels too small
-    to fill it.  Else "memory" or "compute", whichever the roof is of.
+    The roof over its arithmetic intensity is the lower of the two (Williams, Waterman and Patterson,
+    Roofline, 2009).  "launch": the GPU idles for most of the time.  "latency": it is busy, but far below the
+    roof, as with kernels too small to fill it.  Else "memory" or "compute", whichever the roof is of.
     """
     roof = min(tflops, flops_per_byte * gb_per_s / 1000)
     if idle is not None and idle > LAUNCH_BOUND:

@@ -1,6 +1,6 @@
-"""What the driver says of the GPU, through NVML: name, memory of a process, utilisation, power, energy, clocks, throttling.
+"""What the driver (NVML) and the profiler (CUPTI) say of the GPU: memory, utilisation, power, busy time.
 
-Every reading that the driver does not give is None, never 0.  NVML is asked between timed runs, never within them.
+Every reading that the driver does not give is None, never 0.  It is asked between timed runs, never within.
 """
 
 import contextlib
@@ -10,10 +10,15 @@ import os
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # so that the driver's GPU 0 is CUDA's
 MB = 2**20
-THROTTLE = {  # nvml.h, nvmlClocksEventReasons; idle, application clocks and display settings slow nothing down unasked
+CALLS = 10  # under the profiler
+# nvml.h, nvmlClocksEventReasons; idle, application clocks and display settings slow nothing down unasked
+THROTTLE = {
     0x04: "power cap",
     0x08: "hardware slowdown",
     0x20: "thermal (software)",
@@ -42,11 +47,10 @@ def _handle():
     if nvml is None or visible in ("", "-1"):
         return None
     with contextlib.suppress(nvml.NVMLError):
-        return (
-            nvml.nvmlDeviceGetHandleByUUID(visible)
-            if visible.startswith(("GPU-", "MIG-"))
-            else nvml.nvmlDeviceGetHandleByIndex(int(visible))
-        )
+        if visible.startswith(("GPU-", "MIG-")):
+            return nvml.nvmlDeviceGetHandleByUUID(visible)
+        return nvml.nvmlDeviceGetHandleByIndex(int(visible))
+    return None
 
 
 def _read(name: str, *arguments):
@@ -61,24 +65,22 @@ def _read(name: str, *arguments):
 
 
 def _attribute(number: int) -> int | None:
-    """A fact about CUDA's device 0 by its number in cuda.h (CUdevice_attribute), or None; asking makes no CUDA context."""
+    """A fact about CUDA's device 0 by its CUdevice_attribute in cuda.h, or None; makes no CUDA context."""
     with contextlib.suppress(OSError):
         cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         device, value = ctypes.c_int(), ctypes.c_int()
-        done = (
-            cuda.cuInit(0),
-            cuda.cuDeviceGet(ctypes.byref(device), 0),
-            cuda.cuDeviceGetAttribute(ctypes.byref(value), number, device),
-        )
-        return value.value if not any(done) else None
+        failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0)
+        if not failed and not cuda.cuDeviceGetAttribute(ctypes.byref(value), number, device):
+            return value.value
+    return None
 
 
 def describe() -> dict:
-    """Name, driver, memory in MB, power limit in W, compute capability, SMs and boost clock in MHz of the GPU; {} without one."""
+    """Name, driver, memory, power limit, compute capability, SMs and boost clock; {} without one."""
     name = _read("nvmlDeviceGetName")
     if name is None:
         return {}
-    driver = _nvml().nvmlSystemGetDriverVersion()
+    driver = _nvml().nvmlSystemGetDriverVersion()  # str or, from older bindings, bytes
     power, memory = _read("nvmlDeviceGetPowerManagementLimit"), _read("nvmlDeviceGetMemoryInfo")
     clock_khz, sm_count, major, minor = (_attribute(number) for number in (13, 16, 75, 76))
     return {
@@ -95,30 +97,29 @@ def describe() -> dict:
 def memory_mb() -> tuple[float | None, str | None]:
     """GPU memory of this process in MB (context, libraries, arenas and tensors), and whose reading it is.
 
-    "process": what the driver counts for it.  "device", where the driver keeps that to itself (Windows, some containers): the rise of
-    everyone's memory over level_before_context(), which holds what other programs took or gave back meanwhile.  (None, None): not known.
+    "process": what the driver counts for it.  "device", where the driver keeps that to itself (Windows,
+    some containers): the rise of everyone's memory over level_before_context(), which holds what other
+    programs took or gave back meanwhile.  (None, None): not known.
     """
     for process in _read("nvmlDeviceGetComputeRunningProcesses") or []:
         if process.pid == os.getpid() and process.usedGpuMemory:
             return process.usedGpuMemory / MB, "process"
     level, memory = level_before_context(), _read("nvmlDeviceGetMemoryInfo")
-    return (
-        ((memory.used - level) / MB, "device")
-        if memory and level is not None and memory.used > level
-        else (None, None)
-    )
+    if memory and level is not None and memory.used > level:
+        return (memory.used - level) / MB, "device"
+    return None, None
 
 
 @functools.cache
 def level_before_context() -> int | None:
-    """Bytes of GPU memory that everyone used when this was first called: call it before anything touches CUDA."""
+    """Bytes of GPU memory that everyone used when first called: do so before anything touches CUDA."""
     memory = _read("nvmlDeviceGetMemoryInfo")
     return memory and memory.used
 
 
 @functools.cache
 def context_mb() -> float | None:
-    """Make the CUDA context, if there is none, and say what it takes in MB, with PyTorch's kernels and before any tensor."""
+    """Make the CUDA context, if there is none; the MB that it takes, with PyTorch's kernels."""
     import torch
 
     level_before_context()
@@ -127,7 +128,7 @@ def context_mb() -> float | None:
 
 
 class Watch:
-    """Samples what the GPU does beside a sustained loop: `with Watch() as watch: ...`, then `watch.result`."""
+    """What the GPU does beside a loop: `with Watch() as watch: ...`, then `watch.result`."""
 
     PERIOD_S = 0.05
 
@@ -158,17 +159,15 @@ class Watch:
         energy = _read("nvmlDeviceGetTotalEnergyConsumption")
         self._done.set()
         self._thread.join()
-        mean = {
-            name: sum(values) / len(values) if values else None
-            for name, values in self._seen.items()
-            if name != "throttle"
-        }
-        joules = (energy - self._energy) / 1000 if energy is not None and self._energy is not None else None
-        if joules is None and mean["power"] is not None:
+        reasons, mean = self._seen.pop("throttle"), {}
+        for name, values in self._seen.items():
+            mean[name] = sum(values) / len(values) if values else None
+        joules = None
+        if energy is not None and self._energy is not None:
+            joules = (energy - self._energy) / 1000
+        elif mean["power"] is not None:
             joules = mean["power"] / 1000 * seconds
-        bits = 0
-        for reasons in self._seen["throttle"]:
-            bits |= reasons
+        seen = [text for bit, text in THROTTLE.items() if any(bits & bit for bits in reasons)]
         self.result = {
             "seconds": seconds,
             "gpu_util_pct": mean["util"],
@@ -176,7 +175,72 @@ class Watch:
             "energy_j": joules,
             "sm_clock_mhz": mean["clock"],
             "temperature_c": mean["temperature"],
-            "throttled": ", ".join(text for bit, text in THROTTLE.items() if bits & bit) or "no"
-            if self._seen["throttle"]
-            else None,
+            "throttled": (", ".join(seen) or "no") if reasons else None,
         }
+
+
+def sustain(call: Callable, synchronize: Callable, seconds: float) -> dict:
+    """Call for at least `seconds`, waiting about 20 times a second only, while the driver is watched."""
+    start = time.perf_counter()
+    call()
+    synchronize()
+    group = max(1, int(0.05 / max(time.perf_counter() - start, 1e-5)))
+    calls = 0
+    with Watch() as watch:
+        start = time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < seconds:
+            for _ in range(group):
+                call()
+            synchronize()
+            calls += group
+    return {**watch.result, "calls": calls, "loop_s": elapsed}
+
+
+def profiled(call: Callable, activities: list):
+    """torch.profiler's record of CALLS calls, after some that warm up."""
+    import torch
+
+    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    for _ in range(3):
+        call()
+    synchronize()
+    with warnings.catch_warnings(), torch.profiler.profile(activities=activities) as profiler:
+        warnings.simplefilter("ignore")  # that a second cycle would clear these events
+        for _ in range(CALLS):
+            call()
+        synchronize()
+    return profiler
+
+
+def busy_ms(call: Callable) -> float | None:
+    """Milliseconds of a call in which the GPU was at work: kernels and copies as CUPTI saw them, overlaps
+    once.
+
+    None where CUPTI sees nothing (no permission, another profiler at work).
+    """
+    import torch
+
+    profiler = profiled(call, [torch.profiler.ProfilerActivity.CUDA])
+    on_gpu = torch.autograd.DeviceType.CUDA
+    spans = [event.time_range for event in profiler.events() if event.device_type == on_gpu]
+    total = end = 0.0
+    for span in sorted(spans, key=lambda span: span.start):
+        total += max(0.0, span.end - max(span.start, end))
+        end = max(end, span.end)
+    return total / 1000 / CALLS or None
+
+
+def table_and_trace(call: Callable, device: str, path: Path) -> str:
+    """torch.profiler's table by operator, the longest first; writes a Chrome trace to `path`."""
+    import torch
+
+    kinds = torch.profiler.ProfilerActivity
+    profiler = profiled(call, [kinds.CPU, kinds.CUDA] if device == "cuda" else [kinds.CPU])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+    averages = profiler.key_averages()
+    order = "self_cpu_time_total"
+    if device == "cuda":  # named otherwise by torch before 2.5
+        new = "self_device_time_total"
+        order = new if hasattr(averages[0], new) else "self_cuda_time_total"
+    return averages.table(sort_by=order, row_limit=15, max_name_column_width=60)

@@ -1,4 +1,4 @@
-"""The contracts between the stages: Backend, Job, Record and Row.  What each of them is stands here and nowhere else."""
+"""The contracts between the stages, stated here and nowhere else: Backend, Job, Record, Row."""
 
 import abc
 import dataclasses
@@ -9,7 +9,7 @@ BASELINE = "pytorch"  # the backend that every speedup is formed against, at the
 
 
 class Backend(abc.ABC):
-    """A way to run ResNet-18.  To add one: a class like this, a line in its script's BACKENDS, a colour in plot_utils.
+    """A way to run ResNet-18.  To add one: a class, a line in its script's BACKENDS, a colour in plot_utils.
 
     Everything vendor-specific is imported inside the methods, so that --help works on every machine.
     """
@@ -26,61 +26,60 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
-        """Make ready for these batch sizes; never timed as inference.  May raise anything: it costs its rows."""
+        """Make ready for these batch sizes; never timed as inference.  What it raises costs its own rows."""
 
     def prepare(self, images):
-        """float32 (N, 3, S, S) on the device -> what predict() takes: its own dtype and layout.  Outside the clock."""
+        """float32 (N, 3, S, S) on the device -> predict()'s own dtype and layout.  Outside the clock."""
         return images.contiguous()
 
     @abc.abstractmethod
     def predict(self, x):
-        """Enqueue on the current CUDA stream; logits (N, classes) on the device.  The clock synchronises, not this."""
+        """Enqueue on the current CUDA stream; logits (N, classes) on the device.  The clock synchronises."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to measure: the same for all Jobs of a sweep, and part of the key that says when a record is stale."""
+    """How to measure: the same for every Job of a sweep."""
 
-    device: str = "auto"  # as asked: auto, cuda, cpu
-    runs: int = 100  # timed calls per configuration, over all rounds
-    rounds: int = 3
-    warmup: int = 10  # untimed calls at least
-    min_seconds: float = 1.0  # of timed calls per configuration, over all rounds
-    max_seconds: float | None = None  # None: by device, see measure.MAX_SECONDS
-    sustain_seconds: float = 3.0  # of the loop that the driver watches, on a GPU
-    seed: int = 0
+    runs: int  # timed calls per configuration, over all rounds
+    rounds: int
+    warmup: int  # untimed calls at least
+    min_seconds: float  # of timed calls per configuration, over all rounds
+    max_seconds: float
+    sustain_seconds: float  # of the loop that the driver watches, on a GPU
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is asked of one process: one backend at one image size in one round.  Made once, by utils/jobs.py."""
+    """What is asked of one process: one backend at one image size in one round.  Made once, by
+    utils/jobs.py."""
 
     sweep: str  # everything measured in one environment on one machine, by name
     backend: str
+    script: str  # the module whose BACKENDS makes the backend
     image_size: int  # pixels, square
     batch_sizes: tuple[int, ...]
-    auto: bool  # whether to stop at the batch size where throughput saturates
+    auto: bool  # stop at the batch size where throughput saturates
     round: int  # from 0
     device: str  # "cuda" or "cpu"
     settings: Settings
+    environment: dict  # machine, packages, commit, data: see jobs.environment_of()
     data: Path
     checkpoint: Path
+    results: Path
     record: Path  # the file to leave
-    round0: Path  # the file of round 0, which finds out how many batch sizes --batch-sizes auto takes
-    trace: Path  # where --profile leaves its traces
-    environment: dict  # see jobs.environment_of()
+    round0: Path  # that of round 0, which finds out how many batch sizes `auto` takes
     settings_key: str  # hash of settings, machine, packages, data and code: rows of one table share it
-    key: (
-        str  # hash of settings_key and the checkpoint: an equal key means that measuring again gives the same
-    )
+    key: str  # hash of that and the checkpoint: where it is equal, measuring again would say the same
 
 
 @dataclasses.dataclass
 class Record:
     """What one process measured, as stored in results/raw/<sweep>/<backend>_<size>_round<k>.json.
 
-    `batches` holds a dict for each batch size: batch_size, status, reason and, if it was timed, the samples in ms and
-    what was read beside them (see measure.time_batch).
+    `batches` has a dict for each batch size: batch_size, status, reason and, where it was timed, the samples
+    in ms and what was read beside them (measure.time_batch).
     """
 
     sweep: str
@@ -98,8 +97,8 @@ class Record:
     reason: str = ""
     build: dict | None = None  # seconds, from_cache, artefact_mb
     process: dict | None = None  # threads, cuda, cudnn, context_mb
-    work: dict | None = None  # see model.count_work(); round 0 only
-    check: dict | None = None  # see check.compare_on_test_set(); round 0 only
+    work: dict | None = None  # model.count_work(), in round 0
+    check: dict | None = None  # check.whole_test_set(), in round 0
     wall: dict | None = None  # seconds of loading, checking, timing and of the whole process
     batches: list[dict] = dataclasses.field(default_factory=list)
 
@@ -110,7 +109,7 @@ class Record:
 
 @dataclasses.dataclass
 class Row:
-    """One configuration of one sweep; its fields are the columns of benchmark_results.csv.  Empty means not known."""
+    """One configuration of one sweep; the fields are benchmark_results.csv's columns.  Empty: not known."""
 
     sweep: str
     backend: str

@@ -1,7 +1,8 @@
 """The clock and its statistics: warm-up, sampling, trimmed mean, percentiles, 95 % intervals.
 
-A run is one call of a backend on one batch that already lies on the device.  Its host time ends when the device has finished
-(`perf_counter` around the call and a synchronise); its GPU time lies between two CUDA events on the same stream.
+A run is one call of a backend on one batch that already lies on the device.  Its host time ends when the
+device has finished (`perf_counter` around the call and a synchronise); its GPU time lies between two CUDA
+events on the same stream.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ RESAMPLES = 2000
 
 @dataclasses.dataclass
 class Samples:
-    """Milliseconds of each run, in order: host clock, time until the call returned, GPU events (empty on a CPU)."""
+    """Milliseconds of each run: host clock, time until the call returned, GPU events (none on a CPU)."""
 
     host_ms: list[float]
     enqueue_ms: list[float]
@@ -26,7 +27,7 @@ class Samples:
 
 
 def warm_up(call: Callable, synchronize: Callable, calls: int, seconds: float, at_most: float) -> int:
-    """Call at least `calls` times and for at least `seconds`, but stop after `at_most` seconds; the calls made."""
+    """Call at least `calls` times and for `seconds`, but stop after `at_most` seconds; the calls made."""
     start, made = time.perf_counter(), 0
     while True:
         call()
@@ -99,7 +100,7 @@ def trimmed_mean(values) -> float:
 
 
 def summarize(rounds: list[list[float]], batch_size: int) -> dict:
-    """The CSV's time columns from the host times of each round in ms: trimmed mean and deviation, percentiles of all runs, throughput."""
+    """The CSV's columns of time and throughput from the host times of each round in ms."""
     runs = np.concatenate([np.asarray(values, dtype=float) for values in rounds])
     kept = trimmed(runs)
     p50, p95, p99 = np.percentile(runs, [50, 95, 99])
@@ -122,16 +123,18 @@ def summarize(rounds: list[list[float]], batch_size: int) -> dict:
 def interval(
     series: list[list[list[float]]], figure: Callable[..., float], paired: bool = True, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % interval of a positive figure formed from trimmed means, by resampling rounds, or the runs of a single one.
+    """The 95 % interval of a positive figure formed from trimmed means, by resampling rounds, or the runs
+    of a single one.
 
-    `series` holds one or several measurements, each a list of rounds, each a list of run times in ms; `figure` takes one mean
-    of each.  With `paired`, round k of every measurement was taken at about the same time, so rounds are drawn together and
-    what drifted for all cancels.
+    `series` holds one or several measurements, each a list of rounds, each a list of run times in ms;
+    `figure` takes one mean of each.  With `paired`, round k of every measurement was taken at about the
+    same time, so rounds are drawn together and what drifted for all cancels.
 
-    The runs of a round share their process, so whole rounds are drawn; what scatters within a round is in the spread between
-    rounds already, and drawing runs too would count it twice (Davison and Hinkley, Bootstrap Methods, 1997, section 3.8).  With R
-    rounds the bootstrap's variance is (R - 1) / R of the true one and the quantile is Student's with R - 1 degrees of freedom
-    (section 2.3).  A single round can only have its runs drawn: variation between processes is not in that interval.
+    The runs of a round share their process, so whole rounds are drawn; what scatters within a round is in
+    the spread between rounds already, and drawing runs too would count it twice (Davison and Hinkley,
+    Bootstrap Methods, 1997, section 3.8).  With R rounds the bootstrap's variance is (R - 1) / R of the
+    true one and the quantile is Student's with R - 1 degrees of freedom (section 2.3).  A single round can
+    only have its runs drawn: variation between processes is not in that interval.
     """
     from scipy import stats
 
@@ -156,7 +159,7 @@ def interval(
 
 
 def _resampled_means(values: list[float], rng: np.random.Generator) -> np.ndarray:
-    """RESAMPLES trimmed means of one round's runs: normal about the mean with Tukey and McLaughlin's standard error."""
+    """Trimmed means of one round's runs: normal about the mean with Tukey and McLaughlin's error."""
     from scipy import stats
 
     error = float(stats.mstats.trimmed_stde(values, limits=(TRIM, TRIM))) if len(values) > 1 else 0.0

@@ -1,7 +1,7 @@
-"""What two or more scripts share: arguments, user errors, the result record, files, the environment."""
+"""What two or more scripts share: arguments, user errors, whole files, hashes, what is fresh, the
+environment."""
 
 import argparse
-import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
@@ -9,81 +9,40 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from utils import gpu
 
 IMAGE_SIZES = [224, 256, 384, 512]  # pixels, square
 BATCH_SIZES = [1, 8, 16]
-STATUSES = ["ok", "unavailable", "out_of_memory", "failed", "mismatch"]
-PACKAGES = "torch torchvision numpy onnx onnxscript onnxruntime-gpu onnxruntime torch-tensorrt tensorrt pandas pillow nvidia-ml-py".split()
-
-
+PACKAGES = ["torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime"]
+PACKAGES += [
+    "torch-tensorrt",
+    "tensorrt",
+    "tensorrt-cu13",
+    "tensorrt-cu12",
+    "pandas",
+    "pillow",
+    "nvidia-ml-py",
+]
 MADE = [
     ":(top,exclude)results",
     ":(top,exclude)README.md",
-]  # what runs write: the tree is clean with any of it
+]  # what runs write: with it the tree is still clean
+LARGE = ["torch", "torchvision", "torchvision.transforms.v2", "torch.utils.flop_counter", "pandas"]
 
 
 class UserError(Exception):
     """Something the user can mend: one sentence with the path and the command that repairs it."""
 
 
-@dataclasses.dataclass
-class Row:
-    """One configuration of one run; its fields are the columns of benchmark_results.csv.  Empty means not known."""
-
-    run: str
-    backend: str
-    precision: str
-    device: str
-    image_size: int
-    batch_size: int
-    status: str
-    reason: str = ""
-    runs: int | None = None
-    rounds: int | None = None
-    mean_ms: float | None = None
-    std_ms: float | None = None
-    p50_ms: float | None = None
-    p95_ms: float | None = None
-    p99_ms: float | None = None
-    min_ms: float | None = None
-    gpu_ms: float | None = None
-    busy_ms: float | None = None
-    fps: float | None = None
-    fps_low: float | None = None
-    fps_high: float | None = None
-    sustained_fps: float | None = None
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
-    build_s: float | None = None
-    gpu_memory_mb: float | None = None
-    torch_memory_mb: float | None = None
-    host_memory_mb: float | None = None
-    gpu_util_pct: float | None = None
-    power_w: float | None = None
-    mj_per_image: float | None = None
-    sm_clock_mhz: float | None = None
-    temperature_c: float | None = None
-    throttled: str | None = None
-    tflops: float | None = None
-    pct_peak: float | None = None
-    pct_measured_peak: float | None = None
-    flops_per_byte: float | None = None
-    limit: str | None = None
-    max_abs_diff: float | None = None
-    agreement: float | None = None
-    accuracy: float | None = None
-    notes: str = ""
-
-
-COLUMNS = [field.name for field in dataclasses.fields(Row)]
-
-
-def run_main(main) -> None:
-    """Run a script's main(): a UserError is one sentence on stderr and exit code 2, Ctrl-C is exit code 130."""
+def run_main(main: Callable) -> None:
+    """Run a script's main(): a UserError is one sentence on stderr and exit code 2, Ctrl-C is exit code
+    130."""
     for stream in (sys.stdout, sys.stderr):  # Windows consoles default to a code page without Cyrillic
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -100,28 +59,31 @@ def run_main(main) -> None:
 def fresh_processes():
     """multiprocessing's means to start clean processes.
 
-    On Linux they are forked from a server that has imported the large libraries and done nothing else, which saves each the
-    seconds of importing them; elsewhere each starts from nothing.
+    On Linux they are forked from a server that has imported the large libraries and done nothing else, which
+    saves each the seconds of importing them; elsewhere each starts from nothing.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "torchvision", "torchvision.transforms.v2", "torch.utils.flop_counter", "pandas"]
-    )
+    context.set_forkserver_preload(LARGE)
     return context
 
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", type=Path, default=Path("data"), help="folder with train/<class>/ and test/<class>/"
-    )
-    parser.add_argument(
-        "--weights", type=Path, default=Path("weights"), help="folder of checkpoints, exports and engines"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder of records, tables and charts"
-    )
+    paths = {
+        "data": "folder with train/<class>/ and test/<class>/",
+        "weights": "folder of checkpoints, exports and engines",
+        "results": "folder of records, tables and charts",
+    }
+    for name, text in paths.items():
+        parser.add_argument(f"--{name}", type=Path, default=Path(name), help=text)
+
+
+def checkpoint_path(weights: Path, image_size: int) -> Path:
+    return weights / f"best_resnet18_{image_size}.pth"
+
+
+# ---- files
 
 
 def read_json(path: Path):
@@ -134,32 +96,67 @@ def read_json(path: Path):
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file or none: a reader never sees half of it, an interruption leaves the old one."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    write_whole(path, lambda temporary: temporary.write_bytes(data))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write(temporary)` write a file of the same suffix beside `path`, then put it in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(temporary, path)
+        write(temporary)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value) -> None:
-    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    """Indented, but for lists of numbers, which stay on one line."""
+    text = json.dumps(value, ensure_ascii=False, indent=1)
+    text = re.sub(r'\[\n([^\[\]{}"]*?)\n\s*\]', lambda found: f"[{' '.join(found[1].split())}]", text)
+    write_atomic(path, text + "\n")
+
+
+def is_fresh(path: Path, facts: dict) -> bool:
+    """Whether `path` is whole and was made from exactly `facts`; if it is there but not that, stderr says
+    why."""
+    if not path.is_file():
+        return False
+    try:
+        record = read_json(path.with_name(path.name + ".json"))
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("made_from"), dict):
+        wrong = "does not say what it was made from"
+    elif others := sorted(name for name in facts if record["made_from"].get(name) != facts[name]):
+        wrong = f"was made for another {', '.join(others)}"
+    elif record.get("sha256") != sha256(path):
+        wrong = "is damaged"
+    else:
+        return True
+    print(f"{path} {wrong}; making it anew", file=sys.stderr, flush=True)
+    return False
+
+
+def store(path: Path, facts: dict, write: Callable[[Path], object]) -> None:
+    """Have `write(path)` write the whole file, with a note beside it of what it was made from."""
+    write_whole(path, write)
+    write_json(path.with_name(path.name + ".json"), {"made_from": facts, "sha256": sha256(path)})
 
 
 def sha256(*parts: str | bytes | Path) -> str:
     """The hash of texts, bytes and files' contents in order, as 64 hex digits."""
     digest = hashlib.sha256()
     for part in parts:
-        content = (
-            part.read_bytes()
-            if isinstance(part, Path)
-            else part.encode("utf-8")
-            if isinstance(part, str)
-            else part
-        )
+        if isinstance(part, Path):
+            part = part.read_bytes()
+        content = part.encode("utf-8") if isinstance(part, str) else part
         digest.update(str(len(content)).encode() + b":" + content)
     return digest.hexdigest()
+
+
+# ---- the environment
 
 
 def package_version(name: str) -> str | None:
@@ -169,32 +166,9 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def checkpoint_path(weights: Path, image_size: int) -> Path:
-    return weights / f"best_resnet18_{image_size}.pth"
-
-
-def fingerprint_of_code() -> str:
-    """Short hash of the files whose change makes an earlier measurement stale."""
-    root = Path(__file__).resolve().parent.parent
-    names = [
-        "model.py",
-        "datasets.py",
-        "trt.py",
-        "torch_trt.py",
-        "utils/timing.py",
-        "utils/request.py",
-        "utils/measure.py",
-        "utils/gpu.py",
-    ]
-    names += ["utils/profiling.py", "utils/ceilings.py"]
-    paths = [root / name for name in names] + sorted(root.glob("*_inference.py"))
-    return sha256(*(path for path in paths if path.is_file()))[:16]
-
-
 def environment() -> dict:
-    """What a figure depends on besides the code: machine, driver, packages; and the commit and command that made it."""
-    from utils import gpu
-
+    """What a figure depends on besides the code: machine, driver, packages; the commit and command that
+    made it."""
     return {
         "gpu": None,
         **gpu.describe(),
@@ -213,15 +187,12 @@ def environment() -> dict:
 def cpu_name() -> str:
     """The processor's name as its maker writes it, as far as the system tells."""
     if sys.platform == "darwin":
-        return subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, encoding="utf-8"
-        ).stdout.strip()
+        return _said_by("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     if sys.platform == "win32":
         import winreg
 
-        with winreg.OpenKey(
-            winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
-        ) as key:
+        where = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, where) as key:
             return winreg.QueryValueEx(key, "ProcessorNameString")[0].strip()
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
@@ -230,11 +201,13 @@ def cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git answers about this checkout, or None where there is no git or no checkout."""
+    return _said_by("git", "-C", str(Path(__file__).parent), *arguments)
+
+
+def _said_by(*command: str) -> str | None:
+    """What a command printed, or None where it isn't there or fails."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, encoding="utf-8", cwd=Path(__file__).parent
-        )
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

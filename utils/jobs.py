@@ -1,0 +1,188 @@
+"""Arguments -> Jobs, and the key that says when a record is stale; a backend script's own main()."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import datasets
+from utils import measure, records, report
+from utils.schema import Job, Settings
+from utils.utils import (
+    BATCH_SIZES,
+    IMAGE_SIZES,
+    UserError,
+    add_path_arguments,
+    checkpoint_path,
+    environment,
+    sha256,
+)
+
+AUTO_BATCH_SIZES = [2**k for k in range(9)]  # 1 to 256; measured until they saturate
+MAX_SECONDS = {"cuda": 30.0, "cpu": 2.0}  # of timed runs per configuration, over all rounds
+# A change of any of these makes an earlier measurement stale.
+MEASURING = ["model.py", "datasets.py", "*_inference.py", "trt.py", "torch_trt.py"]
+MEASURING += [f"utils/{name}.py" for name in ("ceilings", "check", "gpu", "measure", "timing")]
+
+
+def add_arguments(parser: argparse.ArgumentParser, backends: list[str], default: list[str]) -> None:
+    names = dict(choices=[*backends, "all"], metavar="NAME", help=", ".join(backends) + " or all")
+    parser.add_argument("--backends", nargs="+", default=default, **names)
+    parser.add_argument("--image-sizes", nargs="+", type=int, help=f"pixels; default {IMAGE_SIZES}")
+    auto = f"default {BATCH_SIZES}; auto: double from 1 until it saturates"
+    parser.add_argument("--batch-sizes", nargs="+", help=auto)
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--runs", type=int, help="timed runs per configuration, over all rounds; default 100")
+    parser.add_argument("--warmup", type=int, default=10, help="untimed calls, and at least half a second")
+    parser.add_argument("--rounds", type=int, help="fresh processes that share the runs; default 3")
+    parser.add_argument("--min-seconds", type=float, help="of timed runs per configuration; default 1")
+    parser.add_argument("--max-seconds", type=float, help=f"of timed runs; default {MAX_SECONDS}")
+    watched = "on a GPU, an untimed loop in which the driver is asked; 0: none"
+    parser.add_argument("--sustain-seconds", type=float, default=3.0, help=watched)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sweep", default="main", help="its name: all measured in one environment here")
+    quick = "64 px, batches 1 and 4, 20 runs, into results/quick"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    add_path_arguments(parser)
+
+
+def pick_device(wanted: str) -> str:
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        mend = "check that nvidia-smi lists one, or use --device cpu"
+        raise UserError(f"--device cuda: PyTorch finds no CUDA GPU; {mend}")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def usual(value, default, quick, is_quick: bool):
+    """What was asked for, or what is usual."""
+    if value is not None:
+        return value
+    return quick if is_quick else default
+
+
+def batch_sizes_of(texts: list[str]) -> list[int]:
+    """ "8 1" -> [1, 8]; "auto" -> all that may be tried.  Raises UserError."""
+    if texts == ["auto"]:
+        return AUTO_BATCH_SIZES
+    try:
+        return sorted({int(text) for text in texts})
+    except ValueError as error:
+        raise UserError("--batch-sizes takes numbers, or auto alone; see --help") from error
+
+
+def settings_of(args: argparse.Namespace, device: str, rounds: int | None) -> Settings:
+    return Settings(
+        runs=usual(args.runs, 100, 20, args.quick),
+        rounds=rounds or usual(args.rounds, 3, 1, args.quick),
+        warmup=args.warmup,
+        min_seconds=usual(args.min_seconds, 1.0, 0.0, args.quick),
+        max_seconds=args.max_seconds or MAX_SECONDS[device],
+        sustain_seconds=args.sustain_seconds,
+        seed=args.seed,
+    )
+
+
+def results_folder(args: argparse.Namespace) -> Path:
+    return args.results / "quick" if args.quick and args.results.name != "quick" else args.results
+
+
+def check_arguments(args, settings: Settings, image_sizes: list[int], batch_sizes: list[int]) -> None:
+    """Raises UserError for settings that make no sense and checkpoints that aren't there."""
+    least = min(*batch_sizes, settings.runs, settings.rounds, settings.warmup)
+    if min(image_sizes) < 32 or least < 1 or settings.runs < settings.rounds:
+        raise UserError(
+            "image sizes start at 32, batch sizes, runs, rounds and warm-up at 1, "
+            "with at least one run a round; see --help"
+        )
+    if not args.sweep.replace("-", "").replace(".", "").replace("_", "").isalnum():
+        mend = "use letters, digits, '.', '-' and '_' in --sweep"
+        raise UserError(f"the sweep's name {args.sweep!r} becomes a folder's; {mend}")
+    missing = [size for size in image_sizes if not checkpoint_path(args.weights, size).is_file()]
+    if missing:
+        sizes = " ".join(map(str, missing))
+        flags = f"--image-sizes {sizes}" if args.image_sizes or not args.quick else "--quick"
+        path = checkpoint_path(args.weights, missing[0])
+        raise UserError(f"{path} is missing; train it first: python train.py {flags}")
+
+
+def make_jobs(args: argparse.Namespace, scripts: dict[str, str], rounds: int | None = None) -> list[Job]:
+    """Everything that is asked for, in the order of measuring; in round k the backends start with the k-th.
+
+    `scripts` maps every backend to the module that makes it.  Draws the sample where there are no images.
+    Raises UserError for impossible settings and missing checkpoints.
+    """
+    names = list(scripts) if "all" in args.backends else list(dict.fromkeys(args.backends))
+    device = pick_device(args.device)
+    settings = settings_of(args, device, rounds)
+    image_sizes = sorted(set(usual(args.image_sizes, IMAGE_SIZES, [64], args.quick)))
+    asked = usual(args.batch_sizes, BATCH_SIZES, [1, 4], args.quick)
+    batch_sizes = batch_sizes_of(list(map(str, asked)))
+    check_arguments(args, settings, image_sizes, batch_sizes)
+    datasets.ensure_data(args.data, args.seed)
+    known = environment_of(args.data)
+    settings_key = staleness_key(settings, device, known)
+    results = results_folder(args)
+    jobs = []
+    for round_ in range(settings.rounds):
+        shift = round_ % len(names)
+        for size in image_sizes:
+            checkpoint = checkpoint_path(args.weights, size)
+            key = sha256(settings_key, checkpoint)[:16]
+            for name in names[shift:] + names[:shift]:
+                folder = results / "raw" / args.sweep
+                files = [folder / f"{name}_{size}_round{k}.json" for k in (round_, 0)]
+                what = args.sweep, name, scripts[name], size, tuple(batch_sizes), asked == ["auto"], round_
+                how = device, settings, known, args.data, checkpoint, results, *files, settings_key, key
+                jobs.append(Job(*what, *how))
+    return jobs
+
+
+def environment_of(data: Path) -> dict:
+    """Machine, driver, packages, commit, command and the images' fingerprint."""
+    return {**environment(), "data": datasets.fingerprint(data), "sample_data": datasets.is_sample(data)}
+
+
+def staleness_key(settings: Settings, device: str, known: dict) -> str:
+    """Short hash of the settings, the machine, the packages, the data and the code."""
+    passing = {"commit", "clean", "date", "command"}
+    machine = {name: value for name, value in known.items() if name not in passing}
+    root = Path(__file__).resolve().parent.parent
+    code = []
+    for pattern in MEASURING:
+        found = sorted(root.glob(pattern))
+        if not found:
+            raise FileNotFoundError(f"{root / pattern}: what makes records stale is not there; see MEASURING")
+        code += found
+    facts = json.dumps([dataclasses.asdict(settings), device, machine], sort_keys=True)
+    return sha256(facts, *code)[:16]
+
+
+def main(description: str, script: str, backends: dict) -> None:
+    """A backend script's main(): measure its backends in this process, one round, and print their table.
+
+    `backends` maps names to callables that make a backend; `script` is the module's name.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=form)
+    add_arguments(parser, list(backends), default=[next(iter(backends))])
+    trace = "not time but trace the first size and last batch size"
+    parser.add_argument("--profile", action="store_true", help=trace)
+    args = parser.parse_args()
+    jobs = make_jobs(args, dict.fromkeys(backends, script), rounds=1)  # rounds are fresh processes
+    if args.profile:
+        for job in jobs:
+            if job.image_size == jobs[0].image_size:
+                measure.trace(job, backends[job.backend]())
+        return
+    records.note_sweep(jobs[0])
+    for job in jobs:
+        record = measure.measure(job, backends[job.backend]())
+        line = f"{job.backend}, {job.image_size} px: {record.status} {record.reason}"
+        print(line.rstrip(), file=sys.stderr)
+    rows = records.read_rows(jobs[0].results)
+    asked = {(job.backend, job.image_size) for job in jobs}
+    wanted = [pair in asked for pair in zip(rows.backend, rows.image_size, strict=True)]
+    print(report.text_table(rows[wanted & (rows.sweep == args.sweep)]))

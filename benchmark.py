@@ -28,7 +28,7 @@ import onnx_inference
 import pytorch_inference
 import tensorrt_inference
 from utils import ceilings, jobs, measure, plot_utils, records, report, timing
-from utils.schema import Job, Record
+from utils.schema import Backend, Job, Record
 from utils.utils import fresh_processes, read_json, run_main, write_json
 
 SCRIPTS = [pytorch_inference, onnx_inference, tensorrt_inference]
@@ -37,8 +37,8 @@ DEFAULT = ["pytorch", "onnx", "torch-tensorrt", "tensorrt"]
 ROOT = Path(__file__).resolve().parent
 
 
-def make_backend(job: Job):
-    return importlib.import_module(job.script).BACKENDS[job.backend]()
+def make_backend(script: str, name: str) -> Backend:
+    return importlib.import_module(script).BACKENDS[name]()
 
 
 def is_up_to_date(job: Job) -> bool:
@@ -57,7 +57,7 @@ def work(job: Job, log: Path) -> None:
     with log.open("ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    run_main(lambda: measure.measure(job, make_backend(job)))
+    run_main(lambda: measure.measure(job, make_backend(job.script, job.backend)))
 
 
 def run_job(job: Job, log: Path, timeout: float) -> Record:
@@ -122,7 +122,7 @@ def without_a_gpu(todo: list[Job]) -> dict[str, dict]:
     found = {}
     for job in todo:
         if job.device == "cpu" and job.backend not in found:
-            backend = make_backend(job)
+            backend = make_backend(job.script, job.backend)
             if reason := backend.why_unavailable("cpu"):
                 found[job.backend] = unavailable(backend.precision, reason)
     return found

@@ -11,7 +11,6 @@ process of its own.
 """
 
 import argparse
-import importlib
 import itertools
 import os
 import time
@@ -102,8 +101,7 @@ def serve(row, batch_sizes: list[int], data: Path, weights: Path, seconds: float
     import datasets
     import model
 
-    script = importlib.import_module(benchmark.BACKENDS[row.backend])
-    backend = script.BACKENDS[row.backend]()
+    backend = benchmark.make_backend(benchmark.BACKENDS[row.backend], row.backend)
     checkpoint = checkpoint_path(weights, row.image_size)
     classes = model.load_facts(checkpoint)["classes"]
     listed = datasets.list_images(data)["test"].items()

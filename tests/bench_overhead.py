@@ -20,7 +20,7 @@ import model
 from onnx_inference import OnnxRuntime, export
 from pytorch_inference import PyTorch
 from utils import timing
-from utils.request import pick_device
+from utils.jobs import pick_device
 from utils.utils import add_path_arguments, checkpoint_path, run_main
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pandas as pd
 import pytest
@@ -20,7 +21,7 @@ import end_to_end
 import model
 import onnx_inference
 import pytorch_inference
-from utils import measure, records
+from utils import jobs, records
 from utils.timing import trimmed_mean
 from utils.utils import run_main
 
@@ -34,7 +35,7 @@ def call(project, monkeypatch, capsys):
     def run(script, *arguments, code: int = 0):
         monkeypatch.chdir(project)
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-        main = getattr(script, "main", lambda: measure.main(script.__doc__, script.BACKENDS))
+        main = getattr(script, "main", lambda: jobs.main(script.__doc__, script.__name__, script.BACKENDS))
         if code:
             with pytest.raises(SystemExit) as stopped:
                 run_main(main)
@@ -107,7 +108,8 @@ def test_a_second_run_measures_nothing_and_an_extended_one_only_what_is_new(proj
     record = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
     call(benchmark, *SMALL, "--rounds", "2", "--backends", "onnx", "--batch-sizes", "1", "2")
     again = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
-    assert sorted(again["batches"]) == ["1", "2", "4"] and again["batches"]["1"] == record["batches"]["1"]
+    assert [batch["batch_size"] for batch in again["batches"]] == [1, 2, 4]
+    assert again["batches"][0] == record["batches"][0]
     assert (
         len(pd.read_csv(results / "benchmark_results.csv")) == 3 + 2
     )  # batches 1, 2, 4 of ONNX Runtime, 1 and 4 of PyTorch
@@ -144,22 +146,8 @@ def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path, c
 def test_two_runs_one_after_the_other_agree(project, tmp_path):
     """Speedups of two full runs agree within their intervals in at least 90 % of the configurations at 64 and 96 px."""
     run_script("train.py", "--quick", "--image-sizes", "64", "96", cwd=project)
-    full = [
-        "--rounds",
-        "3",
-        "--device",
-        "cpu",
-        "--backends",
-        "pytorch",
-        "onnx",
-        "--image-sizes",
-        "64",
-        "96",
-        "--batch-sizes",
-        "1",
-        "4",
-        "16",
-    ]
+    full = ["--device", "cpu", "--backends", "pytorch", "onnx", "--image-sizes", "64", "96"]
+    full += ["--batch-sizes", "1", "4", "16", "--rounds", "3"]
     for name in ("first", "second"):
         run_script("benchmark.py", *full, "--results", tmp_path / name, cwd=project)
     said = run_script("compare.py", tmp_path / "first", tmp_path / "second").stdout
@@ -186,7 +174,7 @@ def test_automatic_batch_sizes_double_until_they_saturate(project, tmp_path, cal
     assert batches == [2**k for k in range(len(batches))] and len(batches) >= 2
     assert set(rows.status) == {"ok"}
     first = json.loads((tmp_path / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))["batches"]
-    fps = [batch / trimmed_mean(first[str(batch)]["host_ms"]) for batch in batches]
+    fps = [batch["batch_size"] / trimmed_mean(batch["host_ms"]) for batch in first]
     assert batches[-1] == 256 or fps[-1] < 1.05 * fps[-2]
     assert all(after >= 1.05 * before for before, after in zip(fps[:-2], fps[1:-1], strict=True))
 
@@ -194,9 +182,8 @@ def test_automatic_batch_sizes_double_until_they_saturate(project, tmp_path, cal
 def test_end_to_end_shares_add_up_and_the_labels_are_right(project, results):
     rows = records.read_csv(results)
     for backend in ("pytorch", "onnx"):
-        served = end_to_end.serve(
-            backend, 64, 4, [1, 4], "cpu", project / "data", project / "weights", seconds=0.2
-        )
+        row = Namespace(backend=backend, image_size=64, batch_size=4, device="cpu")
+        served = end_to_end.serve(row, [1, 4], project / "data", project / "weights", seconds=0.2)
         steps = sum(value for name, value in served.items() if name.endswith("_ms"))
         assert served["images_per_s"] * steps / 1000 == pytest.approx(1)
         assert served["images"] >= 100 and served["bottleneck"].split(" ")[0] in end_to_end.STEPS
@@ -220,7 +207,7 @@ def test_a_backend_script_alone_leaves_the_same_kind_of_record(project, results,
     said = call(onnx_inference, *arguments, "--results", tmp_path)
     alone = json.loads((tmp_path / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
     swept = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
-    assert alone.keys() == swept.keys() and alone["batches"]["4"].keys() == swept["batches"]["4"].keys()
+    assert alone.keys() == swept.keys() and alone["batches"][1].keys() == swept["batches"][1].keys()
     assert "ONNX Runtime FP32" in said.out
 
 
@@ -258,7 +245,7 @@ def test_the_export_is_used_again_until_its_checkpoint_changes(project, results)
         (benchmark, ["--image-sizes", "128"], "python train.py --image-sizes 128"),
         (benchmark, ["--image-sizes", "64", "--batch-sizes", "0"], "batch sizes"),
         (benchmark, ["--image-sizes", "64", "--batch-sizes", "auto", "4"], "auto"),
-        (benchmark, ["--run", "../x"], "--run"),
+        (benchmark, ["--sweep", "../x"], "--sweep"),
         (compare, ["nowhere"], "python benchmark.py"),
         (onnx_inference, ["--image-sizes", "64", "--weights", "broken"], "python train.py --force"),
         (onnx_inference, ["--image-sizes", "64", "--device", "cuda"], "--device cpu"),

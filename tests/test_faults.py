@@ -6,8 +6,7 @@ import faulty_inference
 import pytest
 
 import benchmark
-from utils import records
-from utils.request import make_request
+from utils import jobs, records
 
 SETTINGS = {"device": "cpu", "runs": 5, "warmup": 1, "min_seconds": 0.0, "max_seconds": 1.0}
 
@@ -16,25 +15,14 @@ SETTINGS = {"device": "cpu", "runs": 5, "warmup": 1, "min_seconds": 0.0, "max_se
 def rows(project, tmp_path_factory):
     """The table of PyTorch and every faulty backend at 64 px, each in a process of its own: batch 1 works, batch 2 does not."""
     results = tmp_path_factory.mktemp("faults")
-    settings = dict(
-        SETTINGS,
-        image_sizes=[64],
-        batch_sizes=[1, 2],
-        rounds=1,
-        sustain_seconds=3.0,
-        seed=0,
-        run="main",
-        quick=False,
-    )
-    request = make_request(
-        Namespace(**settings, data=project / "data", weights=project / "weights", results=results)
-    )
-    faulty = faulty_inference.BACKENDS
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            benchmark, "SCRIPTS", {**benchmark.SCRIPTS, **dict.fromkeys(faulty, faulty_inference.__name__)}
-        )
-        benchmark.sweep(request | {"backends": ["pytorch", *faulty], "timeout": 15})
+    backends = {
+        "pytorch": "pytorch_inference",
+        **dict.fromkeys(faulty_inference.BACKENDS, "faulty_inference"),
+    }
+    asked = dict(backends=list(backends), image_sizes=[64], batch_sizes=[1, 2], rounds=1, sweep="main")
+    folders = dict(data=project / "data", weights=project / "weights", results=results)
+    args = Namespace(**SETTINGS, **asked, **folders, sustain_seconds=3.0, seed=0, quick=False)
+    benchmark.sweep(jobs.make_jobs(args, backends), timeout=15)
     return records.write_csv(results).set_index(["backend", "batch_size"])
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import benchmark
 import model
-from utils import ceilings, gpu, profiling, records, timing
+from utils import ceilings, gpu, records, timing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -57,22 +57,13 @@ def test_memory_is_what_nvidia_smi_says_of_this_process(call):
 @pytest.mark.parametrize("batch", [1, 256])
 @pytest.mark.parametrize("backend", ["pytorch", "onnx", "torch-tensorrt", "tensorrt"])
 def test_a_rows_memory_is_what_nvidia_smi_saw_of_its_process(project, tmp_path, backend, batch):
-    if reason := benchmark.BACKENDS[backend]().why_unavailable("cuda"):
+    script = benchmark.BACKENDS[backend]
+    if reason := benchmark.make_backend(script, backend).why_unavailable("cuda"):
         pytest.skip(reason)
     folders = ["--data", project / "data", "--weights", project / "weights", "--results", tmp_path]
-    what = [
-        "--backends",
-        backend,
-        "--image-sizes",
-        64,
-        "--batch-sizes",
-        batch,
-        "--min-seconds",
-        3,
-        "--sustain-seconds",
-        0,
-    ]
-    command = [sys.executable, ROOT / f"{benchmark.SCRIPTS[backend]}.py", *what, *folders]
+    what = ["--backends", backend, "--image-sizes", 64, "--batch-sizes", batch]
+    what += ["--min-seconds", 3, "--sustain-seconds", 0]
+    command = [sys.executable, ROOT / f"{script}.py", *what, *folders]
     seen = []
     with subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -122,7 +113,7 @@ def test_runs_with_and_without_nvml_beside_them_agree(call):
     timing.warm_up(run, torch.cuda.synchronize, 50, 1.0, 5.0)
     for watched in [False, True, True, False] * 3:
         if watched:
-            profiling.sustain(run, torch.cuda.synchronize, 0.3)
+            gpu.sustain(run, torch.cuda.synchronize, 0.3)
             gpu.memory_mb()
         else:
             timing.warm_up(run, torch.cuda.synchronize, 1, 0.3, 1.0)
@@ -135,7 +126,7 @@ def test_runs_with_and_without_nvml_beside_them_agree(call):
 
 
 def test_the_sustained_loop_reads_everything(call):
-    seen = profiling.sustain(call(224, 16), torch.cuda.synchronize, 1.0)
+    seen = gpu.sustain(call(224, 16), torch.cuda.synchronize, 1.0)
     assert seen["calls"] > 10 and seen["loop_s"] >= 1.0 and seen["energy_j"] > 10
     assert all(
         seen[name] is not None
@@ -148,7 +139,7 @@ def test_busy_time_lies_within_the_time_of_a_call(call):
     samples = timing.sample(
         run, torch.cuda.synchronize, 50, 0.1, 5.0, lambda: torch.cuda.Event(enable_timing=True)
     )
-    assert 0.2 < profiling.busy_ms(run) / timing.trimmed_mean(samples.gpu_ms) < 1.1
+    assert 0.2 < gpu.busy_ms(run) / timing.trimmed_mean(samples.gpu_ms) < 1.1
 
 
 def test_measured_ceilings_stay_under_the_theoretical_peaks():

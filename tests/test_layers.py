@@ -1,0 +1,61 @@
+"""Every file imports only what lies below it: no circle, no arrow upwards, also not inside functions."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+LAYERS = [  # from the lowest; files in one layer do not import each other
+    ["utils.gpu", "utils.timing", "utils.ceilings", "utils.heroes", "utils.schema"],
+    ["utils.utils"],
+    ["model", "datasets"],
+    ["utils.check"],
+    ["utils.records"],
+    ["utils.findings"],
+    ["utils.report", "utils.measure"],
+    ["utils.plot_utils", "utils.jobs"],
+    ["pytorch_inference"],
+    ["onnx_inference"],
+    ["trt"],
+    ["torch_trt"],
+    ["tensorrt_inference"],
+    ["benchmark"],
+    ["compare", "end_to_end", "train"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imported(source: str) -> set[str]:
+    """The names of modules that a file's import statements, wherever they stand, could mean."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def upward(module: str, source: str) -> set[str]:
+    return {name for name in imported(source) if LEVEL.get(name, -1) >= LEVEL[module]}
+
+
+def modules() -> dict[str, str]:
+    paths = [*ROOT.glob("*.py"), *(ROOT / "utils").glob("[!_]*.py")]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text("utf-8") for path in paths}
+
+
+def test_every_file_has_its_layer():
+    assert set(modules()) == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", sorted(LEVEL))
+def test_a_file_imports_only_what_lies_below_it(module):
+    assert not upward(module, modules()[module])
+
+
+def test_an_upward_import_is_seen_wherever_it_stands():
+    hidden = "def f():\n    from utils import report\n"
+    assert upward("utils.records", hidden) == {"utils.report"}
+    assert upward("compare", "import train\n") == {"train"}
+    assert not upward("utils.report", "from utils import findings\n")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import onnx_inference
 import pytorch_inference
 import tensorrt_inference
-from utils import ceilings, jobs, measure, plot_utils, records, report, timing
+from utils import ceilings, jobs, measure, plot_utils, readme, records, report, timing
 from utils.schema import Backend, Job, Record
 from utils.utils import fresh_processes, read_json, run_main, write_json
 
@@ -195,9 +195,9 @@ def main() -> None:
         subprocess.run(command, check=True)
     print(report.text_table(rows))
     print("\n".join(report.answers_of(rows)).replace("**", ""))
-    report.write_folder_readme(results)
+    readme.write_folder_readme(results)
     if results.resolve() == ROOT / "results":
-        report.write_readme(ROOT / "README.md")
+        readme.write_readme(ROOT / "README.md")
     print(f"written: {results / 'benchmark_results.csv'}, README.md, environment.json and charts beside it")
 
 

@@ -1,6 +1,8 @@
-"""Does the benchmark's clock add anything?  Each backend under it against a bare hand-written loop, taken in turns in one process.
+"""Does the benchmark's clock add anything?  Each backend under it against a bare hand-written loop, taken
+in turns in one process.
 
-Run by hand, on a machine that does nothing else; exit code 1 if they differ by more than 5 %.  Reads the checkpoint in weights/.
+Run by hand, on a machine that does nothing else; exit code 1 if they differ by more than 5 %.  Reads the
+checkpoint in weights/.
 
     python tests/bench_overhead.py --image-size 224 --batch-size 16
 """
@@ -102,11 +104,10 @@ def main() -> None:
                 loop = bare_loop(bare, args.runs)
                 if turn:  # the first turn warms up
                     ours, theirs = ours + samples.host_ms, theirs + loop
-        ratio = timing.trimmed_mean(ours) / timing.trimmed_mean(theirs)
+        own, bare_ms = timing.trimmed_mean(ours), timing.trimmed_mean(theirs)
+        ratio = own / bare_ms
         worst = max(worst, abs(ratio - 1))
-        print(
-            f"{name}: benchmark {timing.trimmed_mean(ours):.3f} ms, bare loop {timing.trimmed_mean(theirs):.3f} ms, ratio {ratio:.3f}"
-        )
+        print(f"{name}: benchmark {own:.3f} ms, bare loop {bare_ms:.3f} ms, ratio {ratio:.3f}")
     sys.exit(worst > 0.05)
 
 

@@ -1,4 +1,5 @@
-"""What several tests share: the repo on the path, and one small trained project that the real scripts made."""
+"""What several tests share: the repo on the path, and one small trained project that the real scripts
+made."""
 
 import os
 import shutil
@@ -44,7 +45,8 @@ def load_test_images(data: Path, image_size: int, classes: list[str], num_worker
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Path:
-    """A folder with the drawn sample as data/ and a checkpoint for 64 px in weights/, as train.py --quick makes them, for this process.
+    """A folder with the drawn sample as data/ and a checkpoint for 64 px in weights/, as train.py --quick
+    makes them, for this process.
 
     It is made once: test processes beside this one wait for it and copy it.
     """

@@ -1,4 +1,5 @@
-"""Backends that fail in every way a real one can: for tests/test_faults.py, run by benchmark.py like any other."""
+"""Backends that fail in every way a real one can: for tests/test_faults.py, run by benchmark.py like any
+other."""
 
 import os
 import signal

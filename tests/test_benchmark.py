@@ -144,7 +144,8 @@ def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path, c
 
 @pytest.mark.slow
 def test_two_runs_one_after_the_other_agree(project, tmp_path):
-    """Speedups of two full runs agree within their intervals in at least 90 % of the configurations at 64 and 96 px."""
+    """Speedups of two full runs agree within their intervals in at least 90 % of the configurations at 64
+    and 96 px."""
     run_script("train.py", "--quick", "--image-sizes", "64", "96", cwd=project)
     full = ["--device", "cpu", "--backends", "pytorch", "onnx", "--image-sizes", "64", "96"]
     full += ["--batch-sizes", "1", "4", "16", "--rounds", "3"]

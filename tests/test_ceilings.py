@@ -1,4 +1,5 @@
-"""Peaks against data sheets, operations against known figures, the limit of a row against hand-worked cases."""
+"""Peaks against data sheets, operations against known figures, the limit of a row against hand-worked
+cases."""
 
 import pytest
 import torch

@@ -13,7 +13,8 @@ SETTINGS = {"device": "cpu", "runs": 5, "warmup": 1, "min_seconds": 0.0, "max_se
 
 @pytest.fixture(scope="module")
 def rows(project, tmp_path_factory):
-    """The table of PyTorch and every faulty backend at 64 px, each in a process of its own: batch 1 works, batch 2 does not."""
+    """The table of PyTorch and every faulty backend at 64 px, each in a process of its own: batch 1 works,
+    batch 2 does not."""
     results = tmp_path_factory.mktemp("faults")
     backends = {
         "pytorch": "pytorch_inference",

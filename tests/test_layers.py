@@ -13,7 +13,7 @@ LAYERS = [  # from the lowest; files in one layer do not import each other
     ["utils.records"],
     ["utils.findings"],
     ["utils.report", "utils.measure"],
-    ["utils.plot_utils", "utils.jobs"],
+    ["utils.readme", "utils.plot_utils", "utils.jobs"],
     ["pytorch_inference"],
     ["onnx_inference"],
     ["trt"],

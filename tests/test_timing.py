@@ -56,14 +56,16 @@ def test_warm_up_makes_the_calls_and_lasts_the_time_but_not_longer_than_the_limi
 
 
 def simulate(rng, truth: float, rounds: int, runs: int, drift: np.ndarray) -> list[list[float]]:
-    """Runs of a backend whose true mean is `truth` ms: processes differ by 2 %, runs scatter by 5 % with a slow tail."""
+    """Runs of a backend whose true mean is `truth` ms: processes differ by 2 %, runs scatter by 5 % with a
+    slow tail."""
     process = truth * drift * np.exp(rng.normal(0, 0.02, rounds))
     return [(mean * np.exp(rng.normal(0, 0.05, runs))).tolist() for mean in process]
 
 
 @pytest.mark.parametrize("rounds", [3, 5])
 def test_the_interval_on_the_speedup_covers_the_truth(rounds):
-    """With drift that falls on both alike and processes that differ, 90 to 99 % of the intervals hold the true speedup of 2."""
+    """With drift that falls on both alike and processes that differ, 90 to 99 % of the intervals hold the
+    true speedup of 2."""
     rng, covered, simulations = np.random.default_rng(1), 0, 400
     for _ in range(simulations):
         drift = np.exp(np.cumsum(rng.normal(0, 0.05, rounds)))

@@ -21,12 +21,8 @@ LANES = {
 # Turing's small chips (TU116, TU117) have no tensor cores; FP16 runs in lanes of their own, two for each of
 # FP32 (TU116's white paper).
 NO_TENSOR_CORES = re.compile(r"GTX 16\d\d|MX[45]50|CMP 30HX|\bT(400|500|550|600|1000|1200|2000)\b")
-LAUNCH_BOUND = (
-    0.5  # share of a call's time in which the GPU idles: above, launching and waiting take the larger part
-)
-LATENCY_BOUND = (
-    0.1  # share of the roof: below, neither the arithmetic nor the memory can be what a busy GPU waits for
-)
+LAUNCH_BOUND = 0.5  # share of a call in which the GPU idles: above, launching and waiting take most of it
+LATENCY_BOUND = 0.1  # share of the roof: below, a busy GPU waits neither for arithmetic nor for memory
 SECONDS = 0.25  # of products or copies, at least, for each ceiling
 
 
@@ -66,9 +62,8 @@ def measure(device: str) -> dict:
             if 4 * n * n * dtype.itemsize < free:
                 a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
                 out = torch.empty_like(a)
-                rates.append(
-                    2 * n**3 / 1e12 / _seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), cuda)
-                )
+                seconds = _seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), cuda)
+                rates.append(2 * n**3 / 1e12 / seconds)
         tflops[precision] = round(max(rates), 3)
     source = torch.ones(min(2**30, free // 8), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

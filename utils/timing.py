@@ -57,31 +57,24 @@ def sample(
     try:
         synchronize()
         begin = clock()
-        while (len(ends) < runs or ends[-1] - begin < min_seconds) and (
-            not ends or ends[-1] - begin < max_seconds
-        ):
+        elapsed = 0.0
+        while (len(ends) < runs or elapsed < min_seconds) and (not ends or elapsed < max_seconds):
             if new_event:
-                before, after = new_event(), new_event()
-                events.append((before, after))
-                before.record()
-                starts.append(clock())
-                call()
-                enqueued.append(clock())
-                after.record()
-            else:
-                starts.append(clock())
-                call()
-                enqueued.append(clock())
+                events.append((new_event(), new_event()))
+                events[-1][0].record()
+            starts.append(clock())
+            call()
+            enqueued.append(clock())
+            if new_event:
+                events[-1][1].record()
             synchronize()
             ends.append(clock())
+            elapsed = ends[-1] - begin
     finally:
         gc.enable()
     start = np.array(starts)
-    return Samples(
-        host_ms=_ms(np.array(ends) - start),
-        enqueue_ms=_ms(np.array(enqueued) - start),
-        gpu_ms=[round(before.elapsed_time(after), 4) for before, after in events],
-    )
+    on_gpu = [round(before.elapsed_time(after), 4) for before, after in events]
+    return Samples(_ms(np.array(ends) - start), _ms(np.array(enqueued) - start), on_gpu)
 
 
 def _ms(seconds: np.ndarray) -> list[float]:

@@ -1,0 +1,208 @@
+"""Rows -> judgements: which is fastest, what is level, where it saturates, what fits limits, what changed.
+
+The only place that judges: the report, the charts and compare.py put its findings into words and pictures.
+"""
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from utils.schema import BASELINE
+from utils.utils import UserError
+
+SATURATED = 0.05  # more throughput than this is worth another doubling of the batch
+CONFIGURATION = ["backend", "image_size", "batch_size"]
+
+
+def measured(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that may be compared and may win."""
+    return rows[rows.status == "ok"]
+
+
+def level(a, b) -> bool:
+    """Whether two rows of one table show no difference in throughput: their 95 % intervals overlap.
+
+    At the same image and batch size their speedups must overlap too, where known: what drifted for all
+    cancels in these.
+    """
+
+    def interval(row, figure: str) -> tuple[float, float]:
+        if figure == "speedup" and row.backend == BASELINE:
+            return 1.0, 1.0
+        low, high = getattr(row, f"{figure}_low"), getattr(row, f"{figure}_high")
+        return (row.fps, row.fps) if pd.isna(low) else (low, high)
+
+    def overlap(figure: str) -> bool:
+        (a_low, a_high), (b_low, b_high) = interval(a, figure), interval(b, figure)
+        return bool(a_low <= b_high and b_low <= a_high)
+
+    alike = (a.sweep, a.image_size, a.batch_size) == (b.sweep, b.image_size, b.batch_size)
+    known = all(row.backend == BASELINE or not pd.isna(row.speedup_low) for row in (a, b))
+    return overlap("fps") and (overlap("speedup") if alike and known else True)
+
+
+def fastest(rows: pd.DataFrame) -> list[pd.Series]:
+    """The row with the highest throughput, and after it those that are level with it."""
+    ordered = [row for _, row in measured(rows).sort_values("fps", ascending=False).iterrows()]
+    return [row for row in ordered if level(ordered[0], row)]
+
+
+def leaders(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Where the highest value of a column is: its row, then those of that size and batch level with it.
+
+    Sizes and batches at which several backends were measured come first.
+    """
+    found = rows[rows[column].notna()]
+    if found.empty:
+        return found
+    shared = found.groupby(["image_size", "batch_size"])[column].transform("size") > 1
+    best = (found[shared] if shared.any() else found).nlargest(1, column).iloc[0]
+    same = found[(found.image_size == best.image_size) & (found.batch_size == best.batch_size)]
+    same = same.sort_values(column, ascending=False, kind="stable")
+    return same[[level(row, best) for _, row in same.iterrows()]]
+
+
+def wins(rows: pd.DataFrame) -> tuple[list[tuple[pd.Series, int]], int, int]:
+    """Of the combinations of image and batch size with several backends: the clearly fastest backends, a
+    row of each with its number of wins, most first; the number without a clear winner; the number in
+    all."""
+    won, ties, total = {}, 0, 0
+    for _, group in measured(rows).groupby(["image_size", "batch_size"]):
+        if group.backend.nunique() < 2:
+            continue
+        total += 1
+        best = fastest(group)
+        if len(best) > 1:
+            ties += 1
+        else:
+            row, count = won.get(best[0].backend, (best[0], 0))
+            won[best[0].backend] = row, count + 1
+    return sorted(won.values(), key=lambda entry: -entry[1]), ties, total
+
+
+def saturated(batch_sizes: list[int], fps: list[float]) -> bool:
+    """Whether the last step to a larger batch gave under 5 % more throughput; sizes and images/s,
+    ascending."""
+    return len(fps) > 1 and gain(batch_sizes, fps, len(fps) - 2, len(fps) - 1) < SATURATED
+
+
+def gain(batch_sizes: list[int], fps: list[float], i: int, j: int) -> float:
+    """What a doubling of the batch gains between two measured sizes, spread evenly over the doublings."""
+    return (fps[j] / fps[i]) ** (1 / math.log2(batch_sizes[j] / batch_sizes[i])) - 1
+
+
+def saturation(rows: pd.DataFrame) -> int | None:
+    """The smallest batch beyond which doubling gives under 5 % more; None: not reached.
+
+    `rows` are one backend's at one image size.
+    """
+    ordered = measured(rows).sort_values("batch_size")
+    sizes, fps = ordered.batch_size.to_list(), ordered.fps.to_list()
+    for i in range(len(sizes) - 1):
+        if max(gain(sizes, fps, i, j) for j in range(i + 1, len(sizes))) < SATURATED:
+            return sizes[i]
+    return None
+
+
+def best_batch(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each sweep, backend and image size the measured row with the highest throughput."""
+    ok = measured(rows)
+    return ok.loc[ok.groupby(["sweep", "backend", "image_size"], sort=False).fps.idxmax()]
+
+
+def optimal(rows: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
+    """For each image size the optimum for throughput, and the fastest row, which may be level with it.
+
+    Of rows that are level the optimum is the one that answers soonest.
+    """
+    found = []
+    for _, group in measured(rows).groupby("image_size"):
+        tied = fastest(group)
+        found.append((min(tied, key=lambda row: row.mean_ms), tied[0]))
+    return found
+
+
+def size_cost(rows: pd.DataFrame) -> dict[str, float]:
+    """For each backend, throughput at the smallest image size over that at the largest, at the largest
+    batch."""
+    return _ends(rows[rows.batch_size == rows.batch_size.max()], "image_size", first_over_last=True)
+
+
+def batch_gain(rows: pd.DataFrame) -> dict[str, float]:
+    """For each backend, throughput at the largest batch over that at the smallest, at the smallest image
+    size."""
+    return _ends(rows[rows.image_size == rows.image_size.min()], "batch_size", first_over_last=False)
+
+
+def _ends(rows: pd.DataFrame, axis: str, first_over_last: bool) -> dict[str, float]:
+    first, last = rows[axis].min(), rows[axis].max()
+    found = {}
+    for backend, group in rows.groupby("backend", sort=False):
+        fps = group.set_index(axis).fps
+        if first != last and first in fps and last in fps:
+            found[backend] = fps[first] / fps[last] if first_over_last else fps[last] / fps[first]
+    return found
+
+
+def best_within(
+    rows: pd.DataFrame, max_latency_ms: float | None, max_memory_mb: float | None, min_accuracy: float | None
+) -> tuple[pd.DataFrame, list[tuple[str, int, float]]]:
+    """The measured rows within the limits, fastest first, and for each limit asked for its column, how many
+    rows miss it and the best value there is.
+
+    Latency is the 95th percentile of a batch.  A row whose figure is not known does not fit.
+    """
+    ok = measured(rows)
+    fits, missed = pd.Series(True, ok.index), []
+    for column, limit in (
+        ("p95_ms", max_latency_ms),
+        ("gpu_memory_mb", max_memory_mb),
+        ("accuracy", min_accuracy),
+    ):
+        if limit is None:
+            continue
+        within = ok[column] >= limit if column == "accuracy" else ok[column] <= limit
+        best = ok[column].max() if column == "accuracy" else ok[column].min()
+        missed.append((column, int((~within).sum()), best))
+        fits &= within
+    return ok[fits].sort_values("fps", ascending=False), missed
+
+
+def ratios(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """For each configuration in both tables: throughput and speedup after / before, with 95 % intervals,
+    and in `verdict` whether throughput is "faster", "slower" or shows "no difference".
+
+    The two were measured independently, so the half-widths of their intervals, on a logarithmic scale, add as
+    squares.  Raises UserError where sweeps can't be matched: same names in both, or one sweep in each.
+    """
+    before, after = measured(before), measured(after)
+    names = sorted(set(before.sweep)), sorted(set(after.sweep))
+    keys = ["sweep", *CONFIGURATION]
+    if names[0] != names[1]:
+        if max(map(len, names)) > 1:
+            mend = "name one of each with --sweeps A B"
+            raise UserError(f"sweeps {names[0]} and {names[1]} can't be matched; {mend}")
+        keys = CONFIGURATION  # two environments or machines: their names need not agree
+    both = before.merge(after, on=keys, suffixes=("_before", "_after"))
+    for figure in ("fps", "speedup"):
+        ratio = both[f"{figure}_after"] / both[f"{figure}_before"]
+        widths = [
+            both[f"{figure}_high_{when}"] / both[f"{figure}_low_{when}"] for when in ("before", "after")
+        ]
+        half = np.exp(np.hypot(*(np.log(width) / 2 for width in widths)))
+        both[f"{figure}_ratio"] = ratio
+        both[f"{figure}_ratio_low"], both[f"{figure}_ratio_high"] = ratio / half, ratio * half
+    direction = np.where(both.fps_ratio > 1, "faster", "slower")
+    both["verdict"] = np.where(agrees(both, "fps"), "no difference", direction)
+    return both
+
+
+def agrees(both: pd.DataFrame, figure: str) -> pd.Series:
+    """Whether the ratio of a figure (fps, speedup) may be 1."""
+    return (both[f"{figure}_ratio_low"] <= 1) & (both[f"{figure}_ratio_high"] >= 1)
+
+
+def slower_beyond(both: pd.DataFrame, share: float) -> pd.DataFrame:
+    """The configurations that are slower by more than `share`, the whole interval over."""
+    return both[both.fps_ratio_high < 1 - share]

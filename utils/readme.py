@@ -1,0 +1,234 @@
+"""README.md's generated parts, and the READMEs of results folders, which are generated as a whole.
+
+A part stands in README.md between `<!-- begin PART FOLDER -->` and `<!-- end -->`.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from utils import ceilings, findings
+from utils.records import read_table
+from utils.report import (
+    DEVICE,
+    END_TO_END,
+    answers_of,
+    figure,
+    foot,
+    lines_of,
+    markdown,
+    name,
+    reasons,
+    results_lines,
+)
+from utils.schema import BASELINE
+from utils.utils import UserError, write_atomic
+
+BEGIN = re.compile(r"<!-- begin (\w+) (\S+) -->")
+END = "<!-- end -->"
+CHARTS = {  # files that plot_utils draws, and what they show
+    "fps_vs_image_size.png": "Throughput against image size",
+    "fps_vs_batch_size.png": "Throughput against batch size",
+    "speedup_vs_image_size.png": "Speedup over PyTorch FP32",
+    "memory_vs_batch_size.png": "GPU memory against batch size",
+    "roofline.png": "Rate of operations under the measured ceilings",
+    "training.png": "Training",
+}
+
+
+def headline(rows: pd.DataFrame, environments: dict) -> str:
+    """The highest throughput and its speedup over PyTorch FP32 there, with its hardware."""
+    ok = findings.measured(rows)
+    ok = ok[(ok.backend != BASELINE) & ok.speedup.notna()]
+    if ok.empty:
+        return "Nothing to compare with PyTorch FP32 has been measured here yet."
+    best = ok.loc[ok.fps.idxmax()]
+    limits = f"{best.speedup_low:.2f}–{best.speedup_high:.2f}"
+    sure = "at 95 % confidence" if best.rounds > 1 else "one round, so without what differs between processes"
+    times = f"{best.speedup:.2f} times as fast as PyTorch FP32** ({limits} {sure})"
+    where = f"{figure(best.fps)} images/s at {best.image_size} px, batch {best.batch_size}"
+    right = f"the same class on {best.agreement:.1%} of the test images"
+    hardware = foot(environments.get(best.sweep, {}))
+    return f"**{name(best)} serves ResNet-18 {times}:\n{where}, with {right}.\n\n<sub>{hardware}</sub>"
+
+
+def summary(rows: pd.DataFrame, environments: dict) -> str:
+    """Method x image size, each at its best batch: images/s ± half the 95 % interval, speedup, batch;
+    accuracy."""
+    best = findings.best_batch(rows)
+    if best.empty:
+        return "Nothing has been measured here yet."
+    columns, several = sorted(best.image_size.unique()), rows.sweep.nunique() > 1
+    lines = [["Method, at its best batch", *(f"{size} px" for size in columns), "Accuracy"]]
+    for (sweep, _), group in best.groupby(["sweep", "backend"], sort=False):
+        cells = {row.image_size: summary_cell(row) for _, row in group.iterrows()}
+        who = name(group.iloc[0]) + (f" ({sweep})" if several else "")
+        accuracy = dict.fromkeys(f"{value:.0%}" for value in sorted(group.accuracy))
+        share = "–".join([*accuracy][:: max(1, len(accuracy) - 1)])
+        lines.append([who, *(cells.get(size, "") for size in columns), share])
+    feet = [f"<sub>{foot(known)}</sub>" for known in environments.values()]
+    unit = "<sub>images/s ± 95 %, speedup over PyTorch FP32 of the same sweep, batch size</sub>"
+    return "\n\n".join([markdown(lines), unit, *feet, *(f"<sub>{text}</sub>" for text in reasons_only(rows))])
+
+
+def summary_cell(row) -> str:
+    """ "51,700 ± 2 %, 6.67×, b16"; a single round has no interval that holds."""
+    half = f" ± {figure((row.fps_high - row.fps_low) / 2 / row.fps * 100)} %" if row.rounds > 1 else ""
+    times = "" if pd.isna(row.speedup) or row.backend == BASELINE else f", {row.speedup:.2f}×"
+    return f"{figure(row.fps)}{half}{times}, b{row.batch_size}"
+
+
+def reasons_only(rows: pd.DataFrame) -> list[str]:
+    return reasons(rows[rows.status != "ok"].assign(notes=""))
+
+
+def answers(rows: pd.DataFrame, environments: dict) -> str:
+    return "\n".join(f"- {sentence}" for sentence in answers_of(rows))
+
+
+PARTS = {"headline": headline, "summary": summary, "answers": answers}
+
+
+def marked(path: Path) -> list[tuple[int, int, str, str]]:
+    """README.md's parts: the lines of their markers, kind and folder.  Raises UserError unless all are
+    closed."""
+    found, lines = [], path.read_text(encoding="utf-8").splitlines()
+    start, mend = None, "; mend it, then: python compare.py --write-readme"
+    for k, line in enumerate(lines):
+        if match := BEGIN.fullmatch(line.strip()):
+            if start is not None:
+                raise UserError(f"{path}, line {start + 1}: the generated part has no {END}{mend}")
+            if match[1] not in PARTS:
+                raise UserError(f"{path}, line {k + 1}: {match[1]} is none of {', '.join(PARTS)}{mend}")
+            start, kind, folder = k, *match.groups()
+        elif line.strip() == END and start is not None:
+            found.append((start, k, kind, folder))
+            start = None
+    if start is not None:
+        raise UserError(f"{path}, line {start + 1}: the generated part has no {END}{mend}")
+    return found
+
+
+def folders_of(path: Path) -> list[Path]:
+    """The results folders that README.md shows parts of."""
+    return [path.parent / folder for folder in sorted({folder for *_, folder in marked(path)})]
+
+
+def render(path: Path) -> str:
+    """README.md's text with every generated part made anew from the folder it names."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for start, end, kind, folder in reversed(marked(path)):
+        lines[start + 1 : end] = PARTS[kind](*read_table(path.parent / folder)).strip().splitlines()
+    return "\n".join(lines) + "\n"
+
+
+def write_readme(path: Path) -> None:
+    """Renew the generated parts of README.md; nothing else in it changes.  Raises UserError before touching
+    it."""
+    write_atomic(path, render(path))
+
+
+# ---- a results folder's own README.md
+
+
+def folder_readme(folder: Path) -> str:
+    """Everything that is generated about a results folder: answers, tables, charts, environment."""
+    rows, environments = read_table(folder)
+    parts = ["# Results", "Made by `python benchmark.py`; renewed by `python compare.py --write-readme`."]
+    parts += [headline(rows, environments), answers(rows, environments)]
+    for file, text in CHARTS.items():
+        if (folder / file).is_file():
+            parts.append(f"![{text}]({file})")
+    for sweep in rows.sweep.unique():
+        known, part = environments.get(sweep, {}), rows[rows.sweep == sweep]
+        parts += [f"## Sweep {sweep}", f"<sub>{foot(known)}</sub>", *by_size(part, results_table)]
+        parts += [f"<sub>{line}</sub>" for line in reasons(part)]
+        ok = findings.measured(part)
+        if len(ok):
+            parts += [
+                "### What the device was doing",
+                *by_size(ok, lambda group: markdown(lines_of(DEVICE, group))),
+            ]
+            parts.append(f"<sub>{ceilings_text(known)}</sub>")
+        parts += ["### Environment", environment_table(known)]
+    if (folder / "end_to_end.csv").is_file():
+        parts.append("## From files to labels")
+        for sweep, part in pd.read_csv(folder / "end_to_end.csv").groupby("sweep", sort=False):
+            parts += [f"Sweep {sweep}:", markdown(lines_of(END_TO_END, part))]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_folder_readme(folder: Path) -> None:
+    write_atomic(folder / "README.md", folder_readme(folder))
+
+
+def by_size(rows: pd.DataFrame, table: Callable) -> list[str]:
+    """A folded table for each image size, the first one open."""
+    parts = []
+    for size, group in rows.groupby("image_size"):
+        opened = "" if parts else " open"
+        parts.append(f"<details{opened}><summary>{size} px</summary>\n\n{table(group)}\n\n</details>")
+    return parts
+
+
+def results_table(rows: pd.DataFrame) -> str:
+    """TABLE in Markdown; bold where no other method is level with the fastest."""
+    lines = results_lines(rows)
+    best = findings.fastest(rows)
+    if best:
+        rivals = findings.fastest(rows[rows.batch_size == best[0].batch_size])
+        wanted = name(best[0]), str(best[0].batch_size)
+        for line in lines[1:] if len(rivals) == 1 else []:
+            if (line[0], line[2]) == wanted:
+                line[0], line[6] = f"**{line[0]}**", f"**{line[6]}**"
+    return markdown(lines)
+
+
+def ceilings_text(known: dict) -> str:
+    """The measured ceilings of a sweep's machine and its theoretical peaks; "" where nothing was measured."""
+    found = known.get("ceilings")
+    if not found:
+        return ""
+    texts = []
+    for precision, tflops in found["tflops"].items():
+        peak = ceilings.peak_tflops(known, precision)
+        texts.append(f"{precision} {figure(tflops)}{f' of {figure(peak)}' if peak else ''} TFLOP/s")
+    context = known.get("context_mb")
+    share = f"; the CUDA context alone takes {figure(context)} MB of each row's GPU memory" if context else ""
+    products = f"measured ceilings: matrix product {', '.join(texts)}"
+    return f"{products}; copy {figure(found['gb_per_s'])} GB/s{share}"
+
+
+def environment_table(known: dict) -> str:
+    """The environment in people's words, without what is not known."""
+    gpu = "none"
+    if known.get("gpu"):
+        power = f"power limit {known.get('power_limit_w')} W"
+        gpu = f"{known['gpu']}, {known.get('gpu_memory_mb')} MB, {power}, driver {known.get('driver')}"
+    packages = [f"{package} {version}" for package, version in known.get("packages", {}).items()]
+    changed = "" if known.get("clean") else " with uncommitted changes"
+    facts = {
+        "GPU": gpu,
+        "CPU": f"{known.get('cpu')}, {known.get('cores')} cores, {known.get('threads')} threads used",
+        "System": f"{known.get('os')}, Python {known.get('python')}",
+        "CUDA": known.get("cuda") and f"{known['cuda']}, cuDNN {known.get('cudnn')}",
+        "Packages": ", ".join(packages),
+        "Data": f"{known.get('data')}{' (drawn sample heroes)' if known.get('sample_data') else ''}",
+        "Time": account(known.get("sweep")),
+        "Command": f"`{known.get('command')}`",
+        "Commit": known.get("commit") and f"{known['commit']}{changed}",
+        "Date": known.get("date"),
+    }
+    return markdown([["", ""], *([fact, text] for fact, text in facts.items() if text)])
+
+
+def account(sweep: dict | None) -> str | None:
+    """Where the sweep's time went, as a sentence."""
+    if sweep is None:
+        return None
+    each = sweep["other_s"] / sweep["processes"]
+    timed, checked = f"{sweep['time_s']:.0f} s warm-up and timed runs", f"{sweep['check_s']:.0f} s checks"
+    start = f"{each:.1f} s a process to start, load or build, and write"
+    return f"{sweep['processes']} processes in {sweep['total_s']:.0f} s: {timed}, {checked}, {start}"

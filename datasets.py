@@ -190,7 +190,7 @@ def is_sample(data: Path) -> bool:
     return any(set(content_hashes(images[start : start + 64])) & drawn for start in range(0, len(images), 64))
 
 
-def prepare(data: Path, seed: int = 0) -> None:
+def ensure_data(data: Path, seed: int = 0) -> None:
     """Draw the sample where there is no data at all, otherwise check the folders.  Raises UserError."""
     if not has_data(data) or unfinished_sample(data):
         print(
@@ -387,7 +387,7 @@ def draw_file(folder: Path, key: str, index: int) -> Path:
 # ------------------------------------------------------------------------------------------------------------ the report
 
 
-def report(data: Path) -> None:
+def print_overview(data: Path) -> None:
     """Print classes, counts and sizes, and what is odd but no error.  Raises UserError like check_images()."""
     sizes, listed = check_images(data), list_images(data)
     print(f"{'class':<24}{'train':>7}{'test':>7}   size in px (narrowest x lowest .. widest x highest)")
@@ -444,7 +444,7 @@ def main() -> None:
         raise UserError(
             f"no images in {args.data}; {LAYOUT.format(data=args.data)}, or draw the sample: python datasets.py --draw-sample"
         )
-    report(args.data)
+    print_overview(args.data)
 
 
 if __name__ == "__main__":

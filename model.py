@@ -31,16 +31,14 @@ def build(num_classes: int, pretrained: bool = False) -> torch.nn.Module:
 
 
 def save(path: Path, model: torch.nn.Module, **facts) -> None:
-    """Write the weights and `facts` (classes, image_size, epoch, accuracy, settings, data: plain values) to `path`, whole or not at all."""
+    """Write weights and `facts` (classes, image_size, epoch, settings, ...: plain values), whole or not at all."""
     buffer = io.BytesIO()
-    torch.save(
-        {"model": {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, **facts},
-        buffer,
-    )
+    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    torch.save({"model": weights, **facts}, buffer)
     write_atomic(path, buffer.getvalue())
 
 
-def load_facts(path: Path) -> dict:
+def read(path: Path, **options) -> dict:
     """The checkpoint as a dict: `model` (the weights, on the CPU) and the facts that save() was given.
 
     Raises UserError where the file is missing or is not a checkpoint.
@@ -49,18 +47,24 @@ def load_facts(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path} is missing; train it first: python train.py --image-sizes {size}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, **options)
         checkpoint["model"], checkpoint["classes"], checkpoint["image_size"]
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError on a damaged file
-        raise UserError(
-            f"{path} is not a checkpoint of train.py; train again: python train.py --force --image-sizes {size}"
-        ) from error
+        again = f"python train.py --force --image-sizes {size}"
+        raise UserError(f"{path} is not a checkpoint of train.py; train again: {again}") from error
     return checkpoint
 
 
+def load_facts(path: Path) -> dict:
+    """The facts alone; the weights are not read.  Raises UserError like read()."""
+    facts = read(path, mmap=True)
+    del facts["model"]
+    return facts
+
+
 def load(path: Path, device: torch.device | str) -> tuple[torch.nn.Module, dict]:
-    """The checkpoint's network in FP32 and evaluation mode on `device`, and its facts.  Raises UserError like load_facts()."""
-    facts = load_facts(path)
+    """The checkpoint's network in FP32 and evaluation mode on `device`, and its facts.  Raises UserError."""
+    facts = read(path)
     model = build(len(facts["classes"]))
     model.load_state_dict(facts.pop("model"))
     return model.eval().to(device), facts

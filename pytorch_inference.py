@@ -1,4 +1,5 @@
-"""Backend: PyTorch.  The baseline is FP32 as PyTorch gives it, with TF32 off; the variants show what PyTorch alone can do.
+"""Backend: PyTorch.  The baseline is FP32 as PyTorch gives it, with TF32 off; the variants show what
+PyTorch alone can do.
 
 Reads weights/best_resnet18_<size>.pth, leaves raw records in results/raw/ and prints their table.
 
@@ -10,33 +11,27 @@ from pathlib import Path
 import torch
 
 import model
-from utils import measure
+from utils import jobs
+from utils.schema import Backend
 from utils.utils import run_main
 
 
-class PyTorch:
-    """ResNet-18 as trained; in FP16 with batch normalisation folded and channels_last.
-
-    The contract of every backend: why_unavailable(), load(), prepare() outside the clock, predict() inside it.
-    """
+class PyTorch(Backend):
+    """ResNet-18 as trained; in FP16 with batch normalisation folded and channels_last."""
 
     torch_allocator = True  # its memory is PyTorch's own, so torch.cuda.max_memory_allocated() sees it
 
     def __init__(self, precision: str = "FP32", compiled: bool = False):
         self.precision, self.compiled = precision, compiled
-        self.build_s, self.from_cache, self.artefact = 0.0, False, None
 
     def why_unavailable(self, device: str) -> str | None:
-        """None if it can run on `device`, else one sentence."""
         if device == "cpu" and self.precision != "FP32":
             return f"PyTorch {self.precision} is measured on CUDA GPUs only; this run is on the CPU"
         if self.compiled:
             try:
                 import triton  # noqa: F401
             except ImportError:
-                return (
-                    "torch.compile needs triton on a GPU; run: pip install triton (triton-windows on Windows)"
-                )
+                return "torch.compile needs triton; run: pip install triton (triton-windows on Windows)"
         return None
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
@@ -51,40 +46,36 @@ class PyTorch:
             self.network = torch.compile(self.network, dynamic=False)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """float32 (N, 3, S, S) on the device -> what predict() takes."""
         if self.precision == "FP16":
             return images.half().contiguous(memory_format=torch.channels_last)
         return images.contiguous()
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
-        """Enqueue on the current stream; logits (N, classes) on the device."""
         return self.network(x)
 
 
-class CudaGraph:
+class CudaGraph(Backend):
     """Any backend replayed from CUDA graphs, one for each batch size, captured when prepare() first meets it.
 
-    Replaying launches the whole network at once, so that launching kernel by kernel from Python no longer bounds small batches.
+    Replaying launches the whole network at once: launching kernel by kernel no longer bounds small batches.
     """
 
     WARM_UP = 3  # calls before the capture, so that algorithms are chosen and memory is allocated
 
-    def __init__(self, backend):
-        self.backend, self.graphs = backend, {}
-
-    def __getattr__(self, name):  # precision, build_s, from_cache, artefact, why_unavailable
-        return getattr(self.backend, name)
+    def __init__(self, backend: Backend):
+        self.backend, self.precision = backend, backend.precision
+        self.torch_allocator = backend.torch_allocator
 
     def why_unavailable(self, device: str) -> str | None:
-        return (
-            "CUDA graphs need a CUDA GPU; this run is on the CPU"
-            if device == "cpu"
-            else self.backend.why_unavailable(device)
-        )
+        if device == "cpu":
+            return "CUDA graphs need a CUDA GPU; this run is on the CPU"
+        return self.backend.why_unavailable(device)
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
-        self.graphs = {}
-        self.backend.load(checkpoint, image_size, batch_sizes, device)
+        inner, self.graphs = self.backend, {}
+        inner.load(checkpoint, image_size, batch_sizes, device)
+        self.precision, self.build_s = inner.precision, inner.build_s
+        self.from_cache, self.artefact = inner.from_cache, inner.artefact
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         prepared = self.backend.prepare(images)
@@ -116,4 +107,4 @@ BACKENDS = {
 }
 
 if __name__ == "__main__":
-    run_main(lambda: measure.main(__doc__, BACKENDS))
+    run_main(lambda: jobs.main(__doc__, "pytorch_inference", BACKENDS))

@@ -1,10 +1,11 @@
-"""Backends: TensorRT in FP16, through Torch-TensorRT and natively from the ONNX export, each with and without a CUDA graph.
+"""Backends: TensorRT in FP16, through Torch-TensorRT and natively from the ONNX export, each with and
+without a CUDA graph.
 
-"tensorrt" serves every batch up to the largest asked for with one engine; "tensorrt-static" has an engine for each batch size, so that the
-difference between the two is what a free batch size costs.
+"tensorrt" serves every batch up to the largest asked for with one engine; "tensorrt-static" has an engine
+for each batch size, so that the difference between the two is what a free batch size costs.
 
-Reads weights/best_resnet18_<size>.pth and engines in weights/ (built where they are missing or stale), leaves raw records in results/raw/
-and prints their table.
+Reads weights/best_resnet18_<size>.pth and engines in weights/ (built where they are missing or stale),
+leaves raw records in results/raw/ and prints their table.
 
     python tensorrt_inference.py --image-sizes 224 --batch-sizes 1 8 16 --backends all
 """
@@ -16,14 +17,16 @@ import torch
 import torch_trt
 import trt
 from pytorch_inference import CudaGraph
-from utils import measure
+from utils import jobs
+from utils.schema import Backend
 from utils.utils import run_main
 
 
-class TorchTensorRT:
+class TorchTensorRT(Backend):
     """ResNet-18 compiled by Torch-TensorRT, with a free batch size.
 
-    With `graphs` every batch size gets a module of its own: a CUDA graph is only good while TensorRT's bindings stay as captured.
+    With `graphs` every batch size gets a module of its own: a CUDA graph is only good while TensorRT's
+    bindings stay as captured.
     """
 
     precision = "FP16"
@@ -35,8 +38,8 @@ class TorchTensorRT:
         return trt.why_unavailable(["torch_tensorrt"], device)
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
-        shapes = trt.profile(batch_sizes, image_size)
-        loaded = trt.load_or_build(torch_trt.find, torch_trt.build, torch_trt.load, checkpoint, shapes)
+        shapes = trt.profile_shapes(batch_sizes, image_size)
+        loaded = trt.load_or_build(torch_trt.find, torch_trt.build, torch_trt.open_module, checkpoint, shapes)
         self.module, self.artefact, self.build_s, self.from_cache = loaded
         self.modules = {}
 
@@ -47,11 +50,11 @@ class TorchTensorRT:
         if not self.graphs:
             return self.module(x)
         if len(x) not in self.modules:
-            self.modules[len(x)] = torch_trt.load(self.artefact) if self.modules else self.module
+            self.modules[len(x)] = torch_trt.open_module(self.artefact) if self.modules else self.module
         return self.modules[len(x)](x)
 
 
-class TensorRT:
+class TensorRT(Backend):
     """ResNet-18 as a native engine: one for all batch sizes, or with `static` one for each.
 
     With `graphs` every batch size gets an engine of its own, for the same reason as above.
@@ -68,14 +71,16 @@ class TensorRT:
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         self.build_s, self.from_cache, self.engines = 0.0, True, {}
         for batches in [[batch] for batch in batch_sizes] if self.static else [batch_sizes]:
-            shapes = trt.profile(batches, image_size, self.static)
+            shapes = trt.profile_shapes(batches, image_size, self.static)
             engine, self.artefact, seconds, cached = trt.load_or_build(
-                trt.find, trt.build, trt.load, checkpoint, shapes
+                trt.find, trt.build, trt.open_engine, checkpoint, shapes
             )
             self.build_s += seconds
             self.from_cache &= cached
             for batch in batches:
-                self.engines[batch] = trt.load(self.artefact) if self.graphs and self.engines else engine
+                self.engines[batch] = (
+                    trt.open_engine(self.artefact) if self.graphs and self.engines else engine
+                )
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         return images.half().contiguous()
@@ -98,4 +103,4 @@ BACKENDS = {
 }
 
 if __name__ == "__main__":
-    run_main(lambda: measure.main(__doc__, BACKENDS))
+    run_main(lambda: jobs.main(__doc__, "tensorrt_inference", BACKENDS))

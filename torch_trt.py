@@ -1,14 +1,16 @@
-"""Torch-TensorRT 2.2 and 2.11 to 2.14: compile a checkpoint into one TensorRT engine inside a PyTorch module, keep it in weights/.
+"""Torch-TensorRT 2.2 and 2.11 to 2.14: compile a checkpoint into one TensorRT engine inside a PyTorch
+module, keep it in weights/.
 
-Reads weights/best_resnet18_<size>.pth, writes weights/resnet18_<size>_max<batch>_fp16.pt2 (by Torch-TensorRT 2.2: .ts), beside it a .json
-that says what it was made from, and a timing cache for the next compilation.
+Reads weights/best_resnet18_<size>.pth, writes weights/resnet18_<size>_max<batch>_fp16.pt2 (by
+Torch-TensorRT 2.2: .ts), beside it a .json that says what it was made from, and a timing cache for the next
+compilation.
 
     python torch_trt.py --image-sizes 224 --batch-sizes 1 8 16
 
-The module serves every batch up to the largest asked for.  An operation that would fall back to PyTorch is an error.
+The module serves every batch up to the largest asked for.  An operation that would fall back to PyTorch is
+an error.
 """
 
-import argparse
 import operator
 import os
 import sys
@@ -20,19 +22,12 @@ import torch
 
 import model
 import trt
-from utils.utils import (
-    BATCH_SIZES,
-    IMAGE_SIZES,
-    UserError,
-    add_path_arguments,
-    checkpoint_path,
-    run_main,
-    sha256,
-)
+from utils.utils import UserError, checkpoint_path, is_fresh, run_main, sha256, store
 
 
 def is_torchscript() -> bool:
-    """2.2 compiles TorchScript, since its dynamo route fails on a free batch axis; 2.11 to 2.14 compile exported programs."""
+    """2.2 compiles TorchScript, since its dynamo route fails on a free batch axis; 2.11 to 2.14 compile
+    exported programs."""
     return tuple(map(int, torch.__version__.split(".")[:2])) < (2, 3)
 
 
@@ -40,8 +35,10 @@ def compile_network(network: torch.nn.Module, shapes: list[list[int]], timings: 
     """`network`, in half on the GPU, as a module around one TensorRT engine.  Which version needs what:
 
     2.2        the scripted module, and `enabled_precisions`, without which TensorRT 8.6 builds FP32 kernels
-    from 2.11  the module itself; weights and input say the precision, and `enabled_precisions` is refused or ignored;
-               a timing cache of our own, since the default one lies in the temporary folder and can be anybody's
+    from 2.11  the module itself; weights and input say the precision, and `enabled_precisions` is refused
+    or ignored;
+               a timing cache of our own, since the default one lies in the temporary folder and can be
+               anybody's
     """
     import torch_tensorrt
 
@@ -55,41 +52,37 @@ def compile_network(network: torch.nn.Module, shapes: list[list[int]], timings: 
 
 
 def input_range(shapes: list[list[int]]):
-    """The input's shapes in Torch-TensorRT's terms; the name is the one in forward(), from which the free axis gets its own."""
+    """The input's shapes; its name is the one in forward(), from which the free axis gets its own."""
     import torch_tensorrt
 
     smallest, best, largest = map(tuple, shapes)
-    return torch_tensorrt.Input(
-        min_shape=smallest, opt_shape=best, max_shape=largest, dtype=torch.half, name="x"
-    )
+    ranges = dict(min_shape=smallest, opt_shape=best, max_shape=largest)
+    return torch_tensorrt.Input(**ranges, dtype=torch.half, name="x")
 
 
 def save(module, path: Path, shapes: list[list[int]]) -> None:
-    """Write TorchScript by 2.2, which has no torch_tensorrt.save yet; else an exported program, told the shapes to keep its axis free."""
+    """Write TorchScript by 2.2; else an exported program, told the shapes to keep its axis free."""
     import torch_tensorrt
 
     if is_torchscript():
         torch.jit.save(module, str(path))
     else:
-        torch_tensorrt.save(
-            module, str(path), output_format="exported_program", arg_inputs=[input_range(shapes)]
-        )
+        inputs = [input_range(shapes)]
+        torch_tensorrt.save(module, str(path), output_format="exported_program", arg_inputs=inputs)
 
 
-def load(path: Path):
-    """The module that save() wrote.  Its engine checks shapes itself, so the exported program's checks in Python are left out."""
+def open_module(path: Path):
+    """The module that save() wrote.  Its engine checks shapes itself: the program's checks are left out."""
     import torch_tensorrt
 
     with torch.inference_mode(False), torch.no_grad():
-        return (
-            torch.jit.load(str(path))
-            if is_torchscript()
-            else torch_tensorrt.load(str(path)).module(check_guards=False)
-        )
+        if is_torchscript():
+            return torch.jit.load(str(path))
+        return torch_tensorrt.load(str(path)).module(check_guards=False)
 
 
 def operations(module) -> list[str]:
-    """What a compiled module does, step by step, leaving out the packing of inputs and outputs: an engine, if all went into one."""
+    """What a compiled module does, without packing inputs and outputs: an engine, if all went into one."""
     if is_torchscript():
         return [node.kind() for node in module.graph.nodes() if not node.kind().startswith("prim::")]
     steps = [node for node in module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
@@ -100,28 +93,19 @@ def check_one_engine(module) -> None:
     """Raises RuntimeError, naming the operations, unless the whole network went into one engine."""
     found = operations(module)
     if len(found) != 1 or not ("execute_engine" in found[0] or "_run_on_acc" in found[0]):
-        raise RuntimeError(
-            f"Torch-TensorRT did not put the whole network into one engine, but made: {', '.join(found) or 'none'}"
-        )
+        made = ", ".join(found) or "none"
+        raise RuntimeError(f"Torch-TensorRT did not put the whole network into one engine, but made: {made}")
 
 
 def facts(checkpoint: Path, shapes: list[list[int]]) -> dict:
-    """What a compiled module depends on.  Torch-TensorRT's own cache ignores weights, versions and the GPU."""
+    """What a compiled module depends on; Torch-TensorRT's own cache ignores weights, versions and the GPU."""
     import tensorrt
     import torch_tensorrt
 
-    versions = {
-        "torch": torch.__version__,
-        "torch_tensorrt": torch_tensorrt.__version__,
-        "tensorrt": tensorrt.__version__,
-    }
-    return {
-        "checkpoint": sha256(checkpoint),
-        **versions,
-        **trt.gpu_facts(),
-        "shapes": shapes,
-        "options": trt.OPTIONS,
-    }
+    versions = {"torch": torch.__version__, "tensorrt": tensorrt.__version__}
+    versions["torch_tensorrt"] = torch_tensorrt.__version__
+    made_from = {"checkpoint": sha256(checkpoint), "shapes": shapes, "options": trt.OPTIONS}
+    return made_from | versions | trt.gpu_facts()
 
 
 def module_path(checkpoint: Path, shapes: list[list[int]]) -> Path:
@@ -131,51 +115,39 @@ def module_path(checkpoint: Path, shapes: list[list[int]]) -> Path:
 def find(checkpoint: Path, shapes: list[list[int]]) -> Path | None:
     """The file for `shapes` if it is there and made from this checkpoint, by these versions, for this GPU."""
     path = module_path(checkpoint, shapes)
-    return path if path.is_file() and trt.is_fresh(path, facts(checkpoint, shapes)) else None
+    return path if path.is_file() and is_fresh(path, facts(checkpoint, shapes)) else None
 
 
 def build(checkpoint: Path, shapes: list[list[int]]) -> tuple[Path, float]:
-    """Compile and write the file.  Returns its path and the seconds that this took."""
+    """Compile and write the file; its path and the seconds that this took."""
     import torch_tensorrt
 
     start = time.perf_counter()
     path, made_from = module_path(checkpoint, shapes), facts(checkpoint, shapes)
-    print(
-        f"compiling {path} with Torch-TensorRT {torch_tensorrt.__version__}; this can take a minute",
-        file=sys.stderr,
-        flush=True,
-    )
+    wait = f"compiling {path} with Torch-TensorRT {torch_tensorrt.__version__}; this can take a minute"
+    print(wait, file=sys.stderr, flush=True)
     timings, timed_with = trt.timing_cache(checkpoint, made_from)
     with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        network = (
-            model.fold_batch_norm(model.load(checkpoint, "cpu")[0]).half().cuda()
-        )  # folded in FP32, then halved
+        network = model.fold_batch_norm(model.load(checkpoint, "cpu")[0])  # in FP32, then halved
         working = Path(folder) / "timings"
-        if not is_torchscript() and trt.is_fresh(timings, timed_with):
+        if not is_torchscript() and is_fresh(timings, timed_with):
             working.write_bytes(timings.read_bytes())
-        module = compile_network(network, shapes, working)
+        module = compile_network(network.half().cuda(), shapes, working)
         check_one_engine(module)
-        trt.store(path, made_from, lambda temporary: save(module, temporary, shapes))
+        store(path, made_from, lambda file: save(module, file, shapes))
         if working.is_file():
-            trt.store(timings, timed_with, lambda temporary: temporary.write_bytes(working.read_bytes()))
+            store(timings, timed_with, lambda file: file.write_bytes(working.read_bytes()))
     return path, time.perf_counter() - start
 
 
 def main() -> None:
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--image-sizes", nargs="+", type=int, default=IMAGE_SIZES)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
-    parser.add_argument("--force", action="store_true", help="compile even where a fresh file is there")
-    add_path_arguments(parser)
-    args = parser.parse_args()
+    args = trt.parser_for(__doc__, "compile even where a fresh file is there").parse_args()
     if reason := trt.why_unavailable(["torch_tensorrt"], "cuda"):
         raise UserError(reason)
     for size in args.image_sizes:
-        checkpoint, shapes = checkpoint_path(args.weights, size), trt.profile(args.batch_sizes, size)
-        trt.report(*trt.load_or_build(find, build, load, checkpoint, shapes, args.force)[1:])
+        checkpoint, shapes = checkpoint_path(args.weights, size), trt.profile_shapes(args.batch_sizes, size)
+        trt.print_artefact(*trt.load_or_build(find, build, open_module, checkpoint, shapes, args.force)[1:])
         print("every operation is in one engine")  # else build() had raised
 
 

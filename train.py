@@ -190,7 +190,7 @@ def average_statistics(network: torch.nn.Module) -> None:
 def load_matching(path: Path, settings: dict, images: dict) -> dict | None:
     """The checkpoint or the interrupted state at `path` if it was made by this very request from these images."""
     try:
-        found = networks.load_facts(path)
+        found = networks.read(path)
     except UserError:  # missing, cut short, or of another program: train anew
         return None
     return found if found.get("settings") == settings and found.get("data") == images else None
@@ -394,7 +394,7 @@ def main() -> None:
         )
     device = start_processes(args.device)
     if rank() == 0:
-        datasets.prepare(args.data, args.seed)
+        datasets.ensure_data(args.data, args.seed)
         datasets.check_images(args.data)
     wait_for_all()
     listed = datasets.list_images(args.data)

@@ -1,11 +1,11 @@
-"""Native TensorRT, 8.6 to 11: build an engine from the ONNX export, keep it in weights/, run it on PyTorch's tensors.
+"""Native TensorRT, 8.6 to 11: build an engine from the ONNX export, keep it in weights/, run it on tensors.
 
-Reads weights/best_resnet18_<size>.pth through onnx_inference.py's export, writes weights/resnet18_<size>_<batches>_fp16.engine, beside it
-a .json that says what it was made from, and a timing cache for the next build.
+Reads weights/best_resnet18_<size>.pth through onnx_inference.py's export, writes
+weights/resnet18_<size>_<batches>_fp16.engine, what it was made from beside it, and TensorRT's timings.
 
     python trt.py --image-sizes 224 --batch-sizes 1 8 16
 
-One engine per image size serves every batch up to the largest asked for; with --static, one engine for each batch size and for it alone.
+One engine per image size serves every batch up to the largest; with --static, one for each batch size alone.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -28,24 +29,20 @@ from utils.utils import (
     UserError,
     add_path_arguments,
     checkpoint_path,
+    is_fresh,
     package_version,
-    read_json,
     run_main,
     sha256,
-    write_json,
+    store,
 )
 
-WORKSPACE_BYTES = (
-    1 << 30
-)  # at most; a quarter of the free memory where that is less, so that a 4 GB card can build
+WORKSPACE_BYTES = 1 << 30  # at most; a quarter of the free memory where less, so that a 4 GB card can build
 OLD_PARSER_OPSET = 17  # TensorRT 8.6 misreads ReduceMean from opset 18 on, where the axes are an input
-OPTIONS = {
-    "precision": "FP16",
-    "workspace_bytes": WORKSPACE_BYTES,
-}  # part of an engine's facts, like everything it is made from
+OPTIONS = {"precision": "FP16", "workspace_bytes": WORKSPACE_BYTES}  # an engine is made from these too
+DISTRIBUTIONS = ["tensorrt", "tensorrt-cu13", "tensorrt-cu12"]  # one module, by version of CUDA
+INSTALL = "pip install -r requirements-tensorrt.txt (Python 3.10: requirements-tensorrt86.txt)"
 
-
-# ---- what both routes to TensorRT share: reasons, shapes, files that say what they were made from
+# ---- what both routes to TensorRT share: reasons, shapes, files
 
 
 def why_unavailable(packages: list[str], device: str) -> str | None:
@@ -56,19 +53,22 @@ def why_unavailable(packages: list[str], device: str) -> str | None:
         return "TensorRT needs an NVIDIA GPU, and PyTorch finds none; check that nvidia-smi lists one"
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed; run: pip install -r requirements-tensorrt.txt (Python 3.10: requirements-tensorrt86.txt)"
+            return f"{package} is not installed; run: {INSTALL}"
         try:
             importlib.import_module(package)
-        except (
-            Exception
-        ) as error:  # a missing library, the wrong CUDA or driver: each loader has exceptions of its own
+        except Exception as error:  # a missing library, the wrong CUDA or driver: loaders raise anything
             words = " ".join(f"{type(error).__name__}: {error}".split())
-            return f"{package} {package_version(package) or ''} is installed but does not load: {words}"
+            names = DISTRIBUTIONS if package == "tensorrt" else [package]
+            version = next(filter(None, map(package_version, names)), "")
+            return f"{package} {version} is installed but does not load: {words}"
     return None
 
 
-def profile(batch_sizes: list[int], image_size: int, static: bool = False) -> list[list[int]]:
-    """Smallest, best and largest input shape.  The best batch is at least 2: exporters take a batch of 1 for a constant."""
+def profile_shapes(batch_sizes: list[int], image_size: int, static: bool = False) -> list[list[int]]:
+    """Smallest, best and largest input shape: TensorRT's optimisation profile.
+
+    The best batch is at least 2: exporters take a batch of 1 for a constant.
+    """
     largest = max(batch_sizes)
     batches = [largest] * 3 if static else [1, max(largest, 2), max(largest, 2)]
     return [[batch, 3, image_size, image_size] for batch in batches]
@@ -80,70 +80,40 @@ def file_name(shapes: list[list[int]], suffix: str) -> str:
 
 
 def gpu_facts() -> dict:
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "compute_capability": "{}.{}".format(*torch.cuda.get_device_capability()),
-    }
+    major, minor = torch.cuda.get_device_capability()
+    return {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
 
 
-def is_fresh(path: Path, facts: dict) -> bool:
-    """Whether `path` is whole and was made from exactly `facts`; if it is there but not that, one line on stderr says what is wrong."""
-    if not path.is_file():
-        return False
-    try:
-        record = read_json(path.with_name(path.name + ".json"))
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict) or not isinstance(record.get("made_from"), dict):
-        wrong = "does not say what it was made from"
-    elif others := sorted(name for name in facts if record["made_from"].get(name) != facts[name]):
-        wrong = f"was made for another {', '.join(others)}"
-    elif record.get("sha256") != sha256(path):
-        wrong = "is damaged"
-    else:
-        return True
-    print(f"{path} {wrong}; building it anew", file=sys.stderr, flush=True)
-    return False
+def load_or_build(find: Callable, build: Callable, opened: Callable, checkpoint: Path, shapes, force=False):
+    """What `opened` makes of the file for `shapes`, its path, the seconds and whether the file was there.
 
-
-def store(path: Path, facts: dict, write) -> None:
-    """Have `write(path)` write a temporary file, then put it in place with a note of what it was made from: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        digest = sha256(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    write_json(path.with_name(path.name + ".json"), {"made_from": facts, "sha256": digest})
-
-
-def load_or_build(find, build, load, checkpoint: Path, shapes: list[list[int]], force: bool = False):
-    """What `load` makes of the file for `shapes`, the file's path, the seconds it took and whether the file was there.
-
-    A file that does not load is built anew.  Building has a process of its own, so that nothing of it stays in this one's GPU memory.
+    A file that does not load is built anew.  Building has a process of its own, so that nothing of it stays
+    in this one's GPU memory.
     """
     if not checkpoint.is_file():
-        raise UserError(
-            f"{checkpoint} is missing; train it first: python train.py --image-sizes {shapes[0][2]}"
-        )
+        mend = f"train it first: python train.py --image-sizes {shapes[0][2]}"
+        raise UserError(f"{checkpoint} is missing; {mend}")
     start = time.perf_counter()
     if path := None if force else find(checkpoint, shapes):
         try:
-            return load(path), path, time.perf_counter() - start, True
+            return opened(path), path, time.perf_counter() - start, True
         except Exception as error:  # whole and made from the same, yet refused, in whatever words
             print(f"{path} does not load ({error}); building it anew", file=sys.stderr, flush=True)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         path, seconds = pool.submit(build, checkpoint, shapes).result()
-    return load(path), path, seconds, False
+    return opened(path), path, seconds, False
 
 
 def timing_cache(checkpoint: Path, facts: dict) -> tuple[Path, dict]:
-    """The file of TensorRT's kernel timings, and what it depends on: timings hold for every network, by this TensorRT on this GPU."""
-    return checkpoint.with_name("tensorrt.timings"), {
-        name: facts[name] for name in ("tensorrt", "gpu", "compute_capability")
-    }
+    """The file of TensorRT's kernel timings, and what they depend on: they hold for every network."""
+    kept = {name: facts[name] for name in ("tensorrt", "gpu", "compute_capability")}
+    return checkpoint.with_name("tensorrt.timings"), kept
+
+
+def print_artefact(path: Path, seconds: float, from_cache: bool) -> None:
+    """One line about a file, as trt.py and torch_trt.py print it."""
+    how = "from the cache" if from_cache else "built"
+    print(f"{path}: {how} in {seconds:.1f} s, {path.stat().st_size / 2**20:.1f} MB", flush=True)
 
 
 # ---- building
@@ -151,7 +121,7 @@ def timing_cache(checkpoint: Path, facts: dict) -> tuple[Path, dict]:
 
 @functools.lru_cache
 def logger():
-    """TensorRT's logger, one for the process since TensorRT keeps the first it is given.  It collects errors in `errors`."""
+    """TensorRT's logger, one for the process since it keeps the first it is given; collects `errors`."""
     import tensorrt
 
     class Collector(tensorrt.ILogger):
@@ -194,7 +164,8 @@ def onnx_for(tensorrt_version: str, path: Path, batch: int | None) -> bytes:
 
 
 def network_flags(tensorrt) -> int:
-    """8.6 has to be told of the batch axis; from 10 on the network's own types hold if one asks for it, in 11 always."""
+    """8.6 must be told of the batch axis; from 10 on the network's own types hold if asked for, in 11
+    always."""
     kinds = tensorrt.NetworkDefinitionCreationFlag
     return 1 << int(kinds.STRONGLY_TYPED if hasattr(kinds, "STRONGLY_TYPED") else kinds.EXPLICIT_BATCH)
 
@@ -203,19 +174,18 @@ def configure(tensorrt, config, free_bytes: int) -> None:
     config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, min(WORKSPACE_BYTES, free_bytes // 4))
     if hasattr(tensorrt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
         return
-    config.set_flag(
-        tensorrt.BuilderFlag.FP16
-    )  # 8.6 takes a network's types for a wish and builds FP32 kernels without this
-    gone = [
-        tensorrt.TacticSource.CUBLAS,
-        tensorrt.TacticSource.CUBLAS_LT,
-        tensorrt.TacticSource.CUDNN,
-    ]  # not in 10 any more
-    config.set_tactic_sources(config.get_tactic_sources() & ~sum(1 << int(source) for source in gone))
+    config.set_flag(tensorrt.BuilderFlag.FP16)  # 8.6 takes a network's types for a wish: FP32 kernels without
+    sources = config.get_tactic_sources()
+    for gone in ("CUBLAS", "CUBLAS_LT", "CUDNN"):  # not in 10 any more
+        sources &= ~(1 << int(getattr(tensorrt.TacticSource, gone)))
+    config.set_tactic_sources(sources)
 
 
 def build_plan(model: bytes, shapes: list[list[int]], timings: bytes) -> tuple[bytes, bytes]:
-    """A serialised engine for `shapes`, and the timing cache grown by what building it measured.  Raises RuntimeError with all reasons."""
+    """A serialised engine for `shapes`, and the timing cache with what building it measured.
+
+    Raises RuntimeError with all reasons.
+    """
     import tensorrt
 
     logger().errors.clear()
@@ -223,10 +193,8 @@ def build_plan(model: bytes, shapes: list[list[int]], timings: bytes) -> tuple[b
     network = builder.create_network(network_flags(tensorrt))
     parser = tensorrt.OnnxParser(network, logger())
     if not parser.parse(model):
-        raise failed(
-            "TensorRT can't read the ONNX file:\n"
-            + "\n".join(str(parser.get_error(i)) for i in range(parser.num_errors))
-        )
+        errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
+        raise failed("\n".join(["TensorRT can't read the ONNX file:", *errors]))
     config = builder.create_builder_config()
     configure(tensorrt, config, torch.cuda.mem_get_info()[0])
     if shapes[0] != shapes[2]:
@@ -246,43 +214,35 @@ def build_plan(model: bytes, shapes: list[list[int]], timings: bytes) -> tuple[b
 def engine_facts(onnx_path: Path, shapes: list[list[int]]) -> dict:
     import tensorrt
 
-    return {
-        "onnx": sha256(onnx_path),
-        "tensorrt": tensorrt.__version__,
-        **gpu_facts(),
-        "shapes": shapes,
-        "options": OPTIONS,
-    }
+    facts = {"onnx": sha256(onnx_path), "tensorrt": tensorrt.__version__, **gpu_facts()}
+    return facts | {"shapes": shapes, "options": OPTIONS}
 
 
 def find(checkpoint: Path, shapes: list[list[int]]) -> Path | None:
-    """The engine file for `shapes` if it is there and made from this checkpoint, by this TensorRT, for this GPU."""
+    """The engine file for `shapes` if it is there and made from this checkpoint, by this TensorRT and GPU."""
     path = checkpoint.with_name(file_name(shapes, "engine"))
     if not path.is_file():
         return None
-    with torch.inference_mode(False), torch.no_grad():
-        onnx_path, _, _ = onnx_inference.export(checkpoint, shapes[0][2], "FP16")
+    onnx_path, _, _ = onnx_inference.export(checkpoint, shapes[0][2], "FP16")
     return path if is_fresh(path, engine_facts(onnx_path, shapes)) else None
 
 
 def build(checkpoint: Path, shapes: list[list[int]]) -> tuple[Path, float]:
-    """Export if stale, build, and write the engine file.  Returns its path and the seconds that all this took."""
+    """Export if stale, build, write the engine file; its path and the seconds that all this took."""
     import tensorrt
 
-    start = time.perf_counter()
+    start, version = time.perf_counter(), tensorrt.__version__
     path = checkpoint.with_name(file_name(shapes, "engine"))
-    print(
-        f"building {path} with TensorRT {tensorrt.__version__}; this can take a minute",
-        file=sys.stderr,
-        flush=True,
-    )
+    wait = f"building {path} with TensorRT {version}; this can take a minute"
+    print(wait, file=sys.stderr, flush=True)
     onnx_path, _, _ = onnx_inference.export(checkpoint, shapes[0][2], "FP16")
     facts = engine_facts(onnx_path, shapes)
     timings, timed_with = timing_cache(checkpoint, facts)
-    model = onnx_for(tensorrt.__version__, onnx_path, shapes[0][0] if shapes[0] == shapes[2] else None)
-    plan, measured = build_plan(model, shapes, timings.read_bytes() if is_fresh(timings, timed_with) else b"")
-    store(path, facts, lambda temporary: temporary.write_bytes(plan))
-    store(timings, timed_with, lambda temporary: temporary.write_bytes(measured))
+    known = timings.read_bytes() if is_fresh(timings, timed_with) else b""
+    model = onnx_for(version, onnx_path, shapes[0][0] if shapes[0] == shapes[2] else None)
+    plan, timed = build_plan(model, shapes, known)
+    store(path, facts, lambda file: file.write_bytes(plan))
+    store(timings, timed_with, lambda file: file.write_bytes(timed))
     return path, time.perf_counter() - start
 
 
@@ -290,9 +250,10 @@ def build(checkpoint: Path, shapes: list[list[int]]) -> tuple[Path, float]:
 
 
 class Engine:
-    """A plan on the GPU.  Calling it enqueues on PyTorch's current stream; the logits are its own and hold until the next call.
+    """A plan on the GPU.  Calling it enqueues on the current stream; its logits hold until the next call.
 
-    It binds itself anew when the batch size changes; for several CUDA graphs use one Engine each, since a graph keeps its bindings.
+    It binds itself anew when the batch size changes; CUDA graphs need one Engine each, since a graph keeps
+    its bindings.
     """
 
     def __init__(self, plan: bytes):
@@ -307,9 +268,8 @@ class Engine:
         shapes = self.engine.get_tensor_profile_shape("input", 0) if -1 in fixed else [fixed] * 3
         self.smallest, _, self.largest = map(tuple, shapes)
         kinds = {tensorrt.DataType.HALF: torch.float16, tensorrt.DataType.FLOAT: torch.float32}
-        self.dtype, self.logits_dtype = (
-            kinds[self.engine.get_tensor_dtype(name)] for name in ("input", "logits")
-        )
+        self.dtype = kinds[self.engine.get_tensor_dtype("input")]
+        self.logits_dtype = kinds[self.engine.get_tensor_dtype("logits")]
         self.context = self.shape = self.address = None
         self.outputs = {}  # shape of the input -> logits
 
@@ -322,21 +282,20 @@ class Engine:
         if not self.context.set_input_shape("input", tuple(shape)):
             raise failed(f"TensorRT refuses the input shape {tuple(shape)}:")
         if shape not in self.outputs:
-            self.outputs[shape] = torch.empty(
-                tuple(self.context.get_tensor_shape("logits")), dtype=self.logits_dtype, device="cuda"
-            )
+            size = tuple(self.context.get_tensor_shape("logits"))
+            self.outputs[shape] = torch.empty(size, dtype=self.logits_dtype, device="cuda")
         self.logits = self.outputs[shape]
         self.context.set_tensor_address("logits", self.logits.data_ptr())
         self.shape, self.address = shape, None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (N, 3, S, S) on the GPU, contiguous, of the engine's dtype -> logits (N, classes).  Raises ValueError for any other x."""
+        """x (N, 3, S, S) on the GPU, contiguous, of the engine's dtype -> logits (N, classes).  Raises
+        ValueError."""
         if x.shape != self.shape:
             self.bind(x.shape)
         if x.dtype != self.dtype or not x.is_cuda or not x.is_contiguous():
-            raise ValueError(
-                f"the engine takes contiguous {self.dtype} on the GPU, not {x.dtype} on {x.device} with strides {x.stride()}"
-            )
+            given = f"{x.dtype} on {x.device} with strides {x.stride()}"
+            raise ValueError(f"the engine takes contiguous {self.dtype} on the GPU, not {given}")
         address = x.data_ptr()
         if address != self.address:
             self.context.set_tensor_address("input", address)
@@ -347,51 +306,41 @@ class Engine:
 
 
 def check_shape(shape, smallest, largest) -> None:
-    """Raises ValueError with both shapes unless `shape` lies between `smallest` and `largest` on every axis."""
-    fits = len(shape) == len(smallest) and all(
-        low <= n <= high for low, n, high in zip(smallest, shape, largest, strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"input of shape {tuple(shape)} is outside the engine's profile, {tuple(smallest)} to {tuple(largest)}"
-        )
+    """Raises ValueError with both shapes unless `shape` lies between `smallest` and `largest` on every
+    axis."""
+    pairs = zip(smallest, shape, largest, strict=False)
+    if len(shape) != len(smallest) or not all(low <= n <= high for low, n, high in pairs):
+        ends = f"{tuple(smallest)} to {tuple(largest)}"
+        raise ValueError(f"input of shape {tuple(shape)} is outside the engine's profile, {ends}")
 
 
-def load(path: Path) -> Engine:
+def open_engine(path: Path) -> Engine:
     return Engine(path.read_bytes())
 
 
-def report(path: Path, seconds: float, from_cache: bool) -> None:
-    """One line about a file, as trt.py and torch_trt.py print it."""
-    print(
-        f"{path}: {'from the cache' if from_cache else 'built'} in {seconds:.1f} s, {path.stat().st_size / 2**20:.1f} MB",
-        flush=True,
-    )
+def parser_for(description: str, anew: str) -> argparse.ArgumentParser:
+    """What trt.py and torch_trt.py are told."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=form)
+    parser.add_argument("--image-sizes", nargs="+", type=int, default=IMAGE_SIZES)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
+    parser.add_argument("--force", action="store_true", help=anew)
+    add_path_arguments(parser)
+    return parser
 
 
 def main() -> None:
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--image-sizes", nargs="+", type=int, default=IMAGE_SIZES)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
-    parser.add_argument(
-        "--static", action="store_true", help="an engine for each batch size and for it alone"
-    )
-    parser.add_argument("--force", action="store_true", help="build even where a fresh engine is there")
-    add_path_arguments(parser)
+    parser = parser_for(__doc__, "build even where a fresh engine is there")
+    parser.add_argument("--static", action="store_true", help="an engine for each batch size alone")
     args = parser.parse_args()
     if reason := why_unavailable(["tensorrt", "onnx"], "cuda"):
         raise UserError(reason)
     for size in args.image_sizes:
         checkpoint = checkpoint_path(args.weights, size)
         for batches in [[batch] for batch in args.batch_sizes] if args.static else [args.batch_sizes]:
-            report(
-                *load_or_build(
-                    find, build, load, checkpoint, profile(batches, size, args.static), args.force
-                )[1:]
-            )
+            shapes = profile_shapes(batches, size, args.static)
+            print_artefact(*load_or_build(find, build, open_engine, checkpoint, shapes, args.force)[1:])
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT, run_script
 
 import compare
-from utils import report
-from utils.utils import COLUMNS
+from utils import findings, readme, records, report
+from utils.schema import COLUMNS
+from utils.utils import UserError
 
 
 def table(*rows) -> pd.DataFrame:
@@ -24,7 +25,7 @@ def table(*rows) -> pd.DataFrame:
     )
     for backend, size, batch, fps in rows:
         row = dict.fromkeys(COLUMNS, None) | {
-            "run": "main",
+            "sweep": "main",
             "backend": backend,
             "precision": "FP32",
             "device": "cpu",
@@ -53,28 +54,28 @@ def table(*rows) -> pd.DataFrame:
 
 def test_the_fastest_wins_unless_the_intervals_overlap():
     clear = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0))
-    assert [row.backend for row in compare.fastest(clear)] == ["onnx"]
+    assert [row.backend for row in findings.fastest(clear)] == ["onnx"]
     level = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 100.5))
-    assert len(compare.fastest(level)) == 2
-    assert "no difference that this run can show" in report.answers_of(level)[0]
+    assert len(findings.fastest(level)) == 2
+    assert "no difference that this sweep can show" in report.answers_of(level)[0]
 
 
 def test_the_speedup_decides_where_drift_makes_the_throughputs_overlap():
     rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0)).assign(fps_low=60.0, fps_high=200.0)
-    assert [row.backend for row in compare.fastest(rows)] == ["onnx"]
+    assert [row.backend for row in findings.fastest(rows)] == ["onnx"]
 
 
 def test_the_throughputs_decide_where_a_noisy_baseline_makes_the_speedups_overlap():
     rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0), ("tensorrt", 64, 1, 160.0)).assign(
         speedup_low=1.1, speedup_high=2.2
     )
-    assert [row.backend for row in compare.fastest(rows)] == ["tensorrt"]
+    assert [row.backend for row in findings.fastest(rows)] == ["tensorrt"]
 
 
 def test_a_row_that_is_not_ok_is_never_best_and_says_why():
     rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 900.0), ("tensorrt", 64, 1, "unavailable"))
     rows.loc[1, ["status", "reason"]] = ["mismatch", "wrong class"]
-    assert [row.backend for row in compare.fastest(rows)] == ["pytorch"]
+    assert [row.backend for row in findings.fastest(rows)] == ["pytorch"]
     text = report.text_table(rows)
     assert "TensorRT FP32: unavailable: why" in text and "ONNX Runtime FP32: mismatch: wrong class" in text
     assert "900" not in text
@@ -94,11 +95,11 @@ def test_a_row_that_is_not_ok_is_never_best_and_says_why():
 )
 def test_saturation(fps, expected):
     assert (
-        compare.saturation(table(*(("onnx", 64, batch, value) for batch, value in fps.items()))) == expected
+        findings.saturation(table(*(("onnx", 64, batch, value) for batch, value in fps.items()))) == expected
     )
 
 
-def test_the_answers_cover_every_question_for_each_run():
+def test_the_answers_cover_every_question_for_each_sweep():
     rows = table(
         *(
             (b, size, n, f * n**0.5 / size)
@@ -108,18 +109,23 @@ def test_the_answers_cover_every_question_for_each_run():
         )
     )
     text = "\n".join(report.answers_of(rows))
-    for part in ("Which is fastest", "Throughput", "Speedup", "Image size", "Batch size", "Optimal here"):
-        assert part in text
-    assert "ONNX Runtime FP32 in 4 of 4" in text
-    assert "64 px: ONNX Runtime FP32, batch 4" in text
-    both = pd.concat([rows, rows.assign(run="other")], ignore_index=True)
-    assert "Run other: **Optimal here" in "\n".join(report.answers_of(both))
+    for part in ("Which is fastest?", "Image size:", "Batch size:", "Saturation:", "Optimal here:"):
+        assert f"**{part}**" in text
+    assert text.count("\n") == 4  # five answers, a sentence each
+    assert "ONNX Runtime FP32 in 4 of 4 combinations of image and batch size" in text
+    assert "from 64 to 128 px, 4 times the pixels, throughput at batch 4 falls 2 times" in text
+    assert "from batch 1 to 4 at 64 px throughput grows 2 times" in text
+    assert "64 px ONNX Runtime FP32, batch 4" in text
+    both = pd.concat([rows, rows.assign(sweep="other")], ignore_index=True)
+    text = "\n".join(report.answers_of(both))
+    assert text.count("\n") == 4 and text.count("(main)") == text.count("(other)") == 4
 
 
 def test_nothing_measured_is_said_and_not_a_crash():
     rows = table(("pytorch", 64, 1, "failed"), ("onnx", 64, 1, "unavailable"))
-    assert "nothing was measured" in report.answers_of(rows)[0]
-    assert "failed" in report.table(rows, {}) and "Nothing to compare" in report.headline(rows, {})
+    assert "Nothing was measured" in report.answers_of(rows)[0]
+    assert "failed" in report.text_table(rows) and "Nothing to compare" in readme.headline(rows, {})
+    assert "Nothing has been measured" in readme.summary(rows, {})
 
 
 def test_best_within_limits_names_the_cost_the_runner_up_or_why_none_fits():
@@ -127,11 +133,11 @@ def test_best_within_limits_names_the_cost_the_runner_up_or_why_none_fits():
         build_s=1.0, gpu_memory_mb=[500.0, 600.0, None]
     )
     rows["p95_ms"] = [11.0, 7.0, 14.0]
-    lines = compare.best_within(rows, None, None, None)
+    lines = compare.best_lines(rows, None, None, None)
     assert "ONNX Runtime FP32, 64 px, batch 4" in lines[0] and lines[1].startswith("Runner-up")
-    assert "batch 1: 150.0 images/s, p95 7 ms, 600 MB" in compare.best_within(rows, 10, None, None)[0]
-    assert "batch 1" in compare.best_within(rows, None, 1000, None)[0]  # unknown memory does not fit
-    text = "\n".join(compare.best_within(rows, 5, None, 0.95))
+    assert "batch 1: 150 images/s, p95 7 ms, 600 MB" in compare.best_lines(rows, 10, None, None)[0]
+    assert "batch 1" in compare.best_lines(rows, None, 1000, None)[0]  # unknown memory does not fit
+    text = "\n".join(compare.best_lines(rows, 5, None, 0.95))
     assert "No row fits" in text and "3 of 3 rows: takes longer than 5 ms" in text and "p95_ms 7" in text
     assert "3 of 3 rows: has less than 0.95 top-1 accuracy" in text
 
@@ -156,7 +162,7 @@ def test_two_tables_are_compared_with_intervals_and_environments(tmp_path):
         gpu=None,
         packages={"torch": "2.14"},
     )
-    both = compare.ratios(compare.read(a)[0], compare.read(b)[0]).set_index("backend")
+    both = findings.ratios(records.read_table(a)[0], records.read_table(b)[0]).set_index("backend")
     assert both.fps_ratio["onnx"] == pytest.approx(0.8)
     half = math.hypot(
         math.log(1.005 / 0.995) / 2, math.log(1.005 / 0.995) / 2
@@ -181,13 +187,13 @@ def test_an_interval_that_reaches_the_bound_does_not_fail(tmp_path):
     assert run_script("compare.py", a, b, "--fail-if-slower", "0.05").returncode == 0
 
 
-def test_tables_with_several_runs_are_matched_by_name_or_by_choice(tmp_path):
+def test_tables_with_several_sweeps_are_matched_by_name_or_by_choice(tmp_path):
     rows = table(("onnx", 64, 1, 100.0))
-    several = pd.concat([rows, rows.assign(run="other", fps=50.0, fps_low=49.0, fps_high=51.0)])
+    several = pd.concat([rows, rows.assign(sweep="other", fps=50.0, fps_low=49.0, fps_high=51.0)])
     a, b = write(tmp_path / "a", rows, packages={}), write(tmp_path / "b", several, packages={})
     done = run_script("compare.py", a, b, ok=False)
-    assert done.returncode == 2 and "--runs" in done.stderr
-    assert "0.500" in run_script("compare.py", a, b, "--runs", "main", "other").stdout
+    assert done.returncode == 2 and "--sweeps" in done.stderr
+    assert "0.500" in run_script("compare.py", a, b, "--sweeps", "main", "other").stdout
 
 
 def test_the_device_table_shows_only_what_is_known():
@@ -196,17 +202,29 @@ def test_the_device_table_shows_only_what_is_known():
         tflops=0.5, pct_measured_peak=25.0, flops_per_byte=60.0, limit="compute", busy_ms=float("nan")
     )
     known = {"main": {"short": "a CPU", "ceilings": {"tflops": {"FP32": 2.0}, "gb_per_s": 20.0}}}
-    text = report.device(rows, known)
+    text = report.markdown(report.lines_of(report.DEVICE, rows))
     assert "| Method | Size | Batch | TFLOP/s | % of measured peak | FLOP/byte | Limit |" in text
     assert "| ONNX Runtime FP32 | 64 | 1 | 0.5 | 25 | 60 | compute |" in text
-    assert "matrix product FP32 2 TFLOP/s; copy 20 GB/s · a CPU" in text
+    assert "matrix product FP32 2 TFLOP/s; copy 20 GB/s" in readme.ceilings_text(known["main"])
+
+
+def test_the_summary_has_a_line_a_method_and_a_column_a_size():
+    rows = table(
+        ("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0), ("onnx", 64, 4, 300.0), ("onnx", 128, 4, 80.0)
+    )
+    lines = readme.summary(rows.assign(rounds=3), {}).splitlines()
+    assert lines[0] == "| Method, at its best batch | 64 px | 128 px | Accuracy |"
+    assert lines[2] == "| PyTorch FP32 | 100 ± 0.5 %, b1 |  | 90 % |"
+    assert lines[3] == "| ONNX Runtime FP32 | 300 ± 0.5 %, b4 | 80 ± 0.5 %, b4 | 90 % |"
+    assert "150 ± 0.5 %, 1.50×, b1" in readme.summary(rows.iloc[:2].assign(rounds=3), {})
+    assert "±" not in readme.summary(rows.assign(rounds=1), {}).splitlines()[3]  # one round: no interval
 
 
 def test_figures_have_three_digits_and_thousands_apart():
     assert [report.figure(value) for value in (0.51234, 34.06, 999.6, 15834.2, 123456.0, float("nan"))] == [
         "0.512",
         "34.1",
-        "1000",
+        "1,000",
         "15,800",
         "123,000",
         "",
@@ -214,6 +232,33 @@ def test_figures_have_three_digits_and_thousands_apart():
 
 
 def test_the_readme_is_what_the_committed_results_render_to():
+    path = ROOT / "README.md"
+    assert [kind for *_, kind, _ in readme.marked(path)].count("summary") == 2
+    assert readme.render(path) == path.read_text(encoding="utf-8"), "stale: python compare.py --write-readme"
+
+
+@pytest.mark.parametrize("folder", readme.folders_of(ROOT / "README.md"), ids=lambda folder: folder.name)
+def test_a_results_folders_readme_is_what_its_table_renders_to(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert readme.folder_readme(folder) == text, "stale: python compare.py --write-readme"
+
+
+def test_a_human_can_read_the_readme_in_five_minutes():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(report.MARKED.findall(text)) >= 4
-    assert report.render(text, ROOT) == text, "stale: python compare.py --write-readme"
+    assert len(text.splitlines()) <= 200 and len(text.encode("utf-8")) <= 14_000
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("<!-- begin answers results -->\n\n# Mine\n", "line 1: the generated part has no"),
+        ("a\n<!-- begin answers x -->\n<!-- begin summary x -->\n<!-- end -->\n", "line 2: the generated"),
+        ("<!-- begin poem results -->\n<!-- end -->\n", "line 1: poem is none of"),
+    ],
+)
+def test_a_readme_with_a_broken_marker_is_left_alone(tmp_path, text, said):
+    path = tmp_path / "README.md"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        readme.write_readme(path)
+    assert path.read_text(encoding="utf-8") == text

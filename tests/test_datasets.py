@@ -52,7 +52,7 @@ def test_a_class_is_the_same_in_both_normal_forms(data):
     decomposed = unicodedata.normalize("NFD", NAMES[0])
     assert decomposed != NAMES[0]
     (data / "test" / NAMES[0]).rename(data / "test" / decomposed)
-    datasets.prepare(data)
+    datasets.ensure_data(data)
     images, labels = load_test_images(data, 32, NAMES)
     assert (
         images.shape == (2, 3, 32, 32) and images.dtype == torch.float32 and sorted(labels.tolist()) == [0, 1]
@@ -170,27 +170,27 @@ def test_exif_rotation(tmp_path):
 def test_no_class_folders(data):
     shutil.rmtree(data / "test")
     with pytest.raises(UserError, match="test.*no class folders.*put images into"):
-        datasets.prepare(data)
+        datasets.ensure_data(data)
 
 
 def test_an_empty_class(data):
     (data / "train" / "Пустой").mkdir()
     (data / "train" / "Пустой" / ".DS_Store").touch()
     with pytest.raises(UserError, match="no images in .*Пустой.*python datasets.py"):
-        datasets.prepare(data)
+        datasets.ensure_data(data)
 
 
 def test_a_test_class_that_was_never_trained(data):
     paint(data / "test" / "Чужой" / "a.png")
     with pytest.raises(UserError, match="Чужой.*python datasets.py"):
-        datasets.prepare(data)
+        datasets.ensure_data(data)
 
 
 def test_a_single_class(data):
     for split in datasets.SPLITS:
         shutil.rmtree(data / split / NAMES[0])
     with pytest.raises(UserError, match="one class only"):
-        datasets.prepare(data)
+        datasets.ensure_data(data)
 
 
 def test_all_broken_images_are_named_at_once(data):
@@ -207,7 +207,7 @@ def test_the_report_counts_and_notes_what_is_odd(data, capsys):
     shutil.copy(data / "train" / "Пудж" / "фото 0.png", data / "test" / "Пудж" / "копия.png")
     (data / "train" / "Пудж" / "список.txt").write_text("?", encoding="utf-8")
     paint(data / "train" / "Новый" / "a.bmp", size=(300, 20))
-    datasets.report(data)
+    datasets.print_overview(data)
     said = capsys.readouterr().out
     assert "Новый                         1      0   300x20 .. 300x20" in said
     assert "копия.png is the same image as" in said and "список.txt" in said and "sample" not in said
@@ -249,12 +249,12 @@ def test_the_sample_never_touches_own_images(data):
     before = datasets.fingerprint(data)
     with pytest.raises(UserError, match="already holds images"):
         datasets.draw_sample(data, counts=FEW)
-    datasets.prepare(data)
+    datasets.ensure_data(data)
     assert datasets.fingerprint(data) == before and not (data / "SAMPLE.txt").exists()
     shutil.rmtree(data / "test")
     (data / "train" / "Пудж" / "фото.heic").touch()  # not readable, and still the user's
     with pytest.raises(UserError):
-        datasets.prepare(data)
+        datasets.ensure_data(data)
     assert not (data / "test").exists()
 
 
@@ -279,7 +279,7 @@ def test_a_drawing_interrupted_while_it_moved_into_place_is_finished(sample, tmp
     shutil.copytree(sample, folder)
     (folder / "sample.part").mkdir()
     (folder / "test").rename(folder / "sample.part" / "test")
-    datasets.prepare(folder, seed=3)
+    datasets.ensure_data(folder, seed=3)
     assert (
         datasets.fingerprint(folder) == datasets.fingerprint(sample) and not (folder / "sample.part").exists()
     )

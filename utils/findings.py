@@ -111,16 +111,10 @@ def best_batch(rows: pd.DataFrame) -> pd.DataFrame:
     return ok.loc[ok.groupby(["sweep", "backend", "image_size"], sort=False).fps.idxmax()]
 
 
-def optimal(rows: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
-    """For each image size the optimum for throughput, and the fastest row, which may be level with it.
-
-    Of rows that are level the optimum is the one that answers soonest.
-    """
-    found = []
-    for _, group in measured(rows).groupby("image_size"):
-        tied = fastest(group)
-        found.append((min(tied, key=lambda row: row.mean_ms), tied[0]))
-    return found
+def optimal(rows: pd.DataFrame) -> list[pd.Series]:
+    """For each image size the optimum for throughput: of the fastest rows the one that answers soonest."""
+    groups = [group for _, group in measured(rows).groupby("image_size")]
+    return [min(fastest(group), key=lambda row: row.mean_ms) for group in groups]
 
 
 def size_cost(rows: pd.DataFrame) -> dict[str, float]:

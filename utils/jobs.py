@@ -183,6 +183,7 @@ def main(description: str, script: str, backends: dict) -> None:
         line = f"{job.backend}, {job.image_size} px: {record.status} {record.reason}"
         print(line.rstrip(), file=sys.stderr)
     rows = records.read_rows(jobs[0].results)
-    asked = {(job.backend, job.image_size) for job in jobs}
-    wanted = [pair in asked for pair in zip(rows.backend, rows.image_size, strict=True)]
-    print(report.text_table(rows[wanted & (rows.sweep == args.sweep)]))
+    rows = rows[rows.sweep == args.sweep]
+    wanted = {(job.backend, job.image_size) for job in jobs}
+    shown = [pair in wanted for pair in zip(rows.backend, rows.image_size, strict=True)]
+    print(report.text_table(rows[shown]))

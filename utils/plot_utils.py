@@ -165,7 +165,7 @@ def place(pairs: set, grid: set) -> str:
 
 
 def not_measured(block: pd.DataFrame, column: str) -> str:
-    """ "Not measured (×): TensorRT FP16 (unavailable), PyTorch FP32 (out of memory: 512 px)", or nothing."""
+    """ "TensorRT FP16 (unavailable), PyTorch FP32 (out of memory: 512 px, batch 16)", or nothing."""
     grid = set(zip(block["image_size"], block["batch_size"], strict=True))
     gaps = []
     for name, own in block.groupby("label", sort=False):
@@ -178,7 +178,7 @@ def not_measured(block: pd.DataFrame, column: str) -> str:
         texts = [reason + place(pairs, grid) for reason, pairs in parts.items() if pairs]
         if texts:
             gaps.append(f"{name} ({'; '.join(texts)})")
-    return f"Not measured (×): {', '.join(gaps)}" if gaps else ""
+    return ", ".join(gaps)
 
 
 # ---- drawing
@@ -275,8 +275,10 @@ def draw_block(part, chart: Chart, title: str, block: pd.DataFrame) -> None:
     values = sorted(block[chart.panel].unique()) if looks else []
     ticks = sorted(block[chart.x].unique())
     heading(part, title + chart.finding(block, chart.column))
-    note = textwrap.fill(not_measured(block, "fps" if chart.bars else chart.column), 135)
+    note = not_measured(block, "fps" if chart.bars else chart.column)
+    crosses = not chart.bars and block.loc[block["label"].isin(list(looks)), chart.column].isna().any()
     if note:
+        note = textwrap.fill(f"Not measured{' (×)' if crosses else ''}: {note}", 135)
         part.supxlabel(note, fontsize=9, color=INK, x=0.01, ha="left")
     if not values:
         return
@@ -335,7 +337,8 @@ def feet_of(sweeps: list[str], environments: dict) -> list[str]:
 
 def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Figure:
     """The whole chart, a subfigure for each sweep, since each has a baseline of its own."""
-    parts, heights = blocks(in_order(rows)), []
+    ordered = in_order(rows)
+    parts, heights = blocks(ordered) or [("", ordered)], []
     for _, block in parts:
         panels = block[chart.panel].nunique() if block[chart.column].notna().any() else 0
         looks = len(looks_of(block, chart.column))

@@ -65,19 +65,20 @@ def summary(rows: pd.DataFrame, environments: dict) -> str:
     for (sweep, _), group in best.groupby(["sweep", "backend"], sort=False):
         cells = {row.image_size: summary_cell(row) for _, row in group.iterrows()}
         who = name(group.iloc[0]) + (f" ({sweep})" if several else "")
-        accuracy = dict.fromkeys(f"{value:.0%}" for value in sorted(group.accuracy))
-        share = "–".join([*accuracy][:: max(1, len(accuracy) - 1)])
-        lines.append([who, *(cells.get(size, "") for size in columns), share])
-    feet = [f"<sub>{foot(known)}</sub>" for known in environments.values()]
-    unit = "<sub>images/s ± 95 %, speedup over PyTorch FP32 of the same sweep, batch size</sub>"
-    return "\n\n".join([markdown(lines), unit, *feet, *(f"<sub>{text}</sub>" for text in reasons_only(rows))])
+        least, most = group.accuracy.min() * 100, group.accuracy.max() * 100
+        share = "–".join(dict.fromkeys([f"{least:.0f}", f"{most:.0f}"]))
+        lines.append([who, *(cells.get(size, "") for size in columns), f"{share} %"])
+    notes = ["images/s ± 95 %, speedup over PyTorch FP32 of the same sweep, b = batch size"]
+    notes += [foot(known) for known in environments.values()] + reasons_only(rows)
+    return f"{markdown(lines)}\n\n<sub>{'<br>'.join(notes)}</sub>"
 
 
 def summary_cell(row) -> str:
     """ "51,700 ± 2 %, 6.67×, b16"; a single round has no interval that holds."""
-    half = f" ± {figure((row.fps_high - row.fps_low) / 2 / row.fps * 100)} %" if row.rounds > 1 else ""
+    half = (row.fps_high - row.fps_low) / 2 / row.fps * 100
+    half = f" ± {half:.1g} %" if half < 1 else f" ± {half:.0f} %"
     times = "" if pd.isna(row.speedup) or row.backend == BASELINE else f", {row.speedup:.2f}×"
-    return f"{figure(row.fps)}{half}{times}, b{row.batch_size}"
+    return f"{figure(row.fps)}{half if row.rounds > 1 else ''}{times}, b{row.batch_size}"
 
 
 def reasons_only(rows: pd.DataFrame) -> list[str]:

@@ -223,28 +223,28 @@ def reasons(rows: pd.DataFrame) -> list[str]:
 
 
 def answers_of(rows: pd.DataFrame) -> list[str]:
-    """The five answers, a sentence each; where there are several sweeps, each speaks in every sentence."""
-    parts = {sweep: findings.measured(rows[rows.sweep == sweep]) for sweep in rows.sweep.unique()}
-    parts = {sweep: part for sweep, part in parts.items() if len(part)}
-    sentences = []
+    """The five answers, a sentence each; where there are several sweeps, each speaks but in the last."""
+    ok = findings.measured(rows)
+    if ok.empty:
+        return ["Nothing was measured; the reasons are in the table."]
+    sweeps, sentences = ok.sweep.unique(), []
     for question, answer in QUESTIONS.items():
-        texts = []
-        for sweep, part in parts.items():
-            text = answer(part)
-            if text:
-                texts.append(f"sweep {sweep}: {text}" if len(parts) > 1 else text)
-        if texts:
+        if len(sweeps) == 1 or answer is optimum:
+            texts = [answer(ok)]
+        else:
+            texts = [f"{text} ({sweep})" for sweep in sweeps if (text := answer(ok[ok.sweep == sweep]))]
+        if any(texts):
             sentences.append(f"**{question}** {'; '.join(texts)}.")
-    return sentences or ["Nothing was measured; the reasons are in the table."]
+    return sentences
 
 
 def which(ok: pd.DataFrame) -> str:
     winners, ties, total = findings.wins(ok)
     if not total:
-        return f"only {name(ok.iloc[0])} was measured, so there is nothing to compare it with"
+        return f"Only {name(ok.iloc[0])} was measured, so there is nothing to compare it with"
     texts = [f"{name(row)} in {count}" for row, count in winners]
-    texts += [f"no difference that this sweep can show between the first two in {ties}"] if ties else []
-    return f"of {total} combinations of image and batch size {', '.join(texts)}"
+    texts += [f"no difference that this sweep can show in {ties}"] if ties else []
+    return f"{', '.join(texts)} of {total} combinations of image and batch size"
 
 
 def sizes(ok: pd.DataFrame) -> str:
@@ -252,47 +252,37 @@ def sizes(ok: pd.DataFrame) -> str:
     if not cost:
         return ""
     small, large = ok.image_size.min(), ok.image_size.max()
-    pixels = figure((large / small) ** 2)
-    falls = f"throughput falls to 1/{span(cost.values())}"
-    return f"from {small} to {large} px ({pixels} times the pixels) {falls} at batch {ok.batch_size.max()}"
+    pixels = f"from {small} to {large} px, {figure((large / small) ** 2)} times the pixels"
+    return f"{pixels}, throughput at batch {ok.batch_size.max()} falls {span(cost.values())} times"
 
 
 def batches(ok: pd.DataFrame) -> str:
     gains = findings.batch_gain(ok)
     if not gains:
         return ""
-    precision = dict(zip(ok.backend, ok.precision, strict=True))
-    least, most = min(gains, key=gains.get), max(gains, key=gains.get)
     ends = f"from batch {ok.batch_size.min()} to {ok.batch_size.max()} at {ok.image_size.min()} px"
-    texts = [f"{figure(gains[which])} times ({label(which, precision[which])})" for which in (least, most)]
-    return f"{ends} throughput grows {' to '.join(dict.fromkeys(texts))}"
+    return f"{ends} throughput grows {span(gains.values())} times"
 
 
 def saturation(ok: pd.DataFrame) -> str:
-    reached, missing = [], 0
+    reached, missing = {}, []
     for (_, size), group in ok.groupby(["backend", "image_size"], sort=False):
-        if group.batch_size.nunique() < 2:
-            continue
-        batch = findings.saturation(group)
-        if batch:
-            reached.append(f"{name(group.iloc[0])} at {size} px from batch {batch}")
-        else:
-            missing += 1
-    if not reached and not missing:
-        return ""
-    rest = f"not reached up to batch {ok.batch_size.max()} in {missing} of {len(reached) + missing} cases"
-    texts = reached + ([rest] if missing else [])
-    return f"doubling the batch gives under 5 % more: {', '.join(texts)}"
+        if group.batch_size.nunique() > 1:
+            batch = findings.saturation(group)
+            if batch:
+                reached.setdefault(name(group.iloc[0]), []).append(batch)
+            else:
+                missing.append(size)
+    texts = [f"{who} from batch {span(found)}" for who, found in reached.items()]
+    texts += [f"in {len(missing)} cases not up to batch {ok.batch_size.max()}"] if missing else []
+    return f"doubling the batch gives under 5 % more: {', '.join(texts)}" if texts else ""
 
 
 def optimum(ok: pd.DataFrame) -> str:
     texts = []
-    for best, first in findings.optimal(ok):
-        text = f"{best.image_size} px {name(best)}, batch {best.batch_size}"
-        text += f" ({figure(best.fps)} images/s, {figure(best.mean_ms)} ms a batch"
-        if best.name != first.name:
-            text += f"; level with batch {first.batch_size}, which answers later"
-        texts.append(text + ")")
+    for best in findings.optimal(ok):
+        cost = f"{figure(best.fps)} images/s, {figure(best.mean_ms)} ms a batch"
+        texts.append(f"{best.image_size} px {name(best)}, batch {best.batch_size} ({cost})")
     return f"for throughput {', '.join(texts)}"
 
 

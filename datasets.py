@@ -1,10 +1,11 @@
 """Image folders -> DataLoaders; draws four sample heroes where there is no data at all.
 
-Reads data/train/<class>/* and data/test/<class>/*: images of any size, in any format that Pillow reads.  Writes them only when
-asked to draw the sample into a folder without images; data/SAMPLE.txt then says that they are drawn.
+Reads data/train/<class>/* and data/test/<class>/*: images of any size, in any format that Pillow reads.
+Writes them only when asked to draw the sample into a folder without images; data/SAMPLE.txt then says that
+they are drawn.
 
-    python datasets.py                  what is there: classes, counts, sizes, problems
-    python datasets.py --draw-sample    draw the sample heroes (train.py does it by itself when there is no data)
+    python datasets.py                  what is there: classes, counts, sizes, problems python datasets.py
+    --draw-sample    draw the sample heroes (train.py does it by itself when there is no data)
 """
 
 import argparse
@@ -46,7 +47,8 @@ SAMPLE_IMAGES = {
 LAYOUT = "put images into {data}/train/<class>/ and {data}/test/<class>/, or name another folder with --data"
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------------------------------
+# files
 
 
 def nfc(text: str) -> str:
@@ -171,7 +173,8 @@ def content_hashes(paths: list[Path]) -> list[str]:
 
 
 def fingerprint(data: Path) -> str:
-    """16 hex digits over the relative names (NFC) and contents of all images: the same data set gives the same on every system."""
+    """16 hex digits over the relative names (NFC) and contents of all images: the same data set gives the
+    same on every system."""
     images = sorted(all_images(data), key=lambda path: relative_name(data, path))
     lines = [
         f"{relative_name(data, path)} {digest}"
@@ -201,11 +204,13 @@ def ensure_data(data: Path, seed: int = 0) -> None:
     check_folders(data)
 
 
-# --------------------------------------------------------------------------------------------------- pictures -> tensors
+# ---------------------------------------------------------------------------------------------------
+# pictures -> tensors
 
 
 def load_rgb(path: str | Path) -> Image.Image:
-    """The picture as RGB, 8 bits: upright (EXIF), transparency on white, 16-bit grey scaled down rather than clipped."""
+    """The picture as RGB, 8 bits: upright (EXIF), transparency on white, 16-bit grey scaled down rather
+    than clipped."""
     with Image.open(path) as image:
         image.load()
     ImageOps.exif_transpose(image, in_place=True)
@@ -233,7 +238,8 @@ def to_normalised() -> list:
 
 
 def test_transform(image_size: int):
-    """PIL RGB image -> float32 (3, S, S), normalised; the whole picture is squeezed into the square, so nothing is cut off."""
+    """PIL RGB image -> float32 (3, S, S), normalised; the whole picture is squeezed into the square, so
+    nothing is cut off."""
     return v2.Compose([v2.Resize((image_size, image_size), antialias=True), *to_normalised()])
 
 
@@ -241,13 +247,15 @@ test_transform.__test__ = False  # its name is part of the interface, pytest mus
 
 
 def train_transform(image_size: int):
-    """The same with mild augmentation, and no more: on a CPU the reading workers take their time from the training itself."""
+    """The same with mild augmentation, and no more: on a CPU the reading workers take their time from the
+    training itself."""
     crop = v2.RandomResizedCrop(image_size, scale=(0.75, 1.0), ratio=(0.9, 1.1), antialias=True)
     return v2.Compose([crop, v2.RandomHorizontalFlip(), *to_normalised()])
 
 
 class HeroFolder(ImageFolder):
-    """torchvision's ImageFolder with class names in NFC, labels by a given list of classes, and load_rgb() as the loader."""
+    """torchvision's ImageFolder with class names in NFC, labels by a given list of classes, and load_rgb()
+    as the loader."""
 
     def __init__(self, root: Path, transform, classes: list[str] | None = None):
         self.known = classes
@@ -274,16 +282,19 @@ def make_loaders(
     world_size: int = 1,
     pin_memory: bool = False,
 ) -> tuple[DataLoader, DataLoader, list[str]]:
-    """(train loader, test loader, classes): float32 (N, 3, S, S) normalised and int64 (N,); `batch_size` is that of one process.
+    """(train loader, test loader, classes): float32 (N, 3, S, S) normalised and int64 (N,); `batch_size` is
+    that of one process.
 
-    Call train_loader.sampler.set_epoch(epoch) before each epoch.  Of `world_size` processes each gets its own part: of the training
-    images as many as the others (DistributedSampler repeats some), of the test images every one exactly once.
+    Call train_loader.sampler.set_epoch(epoch) before each epoch.  Of `world_size` processes each gets its
+    own part: of the training images as many as the others (DistributedSampler repeats some), of the test
+    images every one exactly once.
     """
     check_folders(data)
     train = HeroFolder(data / "train", train_transform(image_size))
     test = HeroFolder(data / "test", test_transform(image_size), train.classes)
     sampler = DistributedSampler(train, world_size, rank, shuffle=True, seed=seed)
-    # A last batch of one image has no variance for batch normalisation: it is left out, a different one in every epoch.
+    # A last batch of one image has no variance for batch normalisation: it is left out, a different one in
+    # every epoch.
     drop_last = len(sampler) > batch_size and len(sampler) % batch_size == 1
     train_loader = loader(
         train, batch_size, num_workers, seed, sampler=sampler, drop_last=drop_last, pin_memory=pin_memory
@@ -312,18 +323,21 @@ def loader(dataset, batch_size: int, num_workers: int, seed: int, **options) -> 
 def make_test_loader(
     data: Path, image_size: int, batch_size: int, classes: list[str], num_workers: int = 0
 ) -> DataLoader:
-    """The test set in a fixed order: batches of float32 (N, 3, S, S) normalised, int64 (N,) indices in `classes`.  Raises UserError."""
+    """The test set in a fixed order: batches of float32 (N, 3, S, S) normalised, int64 (N,) indices in
+    `classes`.  Raises UserError."""
     check_folders(data)
     return loader(
         HeroFolder(data / "test", test_transform(image_size), classes), batch_size, num_workers, seed=0
     )
 
 
-# ------------------------------------------------------------------------------------------------------ the sample heroes
+# ------------------------------------------------------------------------------------------------------ the
+# sample heroes
 
 
 def has_data(data: Path) -> bool:
-    """Whether the user has begun to put anything there: a file of any kind, or a folder of a class that isn't the sample's."""
+    """Whether the user has begun to put anything there: a file of any kind, or a folder of a class that
+    isn't the sample's."""
     own = [
         folder for split in SPLITS for folder in class_folders(data / split) if nfc(folder.name) not in HEROES
     ]
@@ -336,10 +350,12 @@ def unfinished_sample(data: Path) -> bool:
 
 
 def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = SAMPLE_IMAGES) -> None:
-    """Draw the sample heroes into `data`, the same ones for the same seed.  Raises UserError rather than touch a user's images.
+    """Draw the sample heroes into `data`, the same ones for the same seed.  Raises UserError rather than
+    touch a user's images.
 
-    They are drawn in data/sample.part; the marker SAMPLE.txt is written when all are there, and only then they are moved into place.
-    An interruption before the marker leaves no data set, and one after it is made good by the next call.
+    They are drawn in data/sample.part; the marker SAMPLE.txt is written when all are there, and only then
+    they are moved into place. An interruption before the marker leaves no data set, and one after it is
+    made good by the next call.
     """
     part, marker = data / "sample.part", data / "SAMPLE.txt"
     if not unfinished_sample(data):
@@ -384,11 +400,13 @@ def draw_file(folder: Path, key: str, index: int) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------ the report
+# ------------------------------------------------------------------------------------------------------------
+# the report
 
 
 def print_overview(data: Path) -> None:
-    """Print classes, counts and sizes, and what is odd but no error.  Raises UserError like check_images()."""
+    """Print classes, counts and sizes, and what is odd but no error.  Raises UserError like
+    check_images()."""
     sizes, listed = check_images(data), list_images(data)
     print(f"{'class':<24}{'train':>7}{'test':>7}   size in px (narrowest x lowest .. widest x highest)")
     for name in sorted(listed["train"]):

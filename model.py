@@ -12,7 +12,8 @@ from utils.utils import UserError, write_atomic
 
 
 def build(num_classes: int, pretrained: bool = False) -> torch.nn.Module:
-    """torchvision's ResNet-18 with `num_classes` outputs; random weights, or ImageNet's for all but the last layer.
+    """torchvision's ResNet-18 with `num_classes` outputs; random weights, or ImageNet's for all but the
+    last layer.
 
     Raises UserError when the ImageNet weights can't be downloaded.
     """
@@ -31,7 +32,8 @@ def build(num_classes: int, pretrained: bool = False) -> torch.nn.Module:
 
 
 def save(path: Path, model: torch.nn.Module, **facts) -> None:
-    """Write weights and `facts` (classes, image_size, epoch, settings, ...: plain values), whole or not at all."""
+    """Write weights and `facts` (classes, image_size, epoch, settings, ...: plain values), whole or not at
+    all."""
     buffer = io.BytesIO()
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     torch.save({"model": weights, **facts}, buffer)
@@ -81,11 +83,12 @@ def fold_batch_norm(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def count_work(image_size: int, num_classes: int = 1000) -> dict[str, int]:
-    """What ResNet-18 does for one image of image_size x image_size pixels; the network is walked through, nothing is computed.
+    """What ResNet-18 does for one image of image_size x image_size pixels; the network is walked through,
+    nothing is computed.
 
-    flops        floating-point operations of convolutions and matrix products, 2 per multiply-add (torch.utils.flop_counter)
-    activations  numbers that its layers read and write, batch norm, ReLU and residual sums counted as part of their convolution
-    weights      numbers read once per batch
+    flops        floating-point operations of convolutions and matrix products, 2 per multiply-add
+    (torch.utils.flop_counter) activations  numbers that its layers read and write, batch norm, ReLU and
+    residual sums counted as part of their convolution weights      numbers read once per batch
     """
     from torch.utils.flop_counter import FlopCounterMode
 

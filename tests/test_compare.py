@@ -1,4 +1,5 @@
-"""What the sentences say, against hand-worked tables; and that the committed README is what the committed CSV renders to."""
+"""What the sentences say, against hand-worked tables; and that the committed README is what the committed
+CSV renders to."""
 
 import json
 import math

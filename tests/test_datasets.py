@@ -1,4 +1,5 @@
-"""Class folders with awkward names, pictures of every mode, every mistake a user can make, and the drawn sample."""
+"""Class folders with awkward names, pictures of every mode, every mistake a user can make, and the drawn
+sample."""
 
 import os
 import shutil
@@ -45,7 +46,8 @@ def sample(tmp_path_factory) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------- names and loaders
+# ---------------------------------------------------------------------------------------------------- names
+# and loaders
 
 
 def test_a_class_is_the_same_in_both_normal_forms(data):
@@ -101,7 +103,8 @@ def test_processes_share_the_test_images_without_repeating_any(data):
     assert counts == [2, 1]
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# -----------------------------------------------------------------------------------------------------------
+# pictures
 
 
 def pixel(path: Path, at=(0, 0)) -> tuple:
@@ -164,7 +167,8 @@ def test_exif_rotation(tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ mistakes
+# ------------------------------------------------------------------------------------------------------------
+# mistakes
 
 
 def test_no_class_folders(data):
@@ -214,7 +218,8 @@ def test_the_report_counts_and_notes_what_is_odd(data, capsys):
     assert "Новый has no images: the accuracy says nothing" in said
 
 
-# ---------------------------------------------------------------------------------------------------------- the sample
+# ----------------------------------------------------------------------------------------------------------
+# the sample
 
 
 def test_the_sample_is_drawn_the_same_for_the_same_seed(sample, tmp_path):

@@ -27,7 +27,8 @@ def coarse(monkeypatch):
 
 
 def table(backends=BACKENDS, sizes=(224, 512), batches=(1, 16), sweep="a", interval=0.02, memory=900.0):
-    """Rows whose throughput is the given one at 224 px and batch 1, times 4 at batch 16, shrinking with the area."""
+    """Rows whose throughput is the given one at 224 px and batch 1, times 4 at batch 16, shrinking with the
+    area."""
     rows = []
     for backend, (precision, base) in backends.items():
         for size in sizes:

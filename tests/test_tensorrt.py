@@ -1,4 +1,5 @@
-"""trt.py, torch_trt.py and tensorrt_inference.py.  What needs TensorRT is skipped, saying why, where there is none."""
+"""trt.py, torch_trt.py and tensorrt_inference.py.  What needs TensorRT is skipped, saying why, where there
+is none."""
 
 import json
 import sys
@@ -204,7 +205,8 @@ def test_the_scripts_say_why_they_cannot_build(script, monkeypatch, capsys):
 
 
 def small_onnx(path, opset):
-    """input (batch, 3, 4, 4) -> mean over the image -> logits (batch, 3); from opset 18 on the axes are an input, as exporters write it."""
+    """input (batch, 3, 4, 4) -> mean over the image -> logits (batch, 3); from opset 18 on the axes are an
+    input, as exporters write it."""
     onnx = pytest.importorskip("onnx")
     make = onnx.helper
     axes = [make.make_tensor("axes", onnx.TensorProto.INT64, [2], [2, 3])] if opset >= 18 else []

@@ -1,4 +1,5 @@
-"""train.py at small settings: what it writes, what it skips, how it goes on after an interruption, and on two processes."""
+"""train.py at small settings: what it writes, what it skips, how it goes on after an interruption, and on
+two processes."""
 
 import os
 import shutil
@@ -23,7 +24,8 @@ from utils.utils import UserError, checkpoint_path, read_json, write_json
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A project whose two classes, light and dark noise, have five training images each, and four and three test images."""
+    """A project whose two classes, light and dark noise, have five training images each, and four and three
+    test images."""
     numbers = np.random.default_rng(0)
     for name, low in (("светлый", 120), ("тёмный", 0)):
         for split, count in (("train", 5), ("test", 4 if low else 3)):

@@ -1,6 +1,8 @@
-"""The sample heroes: cartoon pictures in four classes, everything in them decided by a random generator that the caller seeds.
+"""The sample heroes: cartoon pictures in four classes, everything in them decided by a random generator
+that the caller seeds.
 
-datasets.py draws them where there is no data at all.  Colours, backgrounds, light and pose vary: only the shapes give the class away.
+datasets.py draws them where there is no data at all.  Colours, backgrounds, light and pose vary: only the
+shapes give the class away.
 """
 
 import colorsys
@@ -12,7 +14,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 
 def draw_picture(name: str, rng: random.Random, widest: int = 700, noise: float = 9) -> Image.Image:
-    """A hero in a random pose, scale, colour and light before a random background, 200 to `widest` px wide and high."""
+    """A hero in a random pose, scale, colour and light before a random background, 200 to `widest` px wide
+    and high."""
     width = rng.randint(200, widest)
     height = min(max(round(width * rng.uniform(0.8, 1.25)), 200), widest)
     picture = draw_background(width, height, rng)
@@ -29,7 +32,8 @@ def draw_picture(name: str, rng: random.Random, widest: int = 700, noise: float 
 
 
 def draw_hero(name: str, side: int, rng: random.Random) -> Image.Image:
-    """The hero alone on a transparent square: drawn twice as large, shaded from above, turned and mirrored at random."""
+    """The hero alone on a transparent square: drawn twice as large, shaded from above, turned and mirrored
+    at random."""
     pen = Pen(2 * side)
     tilt = HEROES[name](pen, rng)
     hero = pen.image.resize((side, side), Image.Resampling.BOX)
@@ -127,7 +131,8 @@ def curve(points, closed: bool = False, steps: int = 10) -> list[tuple[float, fl
 
 
 class Pen:
-    """Cartoon shapes with dark outlines on a transparent square; coordinates and widths in hundredths of its side, y downwards."""
+    """Cartoon shapes with dark outlines on a transparent square; coordinates and widths in hundredths of
+    its side, y downwards."""
 
     INK = (28, 20, 34)
 
@@ -273,7 +278,8 @@ def stitches(pen: Pen, line) -> None:
 
 
 def draw_tatsumaki(pen: Pen, rng: random.Random) -> float:
-    """Tatsumaki: a small girl in a black dress, her green curls flare up in the light of her psychic power, stones float around."""
+    """Tatsumaki: a small girl in a black dress, her green curls flare up in the light of her psychic power,
+    stones float around."""
     hair, skin = near(rng, 0.36, 0.72, 0.62, 0.06), near(rng, 0.07, 0.22, 0.95, 0.02)
     dress, aura = near(rng, rng.random(), 0.3, 0.17), near(rng, rng.choice([0.36, 0.45, 0.55, 0.75]), 0.5, 1)
     sway, spread = rng.uniform(-4, 4), rng.uniform(0.85, 1.15)
@@ -435,7 +441,8 @@ def draw_saitama(pen: Pen, rng: random.Random) -> float:
 
 
 def draw_parovozov(pen: Pen, rng: random.Random) -> float:
-    """Arkady Parovozov: a superhero under steam flying fist first, with moustache, goggles, a chimney and a locomotive's wheel."""
+    """Arkady Parovozov: a superhero under steam flying fist first, with moustache, goggles, a chimney and a
+    locomotive's wheel."""
     suit, cape = near(rng, usual(rng, 0.6), 0.65, 0.75), near(rng, usual(rng, 0.99), 0.8, 0.8)
     skin, hair = near(rng, 0.06, 0.35, 0.93, 0.02), near(rng, 0.07, 0.55, rng.choice([0.2, 0.3, 0.45]))
     brass, wind = near(rng, 0.12, 0.65, 0.9), rng.uniform(-7, 7)
@@ -519,7 +526,8 @@ HEROES = {
 
 
 def draw_background(width: int, height: int, rng: random.Random) -> Image.Image:
-    """A gradient of two random colours, then hills, a city, rays, bubbles or plain blots of random colours."""
+    """A gradient of two random colours, then hills, a city, rays, bubbles or plain blots of random
+    colours."""
     ends = [hsv(rng.random(), rng.uniform(0.15, 0.75), rng.uniform(0.3, 1)) for _ in range(2)]
     turn = rng.choice([0, 0, 90, 180])
     picture = (

@@ -83,10 +83,9 @@ class OnnxRuntime(Backend):
             cuda_only = "NHWC and CUDA graphs are options of ONNX Runtime's CUDA provider"
             return f"{cuda_only}; this run is on the CPU" if self.nhwc else None
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            return (
-                f"onnxruntime {onnxruntime.__version__} has no CUDA provider; measure it in an environment made "
-                "from requirements.txt, as a sweep of its own: python benchmark.py --sweep NAME"
-            )
+            made = "measure it in an environment made from requirements.txt, as a sweep of its own"
+            how = f"{made}: python benchmark.py --sweep NAME"
+            return f"onnxruntime {onnxruntime.__version__} has no CUDA provider; {how}"
         return None
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import io
 import math
-import os
 import time
 from pathlib import Path
 
@@ -28,12 +27,21 @@ from tqdm import tqdm
 
 import datasets
 import model as networks
+from utils.devices import (
+    average_statistics,
+    choose_precision,
+    hardware,
+    rank,
+    say,
+    start_processes,
+    sum_over_ranks,
+    wait_for_all,
+)
 from utils.utils import (
     IMAGE_SIZES,
     UserError,
     add_path_arguments,
     checkpoint_path,
-    cpu_name,
     read_json,
     run_main,
     write_atomic,
@@ -48,71 +56,6 @@ MOMENTUM = (
 )
 WARMUP = 0.2  # share of all steps in which the learning rate rises; then it falls to 0 along a cosine
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's
-
-
-def start_processes(name: str) -> torch.device:
-    """The device of this process; joins the others where torchrun started it.  Raises UserError."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        mend = "run on the CPU: python train.py --device cpu"
-        raise UserError(f"--device {name} can't be used here ({reason}); {mend}") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-    if several and device.type == "cuda":
-        new = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 3)  # NCCL guesses where it isn't told
-        dist.init_process_group("nccl", **({"device_id": device} if new else {}))
-    elif several:
-        dist.init_process_group("gloo")
-    return device
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def say(text: str) -> None:
-    if rank() == 0:
-        print(text, flush=True)
-
-
-def wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def sum_over_ranks(*values: torch.Tensor | int, device: torch.device) -> list[float]:
-    total = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
-
-
-def choose_precision(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware has it, since emulated it is slow; float16 on older GPUs, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu" and has_native_bfloat16():
-        return torch.bfloat16
-    return torch.float32
-
-
-def has_native_bfloat16() -> bool:
-    if hasattr(torch.cpu, "_is_avx512_bf16_supported"):  # not in torch 2.2
-        return torch.cpu._is_avx512_bf16_supported()
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and "avx512_bf16" in flags.read_text(encoding="utf-8")
-
-
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def learning_rate_at(progress: float, peak: float) -> float:
@@ -167,15 +110,6 @@ def evaluate(network, batches, device) -> dict[str, float]:
     return {"test_loss": loss_sum / count, "test_accuracy": correct / count, "test_images": round(count)}
 
 
-def average_statistics(network: torch.nn.Module) -> None:
-    """Each process saw other images: give all the mean of their statistics, or each tests another network."""
-    if dist.is_initialized():
-        for buffer in network.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= dist.get_world_size()
-
-
 def matching(path: Path, settings: dict, images: dict) -> dict | None:
     """The checkpoint or interrupted state at `path` if it was made by this very request from these images."""
     try:
@@ -186,7 +120,7 @@ def matching(path: Path, settings: dict, images: dict) -> dict | None:
 
 
 class Training:
-    """The state of one network's training: what is saved after every epoch, and read after an interruption."""
+    """The state of one network's training: saved after every epoch, read after an interruption."""
 
     def __init__(self, settings: dict, images: dict, classes: list[str], device, precision: torch.dtype):
         torch.manual_seed(settings["seed"])

@@ -17,6 +17,7 @@ from conftest import ROOT, load_test_images, run_script
 from PIL import Image
 
 import datasets
+from utils.heroes import HEROES
 from utils.utils import UserError
 
 FEW = {"train": 2, "test": 1}
@@ -233,7 +234,7 @@ def test_the_sample_is_drawn_the_same_for_the_same_seed(sample, tmp_path):
     listed = datasets.list_images(sample)
     assert {
         split: {name: len(images) for name, images in classes.items()} for split, classes in listed.items()
-    } == {split: dict.fromkeys(sorted(datasets.HEROES), count) for split, count in FEW.items()}
+    } == {split: dict.fromkeys(sorted(HEROES), count) for split, count in FEW.items()}
     assert all(200 <= side <= 700 for size in datasets.check_images(sample).values() for side in size)
 
 

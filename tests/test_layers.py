@@ -6,14 +6,16 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [  # from the lowest; files in one layer do not import each other
-    ["utils.gpu", "utils.timing", "utils.ceilings", "utils.heroes", "utils.schema"],
-    ["utils.utils"],
+    ["utils.gpu", "utils.timing", "utils.ceilings", "utils.pen", "utils.schema"],
+    ["utils.utils", "utils.heroes"],
+    ["utils.images", "utils.devices"],
     ["model", "datasets"],
     ["utils.check"],
     ["utils.records"],
     ["utils.findings"],
     ["utils.report", "utils.measure"],
-    ["utils.readme", "utils.plot_utils", "utils.jobs"],
+    ["utils.readme", "utils.captions", "utils.jobs"],
+    ["utils.plot_utils"],
     ["pytorch_inference"],
     ["onnx_inference"],
     ["trt"],

@@ -15,6 +15,7 @@ import model
 import tensorrt_inference
 import torch_trt
 import trt
+from utils import utils
 from utils.utils import UserError
 
 FACTS = {
@@ -39,12 +40,12 @@ TORCH = trt.why_unavailable(["torch_tensorrt"], DEVICE)
     ],
 )
 def test_the_profile_spans_one_to_the_largest_batch_and_its_best_is_at_least_two(batches, static, expected):
-    assert trt.profile(batches, 64, static) == [[batch, 3, 64, 64] for batch in expected]
+    assert trt.profile_shapes(batches, 64, static) == [[batch, 3, 64, 64] for batch in expected]
 
 
 def test_every_size_largest_batch_and_kind_has_a_file_of_its_own():
     shapes = [
-        trt.profile([batch], size, static)
+        trt.profile_shapes([batch], size, static)
         for batch in (4, 8)
         for size in (64, 96)
         for static in (False, True)
@@ -68,31 +69,31 @@ def test_a_shape_outside_the_profile_is_refused_with_both_shapes(shape):
 @pytest.fixture
 def engine(tmp_path):
     path = tmp_path / "resnet18_64_max4_fp16.engine"
-    trt.store(path, FACTS, lambda temporary: temporary.write_bytes(b"a plan"))
+    utils.store(path, FACTS, lambda temporary: temporary.write_bytes(b"a plan"))
     return path
 
 
 def test_a_whole_file_made_from_the_same_is_fresh(engine, capsys):
-    assert trt.is_fresh(engine, json.loads(json.dumps(FACTS)))
+    assert utils.is_fresh(engine, json.loads(json.dumps(FACTS)))
     assert sorted(path.name for path in engine.parent.iterdir()) == [engine.name, f"{engine.name}.json"]
     assert capsys.readouterr().err == ""
 
 
 def test_a_missing_file_is_no_surprise(tmp_path, capsys):
-    assert not trt.is_fresh(tmp_path / "none.engine", FACTS)
+    assert not utils.is_fresh(tmp_path / "none.engine", FACTS)
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("content", [b"", b"a pla", b"a plan!", b"b plan"])
 def test_a_damaged_file_is_noticed(engine, content, capsys):
     engine.write_bytes(content)
-    assert not trt.is_fresh(engine, FACTS)
+    assert not utils.is_fresh(engine, FACTS)
     assert capsys.readouterr().err == f"{engine} is damaged; building it anew\n"
 
 
 @pytest.mark.parametrize("name", FACTS)
 def test_a_file_made_from_anything_else_is_a_miss_and_says_what_differs(engine, name, capsys):
-    assert not trt.is_fresh(engine, {**FACTS, name: "other"})
+    assert not utils.is_fresh(engine, {**FACTS, name: "other"})
     assert capsys.readouterr().err == f"{engine} was made for another {name}; building it anew\n"
 
 
@@ -100,7 +101,7 @@ def test_a_file_made_from_anything_else_is_a_miss_and_says_what_differs(engine, 
 def test_a_file_without_a_readable_note_is_a_miss(engine, note, capsys):
     path = engine.with_name(engine.name + ".json")
     path.unlink() if note is None else path.write_bytes(note)
-    assert not trt.is_fresh(engine, FACTS)
+    assert not utils.is_fresh(engine, FACTS)
     assert capsys.readouterr().err == f"{engine} does not say what it was made from; building it anew\n"
 
 
@@ -113,9 +114,9 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_half_one(engine, error)
         raise error
 
     with pytest.raises(type(error)):
-        trt.store(engine, {**FACTS, "onnx": "new"}, write)
+        utils.store(engine, {**FACTS, "onnx": "new"}, write)
     assert len(list(engine.parent.iterdir())) == 2
-    assert trt.is_fresh(engine, FACTS)
+    assert utils.is_fresh(engine, FACTS)
 
 
 class Inline:
@@ -154,7 +155,9 @@ def test_an_engine_that_does_not_load_is_built_anew(engine, monkeypatch, capsys)
 
 def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(UserError, match="python train.py --image-sizes 64"):
-        trt.load_or_build(trt.find, trt.build, trt.load, tmp_path / "best_resnet18_64.pth", FACTS["shapes"])
+        trt.load_or_build(
+            trt.find, trt.build, trt.open_engine, tmp_path / "best_resnet18_64.pth", FACTS["shapes"]
+        )
 
 
 # ---- reasons
@@ -459,6 +462,6 @@ def test_a_corrupt_timing_cache_does_not_break_a_build(checkpoint):
 
     path, _, _ = onnx_inference.export(checkpoint, 64, "FP16")
     plan, timings = trt.build_plan(
-        trt.onnx_for(tensorrt.__version__, path, None), trt.profile([2], 64), b"corrupt"
+        trt.onnx_for(tensorrt.__version__, path, None), trt.profile_shapes([2], 64), b"corrupt"
     )
     assert trt.Engine(plan).largest == (2, 3, 64, 64) and timings

@@ -1,16 +1,14 @@
-"""The sample heroes: cartoon pictures in four classes, everything in them decided by a random generator
-that the caller seeds.
+"""The sample heroes: cartoons in four classes, all in them decided by a generator that the caller seeds.
 
-datasets.py draws them where there is no data at all.  Colours, backgrounds, light and pose vary: only the
-shapes give the class away.
+datasets.py draws them where there is no data.  Colours, light and pose vary: only shapes give the class away.
 """
 
-import colorsys
 import math
 import random
 
-import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps
+
+from utils.pen import Pen, both, curve, darker, draw_background, light, lighter, near, path, polar, usual
 
 
 def draw_picture(name: str, rng: random.Random, widest: int = 700, noise: float = 9) -> Image.Image:
@@ -23,9 +21,8 @@ def draw_picture(name: str, rng: random.Random, widest: int = 700, noise: float 
     hero = draw_hero(name, side, rng)
     x = (width - side) // 2 + round(width * rng.uniform(-0.09, 0.09))
     y = (height - side) // 2 + round(height * rng.uniform(-0.05, 0.07))
-    shadow = (
-        hero.getchannel("A").filter(ImageFilter.GaussianBlur(side / 40)).point(lambda alpha: alpha * 0.45)
-    )
+    blurred = hero.getchannel("A").filter(ImageFilter.GaussianBlur(side / 40))
+    shadow = blurred.point(lambda alpha: alpha * 0.45)
     picture.paste((10, 10, 25), (x + side // 40, y + side // 30), shadow)
     picture.paste(hero, (x, y), hero)
     return light(picture, rng, noise)
@@ -47,164 +44,10 @@ def draw_hero(name: str, side: int, rng: random.Random) -> Image.Image:
     return hero.rotate(tilt + rng.uniform(-12, 12), Image.Resampling.BILINEAR)
 
 
-def light(picture: Image.Image, rng: random.Random, noise: float) -> Image.Image:
-    """Coloured light falling off to one side, and a camera's noise of up to `noise` grey levels."""
-    numbers = np.random.default_rng(rng.getrandbits(64))
-    pixels = np.asarray(picture, dtype=np.float32)
-    height, width, _ = pixels.shape
-    angle, fall = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.35)
-    ramp = np.linspace(-1, 1, width)[None, :] * math.cos(angle) + np.linspace(-1, 1, height)[
-        :, None
-    ] * math.sin(angle)
-    lamp = np.array(hsv(rng.random(), rng.uniform(0, 0.18), 1)) / 255 * rng.uniform(0.8, 1.15)
-    pixels = pixels * (1 + fall * ramp[..., None]) * lamp + numbers.normal(
-        0, rng.uniform(0, noise), (height, width, 1)
-    )
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def hsv(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
-    red, green, blue = colorsys.hsv_to_rgb(hue % 1, min(max(saturation, 0), 1), min(max(value, 0), 1))
-    return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def near(
-    rng: random.Random, hue: float, saturation: float, value: float, spread: float = 0.04
-) -> tuple[int, int, int]:
-    """A colour around this one: a hero's costume comes in many shades."""
-    return hsv(
-        hue + rng.uniform(-spread, spread),
-        saturation + rng.uniform(-0.12, 0.12),
-        value + rng.uniform(-0.12, 0.08),
-    )
-
-
-def usual(rng: random.Random, hue: float) -> float:
-    """The hue that a costume is known for; one in six is of another."""
-    return hue if rng.random() < 5 / 6 else rng.random()
-
-
-def darker(colour: tuple[int, int, int], factor: float = 0.7) -> tuple[int, int, int]:
-    return tuple(round(channel * factor) for channel in colour)
-
-
-def lighter(colour: tuple[int, int, int], factor: float = 0.45) -> tuple[int, int, int]:
-    return tuple(round(channel + (255 - channel) * factor) for channel in colour)
-
-
-def path(text: str, x: float = 0, y: float = 0) -> list[tuple[float, float]]:
-    """The points written in `text` as "dx dy, dx dy", from (x, y)."""
-    pairs = (pair.split() for pair in text.split(","))
-    return [(x + float(dx), y + float(dy)) for dx, dy in pairs]
-
-
-def both(text: str, x: float, y: float = 0) -> list[tuple[float, float]]:
-    """A symmetrical outline around the upright line at x; `text` is its right half, from the top down."""
-    right = path(text, x, y)
-    return right + [(2 * x - px, py) for px, py in reversed(right) if px != x]
-
-
-def polar(x: float, y: float, radius: float, angle: float) -> tuple[float, float]:
-    return x + radius * math.cos(angle), y + radius * math.sin(angle)
-
-
-def curve(points, closed: bool = False, steps: int = 10) -> list[tuple[float, float]]:
-    """A smooth line through the points (Catmull-Rom)."""
-    points = list(points)
-    ends = [points[-1], *points, points[0], points[1]] if closed else [points[0], *points, points[-1]]
-    smooth = []
-    for p0, p1, p2, p3 in zip(ends, ends[1:], ends[2:], ends[3:], strict=False):
-        for t in (step / steps for step in range(steps)):
-            smooth.append(
-                tuple(
-                    0.5
-                    * (
-                        2 * b
-                        + (c - a) * t
-                        + (2 * a - 5 * b + 4 * c - d) * t**2
-                        + (3 * b - a - 3 * c + d) * t**3
-                    )
-                    for a, b, c, d in zip(p0, p1, p2, p3, strict=True)
-                )
-            )
-    return smooth if closed else [*smooth, points[-1]]
-
-
-class Pen:
-    """Cartoon shapes with dark outlines on a transparent square; coordinates and widths in hundredths of
-    its side, y downwards."""
-
-    INK = (28, 20, 34)
-
-    def __init__(self, side: int):
-        self.unit = side / 100
-        self.image = Image.new("RGBA", (side, side))
-        self.canvas = ImageDraw.Draw(self.image)
-
-    def at(self, points):
-        return [(x * self.unit, y * self.unit) for x, y in points]
-
-    def shape(self, points, fill, ink: float = 0.8):
-        """A polygon; half of the outline lies outside."""
-        points = self.at(points)
-        if ink:
-            self.canvas.line(
-                [*points, points[0], points[1]], self.INK, max(1, round(2 * ink * self.unit)), joint="curve"
-            )
-        self.canvas.polygon(points, fill)
-
-    def blob(self, points, fill, ink: float = 0.8):
-        self.shape(curve(points, closed=True), fill, ink)
-
-    def oval(self, x, y, rx, ry, fill, angle: float = 0, ink: float = 0.8):
-        cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-        turns = [2 * math.pi * step / 48 for step in range(48)]
-        self.shape(
-            [
-                (
-                    x + rx * math.cos(t) * cos - ry * math.sin(t) * sin,
-                    y + rx * math.cos(t) * sin + ry * math.sin(t) * cos,
-                )
-                for t in turns
-            ],
-            fill,
-            ink,
-        )
-
-    def line(self, points, width: float, fill=INK):
-        points = self.at(points)
-        self.canvas.line(points, fill, max(1, round(width * self.unit)), joint="curve")
-        for x, y in (points[0], points[-1]):
-            radius = width * self.unit / 2
-            self.canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
-
-    def limb(self, points, start: float, end: float, fill, ink: float = 0.8):
-        """A smooth tube that tapers from `start` to `end` (widths)."""
-        smooth = curve(points, steps=24)
-        for extra, colour in ((2 * ink, self.INK), (0, fill)):
-            for step, (x, y) in enumerate(self.at(smooth)):
-                radius = (start + (end - start) * step / (len(smooth) - 1) + extra) * self.unit / 2
-                self.canvas.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
-
-    def glow(self, x, y, rx, ry, fill, strength: float):
-        """A soft light behind what is drawn next."""
-        side = self.image.width
-        mask = Image.new("L", (side // 8, side // 8))
-        unit = self.unit / 8
-        ImageDraw.Draw(mask).ellipse(
-            ((x - rx) * unit, (y - ry) * unit, (x + rx) * unit, (y + ry) * unit), round(255 * strength)
-        )
-        mask = mask.filter(ImageFilter.GaussianBlur(side / 130)).resize((side, side))
-        self.image.alpha_composite(Image.merge("RGBA", (*Image.new("RGB", (side, side), fill).split(), mask)))
-
-
 def draw_pudge(pen: Pen, rng: random.Random) -> float:
     """Pudge of Dota: a mountain of stitched flesh, a small head, the hook on its chain and a cleaver."""
-    skin, apron, steel = (
-        near(rng, 0.03, 0.38, 0.78, 0.08),
-        near(rng, rng.random(), 0.45, 0.5),
-        near(rng, 0.6, 0.1, 0.75),
-    )
+    skin, apron = near(rng, 0.03, 0.38, 0.78, 0.08), near(rng, rng.random(), 0.45, 0.5)
+    steel = near(rng, 0.6, 0.1, 0.75)
     gore, leather = near(rng, 0.99, 0.75, 0.6, 0.03), near(rng, 0.08, 0.5, 0.35)
     lift, swing = rng.uniform(-10, 8), rng.uniform(-6, 6)
     for x, out in ((38, -3), (62, 3)):
@@ -250,7 +93,11 @@ def draw_pudge(pen: Pen, rng: random.Random) -> float:
         pen.line(curve([(56.5, y + 1), (61, y), (66, y + 1)]), 1.3, (240, 228, 205))
     stitches(pen, curve([(30, 52), (36, 61), (34, 69)]))
     stitches(pen, curve([(44, 41), (50, 45), (57, 41)]))
-    # the head
+    pudge_head(pen, rng, skin)
+    return 0
+
+
+def pudge_head(pen: Pen, rng: random.Random, skin) -> None:
     x, y = 50 + rng.uniform(-3, 3), 29 + rng.uniform(-1, 2)
     pen.blob(both("0 -16, 9 -11, 11 0, 13 7, 0 12", x, y), lighter(skin, 0.12))
     pen.blob(both("0 1.5, 9 3, 7 8, 0 9.5", x, y), (70, 20, 30))
@@ -266,7 +113,6 @@ def draw_pudge(pen: Pen, rng: random.Random) -> float:
     pen.line([(x - 8, y - 7.5), (x - 2, y - 5.5)], 1.5)
     pen.line([(x + 8, y - 7), (x + 2.5, y - 5.5)], 1.5)
     stitches(pen, curve([(x - 1, y - 15.5), (x + 2, y - 11), (x, y - 7)]))
-    return 0
 
 
 def stitches(pen: Pen, line) -> None:
@@ -277,9 +123,11 @@ def stitches(pen: Pen, line) -> None:
         pen.line([(x0 - nx, y0 - ny), (x0 + nx, y0 + ny)], 0.8)
 
 
+CURLS = [(19, -4, 6.5), (23, 5, 6), (17, 11, 5.5), (20, -13, 6.5), (12, -20, 6.5), (4, -23, 6)]
+
+
 def draw_tatsumaki(pen: Pen, rng: random.Random) -> float:
-    """Tatsumaki: a small girl in a black dress, her green curls flare up in the light of her psychic power,
-    stones float around."""
+    """Tatsumaki: a small girl in a black dress, her green curls aflare in her power's light, among stones."""
     hair, skin = near(rng, 0.36, 0.72, 0.62, 0.06), near(rng, 0.07, 0.22, 0.95, 0.02)
     dress, aura = near(rng, rng.random(), 0.3, 0.17), near(rng, rng.choice([0.36, 0.45, 0.55, 0.75]), 0.5, 1)
     sway, spread = rng.uniform(-4, 4), rng.uniform(0.85, 1.15)
@@ -288,14 +136,7 @@ def draw_tatsumaki(pen: Pen, rng: random.Random) -> float:
         float_stone(pen, rng)
     x, y = 50 + sway / 2, 33
     for side in (-1, 1):  # the curls behind the head, from the lowest to the crown
-        for out, up, size in (
-            (19, -4, 6.5),
-            (23, 5, 6),
-            (17, 11, 5.5),
-            (20, -13, 6.5),
-            (12, -20, 6.5),
-            (4, -23, 6),
-        ):
+        for out, up, size in CURLS:
             curl(pen, (x + side * 7, y - 2), (x + side * out * spread, y - 2 + up), side, size, hair)
     for side in (-1, 1):
         foot = (50 + side * rng.uniform(3, 8), 94)
@@ -304,11 +145,8 @@ def draw_tatsumaki(pen: Pen, rng: random.Random) -> float:
     raised = rng.random() < 0.55
     for side in (-1, 1):
         if raised:
-            arm = [
-                (50 + side * 7, 53),
-                (50 + side * 18, 57 + rng.uniform(-3, 3)),
-                (50 + side * 26, 47 + rng.uniform(-6, 8)),
-            ]
+            elbow = (50 + side * 18, 57 + rng.uniform(-3, 3))
+            arm = [(50 + side * 7, 53), elbow, (50 + side * 26, 47 + rng.uniform(-6, 8))]
         else:  # hands on her hips
             arm = [(50 + side * 7, 53), (50 + side * 18, 60), (50 + side * 9, 66)]
         pen.limb(arm, 6, 5, dress)
@@ -321,7 +159,12 @@ def draw_tatsumaki(pen: Pen, rng: random.Random) -> float:
     for side in (-1, 1):  # the slits
         pen.shape([(50 + side * 8, 69), (50 + side * 12, 81), (50 + side * 6, 82)], skin, 0.4)
     pen.shape([(45, 47), (55, 47), (58, 52), (50, 55), (42, 52)], lighter(dress, 0.14))
-    # the face
+    tatsumaki_head(pen, rng, (x, y), skin, hair)
+    return rng.uniform(-6, 6)
+
+
+def tatsumaki_head(pen: Pen, rng: random.Random, at, skin, hair) -> None:
+    x, y = at
     pen.blob(both("0 -13, 12 -4, 10 6, 0 13", x, y), skin)
     iris = near(rng, 0.38, 0.8, 0.65)
     for side in (-1, 1):
@@ -332,14 +175,11 @@ def draw_tatsumaki(pen: Pen, rng: random.Random) -> float:
         pen.line([(x + side * 8.6, y - 2.6), (x + side * 2.2, y - 0.6)], 1.3, darker(hair, 0.5))
     pen.line(curve([(x - 2.2, y + 8.6), (x, y + 7.8), (x + 2.2, y + 8.6)]), 0.9)
     # the fringe: pointed locks over a cap
-    fringe = path(
-        "-13.5 2, -9.5 -4.5, -7 -1.5, -3.5 -5.5, 0.5 -1.5, 4 -5.5, 7.5 -1.8, 9.8 -4.8, 13.5 2", x, y
-    )
-    pen.shape([*fringe, *curve(path("14.5 -6, 8 -15, 0 -17.5, -8 -15, -14.5 -6", x, y))], hair)
+    locks = "-13.5 2, -9.5 -4.5, -7 -1.5, -3.5 -5.5, 0.5 -1.5, 4 -5.5, 7.5 -1.8, 9.8 -4.8, 13.5 2"
+    pen.shape([*path(locks, x, y), *curve(path("14.5 -6, 8 -15, 0 -17.5, -8 -15, -14.5 -6", x, y))], hair)
     pen.line(curve([(x - 9, y - 9), (x - 4, y - 13), (x + 2, y - 13.8)]), 1.2, lighter(hair))
     for side in (-1, 1):  # the curls at her cheeks
         curl(pen, (x + side * 11, y - 4), (x + side * 15, y + 9), side, 5, hair)
-    return rng.uniform(-6, 6)
 
 
 def curl(pen: Pen, root, tip, side: int, size: float, fill) -> None:
@@ -348,10 +188,8 @@ def curl(pen: Pen, root, tip, side: int, size: float, fill) -> None:
     heading = math.atan2(y1 - y0, x1 - x0)
     bend = (x0 + (x1 - x0) * 0.55 - side * (y1 - y0) * 0.1, y0 + (y1 - y0) * 0.55 + side * (x1 - x0) * 0.1)
     centre = polar(x1, y1, size * 0.7, heading - side * math.pi / 2)
-    roll = [
-        polar(*centre, size * (0.7 - 0.07 * step), heading + side * math.pi * (0.5 - step / 4))
-        for step in range(7)
-    ]
+    turns = [(0.7 - 0.07 * step, heading + side * math.pi * (0.5 - step / 4)) for step in range(7)]
+    roll = [polar(*centre, size * radius, angle) for radius, angle in turns]
     pen.limb([root, bend, *roll], size * 1.5, size * 0.35, fill)
     pen.line(curve([bend, *roll[:3]]), size * 0.16, lighter(fill, 0.3))
 
@@ -359,9 +197,8 @@ def curl(pen: Pen, root, tip, side: int, size: float, fill) -> None:
 def float_stone(pen: Pen, rng: random.Random) -> None:
     angle, radius, grey = rng.uniform(0, 2 * math.pi), rng.uniform(36, 44), near(rng, 0.08, 0.15, 0.55)
     centre, size = polar(50, 52, radius, angle), rng.uniform(2, 4.5)
-    pen.shape(
-        [polar(*centre, size * rng.uniform(0.7, 1.2), math.pi * step / 3) for step in range(6)], grey, 0.6
-    )
+    corners = [polar(*centre, size * rng.uniform(0.7, 1.2), math.pi * step / 3) for step in range(6)]
+    pen.shape(corners, grey, 0.6)
 
 
 def draw_saitama(pen: Pen, rng: random.Random) -> float:
@@ -369,21 +206,15 @@ def draw_saitama(pen: Pen, rng: random.Random) -> float:
     suit, glove = near(rng, usual(rng, 0.14), 0.65, 0.93), near(rng, usual(rng, 0.0), 0.75, 0.8)
     skin, cape = near(rng, 0.075, 0.28, 0.96, 0.02), near(rng, rng.random(), 0.08, 0.93)
     wind, punch = rng.uniform(-10, 10), rng.random() < 0.45
-    pen.blob(
-        path("37 42, 50 39, 63 42") + path("75 72, 80 91, 64 88, 50 92, 34 88, 20 91, 25 70", wind), cape
-    )
+    flying = path("75 72, 80 91, 64 88, 50 92, 34 88, 20 91, 25 70", wind)
+    pen.blob(path("37 42, 50 39, 63 42") + flying, cape)
     for x in (33, 67):
-        pen.line(
-            curve([(44 + (x - 50) / 3, 50), (x + wind / 2, 70), (x + wind, 86)]), 0.7, darker(cape, 0.75)
-        )
+        fold = curve([(44 + (x - 50) / 3, 50), (x + wind / 2, 70), (x + wind, 86)])
+        pen.line(fold, 0.7, darker(cape, 0.75))
     step = rng.uniform(0, 4)
     for side in (-1, 1):
-        pen.limb(
-            [(50 + side * 4.5, 66), (50 + side * (6 + step), 80), (50 + side * (6.5 + step), 90)],
-            10.5,
-            8,
-            suit,
-        )
+        leg = [(50 + side * 4.5, 66), (50 + side * (6 + step), 80), (50 + side * (6.5 + step), 90)]
+        pen.limb(leg, 10.5, 8, suit)
         pen.limb([(50 + side * (6.3 + step), 83), (50 + side * (6.5 + step), 92)], 9.5, 9, glove)
         pen.oval(50 + side * (8 + step), 95, 6.5, 3, glove)
     arms = [[(38, 47), (30, 57), (31, 68)], [(62, 47), (70, 57), (69, 68)]]
@@ -405,7 +236,13 @@ def draw_saitama(pen: Pen, rng: random.Random) -> float:
     pen.blob(both("0 42, 10 39, 14 43, 6 45.5, 0 47.5", 50), cape)
     for x in (41, 59):
         pen.oval(x, 44.4, 1.7, 1.7, lighter(suit, 0.2))
-    # the head
+    saitama_head(pen, rng, skin)
+    if punch:
+        serious_punch(pen, rng, suit, glove)
+    return 0
+
+
+def saitama_head(pen: Pen, rng: random.Random, skin) -> None:
     x, y = 50 + rng.uniform(-1.5, 1.5), 25 + rng.uniform(-1, 1)
     for side in (-1, 1):
         pen.oval(x + side * 13, y + 3.5, 2.5, 4, skin)
@@ -418,31 +255,23 @@ def draw_saitama(pen: Pen, rng: random.Random) -> float:
         pen.line([(x + side * 8.8, y - 3.2), (x + side * 2.6, y - 3)], 0.9)
     pen.line([(x, y + 5), (x - 0.8, y + 7)], 0.7)
     pen.line([(x - 4, y + 11), (x + 4, y + 11)], 1)
-    if punch:  # the serious punch, straight at the viewer
-        fx, fy, size = 66 + rng.uniform(-3, 3), 58 + rng.uniform(-6, 4), rng.uniform(12, 16)
-        pen.limb([(62, 47), ((62 + fx) / 2 + 2, (47 + fy) / 2), (fx, fy)], 9, 13, suit)
-        pen.oval(fx, fy, size, size * 0.92, glove)
-        for finger in range(4):
-            pen.oval(
-                fx - size * 0.58 + finger * size * 0.39,
-                fy - size * 0.1,
-                size * 0.24,
-                size * 0.42,
-                lighter(glove, 0.1),
-                ink=0.6,
-            )
-        pen.limb(
-            [(fx - size * 0.6, fy + size * 0.5), (fx + size * 0.2, fy + size * 0.36)],
-            size * 0.36,
-            size * 0.36,
-            lighter(glove, 0.1),
-        )
-    return 0
+
+
+def serious_punch(pen: Pen, rng: random.Random, suit, glove) -> None:
+    """Straight at the viewer."""
+    fx, fy, size = 66 + rng.uniform(-3, 3), 58 + rng.uniform(-6, 4), rng.uniform(12, 16)
+    pen.limb([(62, 47), ((62 + fx) / 2 + 2, (47 + fy) / 2), (fx, fy)], 9, 13, suit)
+    pen.oval(fx, fy, size, size * 0.92, glove)
+    light_glove = lighter(glove, 0.1)
+    for finger in range(4):
+        middle = (fx - size * 0.58 + finger * size * 0.39, fy - size * 0.1)
+        pen.oval(*middle, size * 0.24, size * 0.42, light_glove, ink=0.6)
+    thumb = [(fx - size * 0.6, fy + size * 0.5), (fx + size * 0.2, fy + size * 0.36)]
+    pen.limb(thumb, size * 0.36, size * 0.36, light_glove)
 
 
 def draw_parovozov(pen: Pen, rng: random.Random) -> float:
-    """Arkady Parovozov: a superhero under steam flying fist first, with moustache, goggles, a chimney and a
-    locomotive's wheel."""
+    """Arkady Parovozov: a hero under steam, fist first: moustache, goggles, chimney, a wheel on the belt."""
     suit, cape = near(rng, usual(rng, 0.6), 0.65, 0.75), near(rng, usual(rng, 0.99), 0.8, 0.8)
     skin, hair = near(rng, 0.06, 0.35, 0.93, 0.02), near(rng, 0.07, 0.55, rng.choice([0.2, 0.3, 0.45]))
     brass, wind = near(rng, 0.12, 0.65, 0.9), rng.uniform(-7, 7)
@@ -454,13 +283,8 @@ def draw_parovozov(pen: Pen, rng: random.Random) -> float:
         for ink in (0.7, 0):  # all the outlines first, so that the lobes become one cloud
             for lobe_x, lobe_y in lobes:
                 pen.oval(lobe_x, lobe_y, size * 0.62, size * 0.56, puff, ink=ink)
-    pen.blob(
-        path("38 42, 62 42")
-        + path("74 66", wind / 2)
-        + path("70 89, 58 95, 46 88, 34 94", wind)
-        + path("25 66", wind / 2),
-        cape,
-    )
+    flying = path("74 66", wind / 2) + path("70 89, 58 95, 46 88, 34 94", wind) + path("25 66", wind / 2)
+    pen.blob(path("38 42, 62 42") + flying, cape)
     pen.line(curve([(42, 60), (42 + wind / 2, 76), (46 + wind, 86)]), 0.8, darker(cape))
     pen.line(curve([(60, 60), (62 + wind / 2, 76), (58 + wind, 92)]), 0.8, darker(cape))
     iron = near(rng, 0.6, 0.15, 0.28)
@@ -488,7 +312,20 @@ def draw_parovozov(pen: Pen, rng: random.Random) -> float:
         dx, dy = 4.6 * math.cos(angle), 4.6 * math.sin(angle)
         pen.line([(50 - dx, 66.5 - dy), (50 + dx, 66.5 + dy)], 0.9, (250, 240, 225))
     pen.oval(50, 66.5, 1.6, 1.6, brass, ink=0.4)
-    # the head: a square jaw, a moustache, goggles, a quiff
+    parovozov_head(pen, rng, skin, hair, brass)
+    # the fist ahead
+    arm = [(38, 48), (25, 38 + rng.uniform(-2, 2)), (21 + rng.uniform(-4, 4), 17 + rng.uniform(-3, 5))]
+    pen.limb(arm, 10, 9, suit)
+    pen.limb([((arm[1][0] + arm[2][0]) / 2, (arm[1][1] + arm[2][1]) / 2), arm[2]], 10, 10.5, cape)
+    fx, fy = arm[-1]
+    pen.oval(fx, fy, 7, 6.4, cape)
+    for finger in range(3):
+        pen.line([(fx - 3 + 3 * finger, fy - 5.4), (fx - 3 + 3 * finger, fy - 1)], 0.8)
+    return rng.uniform(-38, 5)
+
+
+def parovozov_head(pen: Pen, rng: random.Random, skin, hair, brass) -> None:
+    """A square jaw, a moustache, goggles, a quiff."""
     x, y = 50 + rng.uniform(-1.5, 1.5), 29
     for side in (-1, 1):
         pen.oval(x + side * 11.3, y + 1, 2.2, 3.2, skin)
@@ -506,88 +343,7 @@ def draw_parovozov(pen: Pen, rng: random.Random) -> float:
     pen.blob(both("0 5, 4 4.6, 9 7.5, 12.5 5, 10 10, 4 9.5, 0 7.6", x, y), hair, 0.6)
     pen.oval(x, y + 4, 1.9, 1.7, lighter(skin, 0.1), ink=0.5)
     pen.line(curve([(x - 2.6, y + 11.2), (x, y + 12), (x + 2.6, y + 11.2)]), 0.8)
-    # the fist ahead
-    arm = [(38, 48), (25, 38 + rng.uniform(-2, 2)), (21 + rng.uniform(-4, 4), 17 + rng.uniform(-3, 5))]
-    pen.limb(arm, 10, 9, suit)
-    pen.limb([((arm[1][0] + arm[2][0]) / 2, (arm[1][1] + arm[2][1]) / 2), arm[2]], 10, 10.5, cape)
-    fx, fy = arm[-1]
-    pen.oval(fx, fy, 7, 6.4, cape)
-    for finger in range(3):
-        pen.line([(fx - 3 + 3 * finger, fy - 5.4), (fx - 3 + 3 * finger, fy - 1)], 0.8)
-    return rng.uniform(-38, 5)
 
 
-HEROES = {
-    "Пудж": draw_pudge,
-    "Тацумаки": draw_tatsumaki,
-    "Сайтама": draw_saitama,
-    "АркадийПаровозов": draw_parovozov,
-}
-
-
-def draw_background(width: int, height: int, rng: random.Random) -> Image.Image:
-    """A gradient of two random colours, then hills, a city, rays, bubbles or plain blots of random
-    colours."""
-    ends = [hsv(rng.random(), rng.uniform(0.15, 0.75), rng.uniform(0.3, 1)) for _ in range(2)]
-    turn = rng.choice([0, 0, 90, 180])
-    picture = (
-        ImageOps.colorize(Image.linear_gradient("L").rotate(turn), *ends)
-        .resize((width, height))
-        .convert("RGB")
-    )
-    canvas, hue = ImageDraw.Draw(picture), rng.random()
-    kind = rng.choice(["hills", "city", "rays", "bubbles", "blots", "plain"])
-    if kind == "hills":
-        x, y, sun = (
-            width * rng.uniform(0.1, 0.9),
-            height * rng.uniform(0.1, 0.3),
-            width * rng.uniform(0.05, 0.12),
-        )
-        canvas.ellipse([x - sun, y - sun, x + sun, y + sun], hsv(rng.random(), 0.4, 1))
-        for layer in range(3):
-            line = curve(
-                [
-                    (width * step / 4, height * (0.5 + 0.15 * layer + rng.uniform(-0.1, 0.1)))
-                    for step in range(5)
-                ]
-            )
-            canvas.polygon(
-                [*line, (width, height), (0, height)], hsv(hue + 0.04 * layer, 0.5, 0.75 - 0.15 * layer)
-            )
-    elif kind == "city":
-        left = 0
-        while left < width:
-            right, top = left + width * rng.uniform(0.08, 0.18), height * rng.uniform(0.25, 0.7)
-            canvas.rectangle(
-                [left, top, right, height], hsv(hue + rng.uniform(-0.04, 0.04), 0.35, rng.uniform(0.25, 0.6))
-            )
-            for row in range(int(top + height * 0.04), height, max(4, height // 14)):
-                for column in range(
-                    int(left + width * 0.015), int(right - width * 0.02), max(4, width // 22)
-                ):
-                    if rng.random() < 0.5:
-                        canvas.rectangle(
-                            [column, row, column + width // 50, row + height // 35], hsv(0.14, 0.4, 0.95)
-                        )
-            left = right
-    elif kind == "rays":
-        x, y = width * rng.uniform(0.3, 0.7), height * rng.uniform(0.3, 0.7)
-        colour, count = hsv(hue, 0.4, 0.95), rng.choice([8, 12, 16])
-        for ray in range(count):
-            corners = [
-                polar(x, y, 2 * max(width, height), 2 * math.pi * (ray + half) / count) for half in (0, 0.5)
-            ]
-            canvas.polygon([(x, y), *corners], colour)
-    elif kind in ("bubbles", "blots"):
-        for _ in range(rng.randint(8, 22)):
-            x, y, size = (
-                rng.uniform(0, width),
-                rng.uniform(0, height),
-                rng.uniform(0.03, 0.18) * max(width, height),
-            )
-            colour = hsv(hue + rng.uniform(-0.15, 0.15), rng.uniform(0.2, 0.7), rng.uniform(0.35, 1))
-            if kind == "bubbles":
-                canvas.ellipse([x - size, y - size, x + size, y + size], colour)
-            else:
-                canvas.polygon([polar(x, y, size * rng.uniform(0.5, 1.4), t) for t in range(6)], colour)
-    return picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.008) * width))
+HEROES = {"Пудж": draw_pudge, "Тацумаки": draw_tatsumaki, "Сайтама": draw_saitama}
+HEROES["АркадийПаровозов"] = draw_parovozov

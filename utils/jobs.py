@@ -23,7 +23,7 @@ AUTO_BATCH_SIZES = [2**k for k in range(9)]  # 1 to 256; measured until they sat
 MAX_SECONDS = {"cuda": 30.0, "cpu": 2.0}  # of timed runs per configuration, over all rounds
 # A change of any of these makes an earlier measurement stale.
 MEASURING = ["model.py", "datasets.py", "*_inference.py", "trt.py", "torch_trt.py"]
-MEASURING += [f"utils/{name}.py" for name in ("ceilings", "check", "gpu", "measure", "timing")]
+MEASURING += [f"utils/{name}.py" for name in ("ceilings", "check", "gpu", "images", "measure", "timing")]
 
 
 def add_arguments(parser: argparse.ArgumentParser, backends: list[str], default: list[str]) -> None:

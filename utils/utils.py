@@ -135,7 +135,7 @@ def is_fresh(path: Path, facts: dict) -> bool:
         wrong = "is damaged"
     else:
         return True
-    print(f"{path} {wrong}; making it anew", file=sys.stderr, flush=True)
+    print(f"{path} {wrong}; building it anew", file=sys.stderr, flush=True)
     return False
 
 

@@ -1,0 +1,48 @@
+"""A backend is added by the README's steps and by nothing else."""
+
+import re
+import shutil
+
+import pandas as pd
+from conftest import ROOT, run_script
+
+
+def copy_of_the_repo(folder):
+    for path in [*ROOT.glob("*.py"), *(ROOT / "utils").glob("*.py")]:
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return folder
+
+
+def edit(path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{path} has not exactly one {old!r}"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_a_backend_is_added_by_the_steps_of_the_readme(project, tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"## Adding a backend.*?```python\n(.*?)```", readme, re.DOTALL)[1]
+    repo = copy_of_the_repo(tmp_path / "repo")
+    (repo / "torchscript_inference.py").write_text(code, encoding="utf-8")
+    script = repo / "benchmark.py"
+    edit(script, "import tensorrt_inference\n", "import tensorrt_inference\nimport torchscript_inference\n")
+    edit(
+        script,
+        "onnx_inference, tensorrt_inference]",
+        "onnx_inference, tensorrt_inference, torchscript_inference]",
+    )
+    colour = 'BACKEND_STYLE = {\n    "torchscript": (SKY, "s", "--"),'
+    plots = repo / "utils" / "plot_utils.py"
+    edit(
+        plots,
+        next(line for line in plots.read_text("utf-8").split("\n") if line.startswith("BACKEND_STYLE")),
+        colour,
+    )
+    paths = ["--data", project / "data", "--weights", project / "weights", "--results", tmp_path]
+    small = ["--backends", "pytorch", "torchscript", "--quick", "--runs", 4, "--device", "cpu", *paths]
+    said = run_script(script, *small, cwd=repo).stdout
+    rows = pd.read_csv(tmp_path / "quick" / "benchmark_results.csv").set_index("backend")
+    assert set(rows.loc["torchscript"].status) == {"ok"} and (rows.loc["torchscript"].speedup > 0).all()
+    assert "torchscript FP32" in said

@@ -1,0 +1,108 @@
+"""What the charts say: titles that state the finding, notes on what is missing."""
+
+import pandas as pd
+
+from utils import findings
+from utils.report import figure
+from utils.schema import BASELINE
+
+REASON = {"out_of_memory": "out of memory", "mismatch": "wrong results", "ok": "no reading"}
+
+
+def ends_of(values: pd.Series, unit: str) -> str:
+    """ "1.2x (PyTorch FP32) to 11.8x (TensorRT FP16)": the least and the greatest."""
+    values = values.sort_values(kind="stable")
+    texts = [f"{figure(values.iloc[i])}{unit} ({values.index[i]})" for i in (0, -1)]
+    return " to ".join(dict.fromkeys(texts))
+
+
+def leader(block: pd.DataFrame, column: str) -> str:
+    """The fastest (or the largest speedup) and where; no winner where the first are level."""
+    lead = findings.leaders(block, column)
+    if lead.empty:
+        return (
+            "No speedups: PyTorch FP32 was not measured"
+            if block["fps"].notna().any()
+            else "Nothing was measured"
+        )
+    best, last = lead.iloc[0], lead.iloc[-1]
+    where = f"at {best['image_size']} px, batch {best['batch_size']}"
+    unit = "x the speed of PyTorch FP32" if column == "speedup" else " images/s"
+    if block.loc[block["fps"].notna(), "label"].nunique() == 1:
+        return f"Only {best['label']} was measured: {figure(best['fps'])} images/s {where}"
+    if column == "speedup" and BASELINE in set(lead["backend"]):
+        return f"Nothing is clearly faster than PyTorch FP32 {where}"
+    if len(lead) == 1:
+        verb = "reaches" if column == "speedup" else "is fastest:"
+        unsure = " (no interval)" if pd.isna(best["fps_low"]) else ""
+        return f"{best['label']} {verb} {figure(best[column])}{unit} {where}{unsure}"
+    names = f"{best['label']} and {last['label'] if len(lead) == 2 else f'{len(lead) - 1} others'}"
+    between = f"{figure(best[column])} to {figure(last[column])}{unit} {where}"
+    return f"{names} are level: {between} (95 % intervals overlap)"
+
+
+def batching(block: pd.DataFrame, column: str) -> str:
+    """What the largest batch gains over the smallest at the smallest image size."""
+    ok = block[block["fps"].notna()]
+    gains = pd.Series(findings.batch_gain(ok), dtype=float)
+    if gains.empty:
+        return leader(block, column)
+    gains.index = [ok.loc[ok["backend"] == backend, "label"].iloc[0] for backend in gains.index]
+    small, large = ok["batch_size"].min(), ok["batch_size"].max()
+    where = f"batch {small} at {ok['image_size'].min()} px"
+    return f"Batch {large} serves {ends_of(gains, 'x')} the images/s of {where}"
+
+
+def memory(block: pd.DataFrame, column: str) -> str:
+    """The least and the most memory at the largest configuration that most backends could hold."""
+    found = block[block[column].notna()]
+    if found.empty:
+        return "GPU memory was not read"
+    keys = ["image_size", "batch_size"]
+    found = found.assign(count=found.groupby(keys)[column].transform("size"))
+    most = found.sort_values(["count", "batch_size", "image_size"], kind="stable").iloc[-1]
+    same = found[(found[keys] == most[keys]).all(axis=1)].set_index("label")[column]
+    return f"GPU memory at {most['image_size']} px, batch {most['batch_size']}: {ends_of(same, ' MB')}"
+
+
+def place(pairs: set, grid: set) -> str:
+    """Which part of the grid: nothing for all, ": 512 px, batch 8, 16" for a rectangle, else how many."""
+    sizes, batches = ({pair[i] for pair in pairs} for i in (0, 1))
+    if pairs == grid:
+        return ""
+    if len(pairs) < len(sizes) * len(batches):
+        return f": {len(pairs)} of {len(grid)} configurations"
+    parts = []
+    if sizes != {size for size, _ in grid}:
+        parts.append(f"{', '.join(map(str, sorted(sizes)))} px")
+    if batches != {batch for _, batch in grid}:
+        parts.append(f"batch {', '.join(map(str, sorted(batches)))}")
+    return f": {', '.join(parts)}"
+
+
+def not_measured(block: pd.DataFrame, column: str) -> str:
+    """ "TensorRT FP16 (unavailable), PyTorch FP32 (out of memory: 512 px, batch 16)", or nothing."""
+    grid = set(zip(block["image_size"], block["batch_size"], strict=True))
+    gaps = []
+    for name, own in block.groupby("label", sort=False):
+        parts = {"not run": set(grid)}
+        for row in own.itertuples():
+            pair = row.image_size, row.batch_size
+            parts["not run"].discard(pair)
+            if pd.isna(getattr(row, column)):
+                parts.setdefault(REASON.get(row.status, row.status), set()).add(pair)
+        texts = [reason + place(pairs, grid) for reason, pairs in parts.items() if pairs]
+        if texts:
+            gaps.append(f"{name} ({'; '.join(texts)})")
+    return ", ".join(gaps)
+
+
+def roofline_finding(block: pd.DataFrame) -> str:
+    """Which row comes nearest to a measured matrix product, and what limits how many rows."""
+    best, counts = block.loc[block["pct_measured_peak"].idxmax()], block["limit"].value_counts()
+    kinds = [kind for kind in ("launch", "latency", "memory", "compute") if kind in counts]
+    limits = ", ".join(f"{counts[kind]} {kind}-bound" for kind in kinds)
+    share = (
+        f"{figure(best['pct_measured_peak'])} % of it at {best['image_size']} px, batch {best['batch_size']}"
+    )
+    return f"{best['label']} comes nearest to the measured ceiling, {share}; rows: {limits}"

@@ -49,7 +49,7 @@ def read(path: Path, **options) -> dict:
     if not path.is_file():
         raise UserError(f"{path} is missing; train it first: python train.py --image-sizes {size}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, **options)
+        checkpoint = torch.load(str(path), map_location="cpu", weights_only=True, **options)
         checkpoint["model"], checkpoint["classes"], checkpoint["image_size"]
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError on a damaged file
         again = f"python train.py --force --image-sizes {size}"

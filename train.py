@@ -187,20 +187,21 @@ def train_size(
     best_path, last_path = checkpoint_path(weights, size), weights / f"last_resnet18_{size}.pth"
     processes = dist.get_world_size() if dist.is_initialized() else 1
     batch_size = max(1, settings["batch_size"] // processes)  # that of all processes stays the same
-    share = settings["seed"], rank(), processes
-    pin = device.type == "cuda"
-    loaders = datasets.make_loaders(data, size, batch_size, workers, *share, pin_memory=pin)
+    share = settings["seed"], rank(), processes, device.type == "cuda"
+    loaders = datasets.make_loaders(data, size, batch_size, workers, *share)
     train_loader, test_loader, classes = loaders
     state = Training(settings, images, classes, device, precision)
     state.resume(last_path)
     model = DistributedDataParallel(state.network) if dist.is_initialized() else state.network
-    made_by = {"device": hardware(device), "precision": str(precision).removeprefix("torch.")}
-    made_by["processes"] = processes
+    kind = str(precision).removeprefix("torch.")
+    made_by = {"device": hardware(device), "precision": kind, "processes": processes}
     for epoch in range(len(state.history) + 1, epochs + 1):
         train_loader.sampler.set_epoch(epoch)
         label = f"{size} px, epoch {epoch}/{epochs}"
         bar = tqdm(train_loader, label, leave=False, unit="batch", disable=True if rank() else None)
-        rate_at = functools.partial(rate_in_epoch, epoch=epoch, epochs=epochs, peak=peak)
+        rate_at = functools.partial(
+            lambda done, share: learning_rate_at((done + share) / epochs, peak), epoch - 1
+        )
         trained = train_one_epoch(model, bar, state.optimizer, state.scaler, precision, device, rate_at)
         if state.has_diverged(trained["train_loss"]):
             if precision == torch.float16:  # some GPUs of the GTX 16 series are known to compute NaN in FP16
@@ -225,10 +226,6 @@ def train_size(
     return state.history
 
 
-def rate_in_epoch(share: float, epoch: int, epochs: int, peak: float) -> float:
-    return learning_rate_at((epoch - 1 + share) / epochs, peak)
-
-
 def described(row: dict) -> str:
     losses = f"training loss {row['train_loss']:.3f}, test loss {row['test_loss']:.3f}"
     speed = f"{row['seconds']:.1f} s, {row['images_per_s']:.1f} images/s"
@@ -243,8 +240,7 @@ def write_results(results: Path, rows: list[dict]) -> None:
         table = pd.concat([old[~old["image_size"].isin(table["image_size"])], table])
     table = table.sort_values(["image_size", "epoch"], ignore_index=True)
     write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    picture = io.BytesIO()
-    draw_chart(table).savefig(picture, dpi=120)
+    draw_chart(table).savefig(picture := io.BytesIO(), dpi=120)
     write_atomic(results / "training.png", picture.getvalue())
 
 
@@ -307,11 +303,6 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def still_forced(path: Path, requests: list[dict]) -> list[dict]:
-    """What --force has still to train: it, too, goes on after an interruption."""
-    return [request for request in read_json(path) or [] if request in requests] or list(requests)
-
-
 def main() -> None:
     args = arguments()
     device = start_processes(args.device)
@@ -331,7 +322,10 @@ def main() -> None:
     common = {name: getattr(args, name) for name in names}
     requests = [{"image_size": size, **common} for size in dict.fromkeys(args.image_sizes)]
     forced_path = args.weights / "forced.json"
-    forced = still_forced(forced_path, requests) if args.force else []
+    forced = []  # what --force has still to train: it, too, goes on after an interruption
+    if args.force:
+        forced = [request for request in read_json(forced_path) or [] if request in requests]
+        forced = forced or list(requests)
     for settings in requests:
         size, done = settings["image_size"], None
         if settings not in forced:

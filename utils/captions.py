@@ -1,9 +1,11 @@
 """What the charts say: titles that state the finding, notes on what is missing."""
 
+import textwrap
+
 import pandas as pd
 
 from utils import findings
-from utils.report import figure
+from utils.report import figure, foot
 from utils.schema import BASELINE
 
 REASON = {"out_of_memory": "out of memory", "mismatch": "wrong results", "ok": "no reading"}
@@ -106,3 +108,12 @@ def roofline_finding(block: pd.DataFrame) -> str:
         f"{figure(best['pct_measured_peak'])} % of it at {best['image_size']} px, batch {best['batch_size']}"
     )
     return f"{best['label']} comes nearest to the measured ceiling, {share}; rows: {limits}"
+
+
+def feet_of(sweeps: list[str], environments: dict) -> list[str]:
+    """A line of hardware and versions for each sweep, marked where the network saw sample data only."""
+    lines = []
+    for sweep in sweeps:
+        text = foot(environments.get(sweep, {}))
+        lines += textwrap.wrap(f"{sweep}: {text}" if len(sweeps) > 1 else text, 140)
+    return lines

@@ -18,8 +18,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from utils import findings
-from utils.captions import batching, leader, memory, not_measured, roofline_finding
-from utils.report import NAMES, family, figure, foot, label
+from utils.captions import batching, feet_of, leader, memory, not_measured, roofline_finding
+from utils.report import NAMES, family, figure, label
 from utils.schema import BASELINE
 from utils.utils import write_atomic
 
@@ -115,10 +115,6 @@ CHARTS = {
 }
 
 
-def own_of(panel: pd.DataFrame, name: str, x: str, ticks: list[int]) -> pd.DataFrame:
-    return panel[panel["label"] == name].drop_duplicates(x).set_index(x).reindex(ticks)
-
-
 def errors(own: pd.DataFrame, column: str):
     """Distances to the ends of the 95 % interval, as matplotlib takes them; none for columns without."""
     if f"{column}_low" not in own:
@@ -130,7 +126,7 @@ def draw_lines(ax, chart: Chart, panel: pd.DataFrame, looks: dict, ticks: list[i
     """A line per backend with its intervals; a cross at the foot where one was tried and has no value."""
     crosses = dict.fromkeys(ticks, 0)
     for name, look in looks.items():
-        own = own_of(panel, name, chart.x, ticks)
+        own = panel[panel["label"] == name].drop_duplicates(chart.x).set_index(chart.x).reindex(ticks)
         error = errors(own, chart.column)
         ax.errorbar(
             range(len(ticks)), own[chart.column], yerr=error, elinewidth=1, capsize=2, label=name, **look
@@ -149,7 +145,7 @@ def draw_bars(ax, chart: Chart, panel: pd.DataFrame, looks: dict, ticks: list[in
     turned = len(ticks) * len(looks) > 12
     ax.axhline(1, color=INK, linewidth=1, zorder=2)
     for k, (name, look) in enumerate(looks.items()):
-        own = own_of(panel, name, chart.x, ticks)
+        own = panel[panel["label"] == name].drop_duplicates(chart.x).set_index(chart.x).reindex(ticks)
         at = np.arange(len(ticks)) - 0.42 + step * (k + 0.5)
         ax.bar(at, own[chart.column], step * 0.92, label=name, **bar_look(look))
         ax.errorbar(at, own[chart.column], yerr=errors(own, chart.column), fmt="none", ecolor=INK, capsize=2)
@@ -229,20 +225,10 @@ def legend(part, looks: dict, peaks: pd.Series, bars: bool) -> None:
 
 def sheet(heights: list[float], feet: list[str]):
     """A figure with a subfigure for each height, in inches, and the footer's lines at the bottom."""
-    fig = Figure(
-        figsize=(WIDTH, sum(heights) + 0.2 * len(feet)), dpi=DPI, facecolor="white", layout="constrained"
-    )
+    size = WIDTH, sum(heights) + 0.2 * len(feet)
+    fig = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
     fig.supxlabel("\n".join(feet), fontsize=9, color=GREY, x=0.01, ha="left")
     return fig, fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-
-
-def feet_of(sweeps: list[str], environments: dict) -> list[str]:
-    """A line of hardware and versions for each sweep, marked where the network saw sample data only."""
-    lines = []
-    for sweep in sweeps:
-        text = foot(environments.get(sweep, {}))
-        lines += textwrap.wrap(f"{sweep}: {text}" if len(sweeps) > 1 else text, 140)
-    return lines
 
 
 def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Figure:
@@ -263,8 +249,7 @@ def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Fig
 
 
 def draw_roofline(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure | None:
-    """Rate of operations against operations per byte, a panel for each sweep, under its machine's
-    ceilings."""
+    """Rate of operations against operations per byte, a panel for each sweep; None without ceilings."""
     rows = in_order(rows)
     rows = rows[(rows["status"] == "ok") & rows["pct_measured_peak"].notna()]
     known = {name for name, facts in environments.items() if facts.get("ceilings")}
@@ -323,7 +308,6 @@ def draw_roof(ax, block: pd.DataFrame, ceilings: dict) -> None:
 
 def draw_all(rows: pd.DataFrame, environments: dict[str, dict], results: Path) -> list[Path]:
     """Write every chart to `results` and return their paths; a chart of what was not read is removed.
-
     `environments` is environment.json: facts by sweep.
     """
     figures = {name: draw(chart, rows, environments) for name, chart in CHARTS.items()}
@@ -341,8 +325,7 @@ def draw_all(rows: pd.DataFrame, environments: dict[str, dict], results: Path) -
 
 
 def write_png(fig: Figure, path: Path) -> None:
-    png = io.BytesIO()
-    fig.savefig(png, format="png", metadata={"Software": None})
+    fig.savefig(png := io.BytesIO(), format="png", metadata={"Software": None})
     write_atomic(path, png.getvalue())
 
 

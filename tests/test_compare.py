@@ -244,6 +244,12 @@ def test_a_results_folders_readme_is_what_its_table_renders_to(folder):
     assert readme.folder_readme(folder) == text, "stale: python compare.py --write-readme"
 
 
+def test_a_table_of_another_kind_is_one_sentence(tmp_path):
+    (tmp_path / "benchmark_results.csv").write_text("run,backend\nmain,pytorch\n", encoding="utf-8")
+    done = run_script("compare.py", tmp_path, ok=False)
+    assert done.returncode == 2 and "no column sweep" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_human_can_read_the_readme_in_five_minutes():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200 and len(text.encode("utf-8")) <= 14_000

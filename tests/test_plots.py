@@ -204,6 +204,15 @@ def test_every_chart_has_the_same_colours_units_and_a_zero():
         assert colours["TensorRT FP16"] == plot_utils.GREEN.lower(), name
 
 
+def test_no_panel_cuts_a_value_off():
+    rows = table(sizes=(224, 512), batches=(1, 16)).assign(gpu_memory_mb=range(100, 1300, 100))
+    for name, chart in CHARTS.items():
+        for ax in draw(chart, rows, {}).axes:
+            bars = [bar.get_height() for bar in ax.patches]
+            lines = [y for line in ax.lines if line.get_label().startswith("_") for y in line.get_ydata()]
+            assert max([*bars, *filter(numpy.isfinite, lines)], default=0) <= ax.get_ylim()[1], name
+
+
 def test_styles_differ_and_variants_keep_their_backends_colour():
     assert len(set(map(str, plot_utils.BACKEND_STYLE.values()))) == len(plot_utils.BACKEND_STYLE)
     for backend in plot_utils.BACKEND_STYLE:

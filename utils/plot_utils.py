@@ -136,7 +136,6 @@ def draw_lines(ax, chart: Chart, panel: pd.DataFrame, looks: dict, ticks: list[i
             crosses[ticks[i]] += 1
             ax.plot(i, foot_y, "x", color=look["color"], transform=ax.get_xaxis_transform(), zorder=5)
     ax.set_xlim(-0.3, len(ticks) - 0.7)
-    ax.set_ylim(0, None)
 
 
 def draw_bars(ax, chart: Chart, panel: pd.DataFrame, looks: dict, ticks: list[int]) -> None:
@@ -156,7 +155,6 @@ def draw_bars(ax, chart: Chart, panel: pd.DataFrame, looks: dict, ticks: list[in
                 where = dict(xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=9)
                 ax.annotate(text, (x, top), color=INK, rotation=90 if turned else 0, **where)
     ax.set_xlim(-0.5, len(ticks) - 0.5)
-    ax.set_ylim(0, ax.get_ylim()[1] * 1.12)  # room for the values
 
 
 def bar_look(look: dict) -> dict:
@@ -204,11 +202,15 @@ def draw_block(part, chart: Chart, title: str, block: pd.DataFrame) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
         first, last = k % columns == 0, k + columns >= len(values)
         dress(ax, AXIS[chart.x] if last else "", chart.unit if first else "")
+    for ax in (
+        grid.flat[:1] if chart.shared else grid.flat
+    ):  # once all is drawn; above bars stand their values
+        ax.set_ylim(0, ax.get_ylim()[1] * (1.12 if chart.bars else 1))
     legend(part, looks, shown[shown[chart.column].notna()].groupby("label")[chart.column].max(), chart.bars)
 
 
 def heading(part, text: str) -> None:
-    part.suptitle(textwrap.fill(text, 95), fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left")
+    part.suptitle(textwrap.fill(text, 84), fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left")
 
 
 def legend(part, looks: dict, peaks: pd.Series, bars: bool) -> None:
@@ -307,9 +309,7 @@ def draw_roof(ax, block: pd.DataFrame, ceilings: dict) -> None:
 
 
 def draw_all(rows: pd.DataFrame, environments: dict[str, dict], results: Path) -> list[Path]:
-    """Write every chart to `results` and return their paths; a chart of what was not read is removed.
-    `environments` is environment.json: facts by sweep.
-    """
+    """Write every chart and return the paths; a chart of what was not read is removed.."""
     figures = {name: draw(chart, rows, environments) for name, chart in CHARTS.items()}
     if not findings.measured(rows)["gpu_memory_mb"].notna().any():
         figures["memory_vs_batch_size.png"] = None

@@ -330,7 +330,7 @@ def read_csv(results: Path) -> pd.DataFrame:
     texts = {"sweep", "backend", "precision", "device", "status", "reason", "throttled", "limit", "notes"}
     types = dict.fromkeys(texts, str)
     rows = pd.read_csv(results / "benchmark_results.csv", encoding="utf-8", dtype=types)
-    return rows.fillna(dict.fromkeys(texts, ""))
+    return rows.fillna({name: "" for name in texts if name in rows})
 
 
 def read_table(results: Path) -> tuple[pd.DataFrame, dict]:
@@ -340,4 +340,7 @@ def read_table(results: Path) -> tuple[pd.DataFrame, dict]:
     path = folder / "benchmark_results.csv"
     if not path.is_file():
         raise UserError(f"{path} is missing; make it with: python benchmark.py")
-    return read_csv(folder), read_json(folder / "environment.json") or {}
+    rows = read_csv(folder)
+    if missing := [name for name in COLUMNS if name not in rows]:
+        raise UserError(f"{path} has no column {missing[0]}; make the table anew: python benchmark.py")
+    return rows, read_json(folder / "environment.json") or {}

@@ -2,10 +2,10 @@
 
 Reads benchmark_results.csv and environment.json alone, so any table can be read on any machine.
 
-    python compare.py                                         # the table of results/ and the answers python
-    compare.py --best --max-latency-ms 5 --min-accuracy 0.9 python compare.py before/ after/
-    --fail-if-slower 5%      # two sweeps or machines; exit code 1 if beyond doubt python compare.py
-    --write-readme                          # README.md, results' READMEs and charts anew
+    python compare.py                                       # the table of results/ and the answers
+    python compare.py --best --max-latency-ms 5 --min-accuracy 0.9
+    python compare.py before/ after/ --fail-if-slower 5%    # two tables; exit code 1 only beyond doubt
+    python compare.py --write-readme                        # README.md, results' READMEs and charts anew
 """
 
 import argparse
@@ -85,8 +85,7 @@ def environment_changes(before: dict, after: dict) -> list[str]:
 
 
 def compare_two(paths: list[Path], sweeps: list[str] | None, fail_if_slower: float | None) -> None:
-    """Print how the second table differs from the first and draw it; exit code 1 if any row is slower for
-    sure."""
+    """Print how the second table differs from the first and draw it; exit code 1 if any is surely slower."""
     (before, old), (after, new) = (records.read_table(path) for path in paths)
     if sweeps:
         before = before[before.sweep == sweeps[0]].assign(sweep=sweeps[-1])

@@ -232,6 +232,20 @@ def test_figures_have_three_digits_and_thousands_apart():
     ]
 
 
+def test_the_winning_figure_is_bold_whichever_columns_are_empty():
+    rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0)).assign(std_ms=float("nan"))
+    assert "| **150** | 149–151 |" in readme.results_table(rows)
+
+
+def test_saturation_is_told_with_the_sizes_at_which_it_holds():
+    rows = table(
+        *(("onnx", 64, batch, fps) for batch, fps in ((1, 100.0), (2, 200.0))),
+        *(("onnx", 128, batch, fps) for batch, fps in ((1, 50.0), (2, 51.0))),
+    )
+    text = "\n".join(report.answers_of(rows))
+    assert "ONNX Runtime FP32 from batch 1 at 128 px, in 1 of 2 cases not up to batch 2" in text
+
+
 def test_the_readme_is_what_the_committed_results_render_to():
     path = ROOT / "README.md"
     assert [kind for *_, kind, _ in readme.marked(path)].count("summary") == 2
@@ -261,6 +275,8 @@ def test_a_human_can_read_the_readme_in_five_minutes():
         ("<!-- begin answers results -->\n\n# Mine\n", "line 1: the generated part has no"),
         ("a\n<!-- begin answers x -->\n<!-- begin summary x -->\n<!-- end -->\n", "line 2: the generated"),
         ("<!-- begin poem results -->\n<!-- end -->\n", "line 1: poem is none of"),
+        ("mine\n<!-- end -->\n", "line 2: <!-- end --> marks no generated part"),
+        ("<!-- begin answers -->\n<!-- end -->\n", "line 1: <!-- begin answers --> marks no"),
     ],
 )
 def test_a_readme_with_a_broken_marker_is_left_alone(tmp_path, text, said):

@@ -1,5 +1,7 @@
 """The charts: what they say, what they show as missing, and that no state of the results stops them."""
 
+import itertools
+
 import numpy
 import pandas
 import pytest
@@ -211,6 +213,16 @@ def test_no_panel_cuts_a_value_off():
             bars = [bar.get_height() for bar in ax.patches]
             lines = [y for line in ax.lines if line.get_label().startswith("_") for y in line.get_ydata()]
             assert max([*bars, *filter(numpy.isfinite, lines)], default=0) <= ax.get_ylim()[1], name
+
+
+def test_nothing_is_squeezed_or_printed_over_something_else():
+    for rows in (spoil(table(), "unavailable"), table(batches=(1, 2, 4, 8, 16, 32, 64, 256))):
+        fig = draw(CHARTS[FPS], rows, ENVIRONMENT)
+        fig.draw_without_rendering()
+        assert all(ax.get_window_extent().height > 1.2 * fig.dpi for ax in fig.axes if ax.axison)
+        said = [text for text in fig.findobj(Text) if text.get_text() and text.get_fontsize() in (9, 13)]
+        boxes = [text.get_window_extent() for text in said]
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_styles_differ_and_variants_keep_their_backends_colour():

@@ -64,9 +64,10 @@ def leaders(rows: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def wins(rows: pd.DataFrame) -> tuple[list[tuple[pd.Series, int]], int, int]:
-    """Of the combinations of image and batch size with several backends: the clearly fastest backends, a
-    row of each with its number of wins, most first; the number without a clear winner; the number in
-    all."""
+    """Who is clearly fastest in how many combinations of image and batch size with several backends.
+
+    Returns a row of each winner with its number of wins, most first; the number of ties; the number in all.
+    """
     won, ties, total = {}, 0, 0
     for _, group in measured(rows).groupby(["image_size", "batch_size"]):
         if group.backend.nunique() < 2:
@@ -82,8 +83,7 @@ def wins(rows: pd.DataFrame) -> tuple[list[tuple[pd.Series, int]], int, int]:
 
 
 def saturated(batch_sizes: list[int], fps: list[float]) -> bool:
-    """Whether the last step to a larger batch gave under 5 % more throughput; sizes and images/s,
-    ascending."""
+    """Whether the last step to a larger batch gave under 5 % more; sizes and images/s, ascending."""
     return len(fps) > 1 and gain(batch_sizes, fps, len(fps) - 2, len(fps) - 1) < SATURATED
 
 
@@ -105,6 +105,12 @@ def saturation(rows: pd.DataFrame) -> int | None:
     return None
 
 
+def saturations(rows: pd.DataFrame) -> dict[int, int | None]:
+    """Of one backend's rows: image size -> saturation(), where several batch sizes were measured."""
+    groups = measured(rows).groupby("image_size")
+    return {size: saturation(group) for size, group in groups if group.batch_size.nunique() > 1}
+
+
 def best_batch(rows: pd.DataFrame) -> pd.DataFrame:
     """For each sweep, backend and image size the measured row with the highest throughput."""
     ok = measured(rows)
@@ -118,14 +124,12 @@ def optimal(rows: pd.DataFrame) -> list[pd.Series]:
 
 
 def size_cost(rows: pd.DataFrame) -> dict[str, float]:
-    """For each backend, throughput at the smallest image size over that at the largest, at the largest
-    batch."""
+    """Backend -> throughput at the smallest image size over that at the largest, at the largest batch."""
     return _ends(rows[rows.batch_size == rows.batch_size.max()], "image_size", first_over_last=True)
 
 
 def batch_gain(rows: pd.DataFrame) -> dict[str, float]:
-    """For each backend, throughput at the largest batch over that at the smallest, at the smallest image
-    size."""
+    """Backend -> throughput at the largest batch over that at the smallest, at the smallest image size."""
     return _ends(rows[rows.image_size == rows.image_size.min()], "batch_size", first_over_last=False)
 
 

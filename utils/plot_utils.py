@@ -43,14 +43,7 @@ BACKEND_STYLE = {  # backend: colour, marker, line style; charts list them in th
     "tensorrt-static-graph": (GREEN, "P", "-."),
     "tensorrt-int8": (GREEN, "v", (0, (5, 1))),
 }
-HATCH = {
-    "s": "//",
-    "^": "\\\\",
-    "D": "..",
-    "P": "xx",
-    "v": "--",
-    "X": "oo",
-}  # of a bar, instead of the marker
+HATCH = dict(zip("s^DPvX", ["//", "\\\\", "..", "xx", "--", "oo"], strict=True))  # of a bar, for the marker
 AXIS = {"image_size": "image size (px)", "batch_size": "batch size (images)"}
 MARK = {"out_of_memory": "OOM", "mismatch": "wrong", "ok": "no baseline"}
 
@@ -172,6 +165,12 @@ def dress(ax, x_label: str, y_label: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def shape(chart: Chart, panels: int) -> tuple[int, int]:
+    """Rows and columns of panels."""
+    columns = 1 if chart.bars else max(1, min(panels, 4 if chart.shared else 3))
+    return -(-panels // columns), columns
+
+
 def draw_block(part, chart: Chart, title: str, block: pd.DataFrame) -> None:
     """One sweep: panels beside each other, the legend to their right, the note under them."""
     shown = block[block["backend"] != BASELINE] if chart.bars else block
@@ -185,9 +184,10 @@ def draw_block(part, chart: Chart, title: str, block: pd.DataFrame) -> None:
         note = textwrap.fill(f"Not measured{' (×)' if crosses else ''}: {note}", 135)
         part.supxlabel(note, fontsize=9, color=INK, x=0.01, ha="left")
     if not values:
+        part.subplots().axis("off")  # without any panel the note would lie over the footer
         return
-    columns = 1 if chart.bars else min(len(values), 4)
-    grid = part.subplots(-(-len(values) // columns), columns, squeeze=False, sharey=chart.shared)
+    rows, columns = shape(chart, len(values))
+    grid = part.subplots(rows, columns, squeeze=False, sharey=chart.shared)
     for k, ax in enumerate(grid.flat):
         if k >= len(values):
             ax.axis("off")
@@ -202,10 +202,8 @@ def draw_block(part, chart: Chart, title: str, block: pd.DataFrame) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
         first, last = k % columns == 0, k + columns >= len(values)
         dress(ax, AXIS[chart.x] if last else "", chart.unit if first else "")
-    for ax in (
-        grid.flat[:1] if chart.shared else grid.flat
-    ):  # once all is drawn; above bars stand their values
-        ax.set_ylim(0, ax.get_ylim()[1] * (1.12 if chart.bars else 1))
+    for ax in grid.flat[:1] if chart.shared else grid.flat:  # once all is drawn
+        ax.set_ylim(0, ax.get_ylim()[1] * (1.12 if chart.bars else 1))  # above bars stand their values
     legend(part, looks, shown[shown[chart.column].notna()].groupby("label")[chart.column].max(), chart.bars)
 
 
@@ -239,8 +237,9 @@ def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Fig
     parts, heights = blocks(ordered) or [("", ordered)], []
     for _, block in parts:
         panels = block[chart.panel].nunique() if block[chart.column].notna().any() else 0
-        looks = len(looks_of(block, chart.column))
-        heights.append(1.2 + 2.1 * panels if chart.bars else 1.2 + max(2.6, 0.36 * looks) * (panels > 0))
+        rows_of_panels, names = shape(chart, panels)[0], 0.36 * len(looks_of(block, chart.column))
+        body = 2.1 * panels if chart.bars else max(2.6 * rows_of_panels, names * (panels > 0))
+        heights.append(1.2 + body)
     fig, subfigures = sheet(heights, feet_of(list(rows["sweep"].unique()), environments))
     for part, (title, block) in zip(subfigures, parts, strict=True):
         draw_block(part, chart, title, block)
@@ -309,7 +308,7 @@ def draw_roof(ax, block: pd.DataFrame, ceilings: dict) -> None:
 
 
 def draw_all(rows: pd.DataFrame, environments: dict[str, dict], results: Path) -> list[Path]:
-    """Write every chart and return the paths; a chart of what was not read is removed.."""
+    """Write every chart and return the paths; a chart of what was not read is removed."""
     figures = {name: draw(chart, rows, environments) for name, chart in CHARTS.items()}
     if not findings.measured(rows)["gpu_memory_mb"].notna().any():
         figures["memory_vs_batch_size.png"] = None

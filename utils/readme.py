@@ -55,8 +55,7 @@ def headline(rows: pd.DataFrame, environments: dict) -> str:
 
 
 def summary(rows: pd.DataFrame, environments: dict) -> str:
-    """Method x image size, each at its best batch: images/s ± half the 95 % interval, speedup, batch;
-    accuracy."""
+    """Method x image size, each at its best batch: images/s ± half the 95 % interval, speedup, accuracy."""
     best = findings.best_batch(rows)
     if best.empty:
         return "Nothing has been measured here yet."
@@ -68,7 +67,7 @@ def summary(rows: pd.DataFrame, environments: dict) -> str:
         least, most = group.accuracy.min() * 100, group.accuracy.max() * 100
         share = "–".join(dict.fromkeys([f"{least:.0f}", f"{most:.0f}"]))
         lines.append([who, *(cells.get(size, "") for size in columns), f"{share} %"])
-    notes = ["images/s ± 95 %, speedup over PyTorch FP32 of the same sweep, b = batch size"]
+    notes = ["images/s ± half the 95 % interval, speedup over PyTorch FP32 of the same sweep, b = batch size"]
     notes += [foot(known) for known in environments.values()] + reasons_only(rows)
     return f"{markdown(lines)}\n\n<sub>{'<br>'.join(notes)}</sub>"
 
@@ -93,8 +92,7 @@ PARTS = {"headline": headline, "summary": summary, "answers": answers}
 
 
 def marked(path: Path) -> list[tuple[int, int, str, str]]:
-    """README.md's parts: the lines of their markers, kind and folder.  Raises UserError unless all are
-    closed."""
+    """README.md's parts: the lines of their markers, kind, folder.  Raises UserError at a broken marker."""
     found, lines = [], path.read_text(encoding="utf-8").splitlines()
     start, mend = None, "; mend it, then: python compare.py --write-readme"
     for k, line in enumerate(lines):
@@ -107,6 +105,8 @@ def marked(path: Path) -> list[tuple[int, int, str, str]]:
         elif line.strip() == END and start is not None:
             found.append((start, k, kind, folder))
             start = None
+        elif line.strip().startswith(("<!-- begin", "<!-- end")):
+            raise UserError(f"{path}, line {k + 1}: {line.strip()} marks no generated part{mend}")
     if start is not None:
         raise UserError(f"{path}, line {start + 1}: the generated part has no {END}{mend}")
     return found
@@ -126,8 +126,7 @@ def render(path: Path) -> str:
 
 
 def write_readme(path: Path) -> None:
-    """Renew the generated parts of README.md; nothing else in it changes.  Raises UserError before touching
-    it."""
+    """Renew the generated parts of README.md and nothing else in it; a UserError leaves it as it was."""
     write_atomic(path, render(path))
 
 
@@ -144,19 +143,19 @@ def folder_readme(folder: Path) -> str:
             parts.append(f"![{text}]({file})")
     for sweep in rows.sweep.unique():
         known, part = environments.get(sweep, {}), rows[rows.sweep == sweep]
-        parts += [f"## Sweep {sweep}", f"<sub>{foot(known)}</sub>", *by_size(part, results_table)]
-        parts += [f"<sub>{line}</sub>" for line in reasons(part)]
+        parts += [f"## Sweep {sweep}", f"<sub>{foot(known)}</sub>"]
         ok = findings.measured(part)
+        parts += by_size(part, results_table)
+        parts += [f"<sub>{line}</sub>" for line in reasons(part)]
         if len(ok):
-            parts += [
-                "### What the device was doing",
-                *by_size(ok, lambda group: markdown(lines_of(DEVICE, group))),
-            ]
-            parts.append(f"<sub>{ceilings_text(known)}</sub>")
+            parts.append("### What the device was doing")
+            parts += by_size(ok, lambda group: markdown(lines_of(DEVICE, group)))
+            parts += [f"<sub>{text}</sub>"] if (text := ceilings_text(known)) else []
         parts += ["### Environment", environment_table(known)]
     if (folder / "end_to_end.csv").is_file():
         parts.append("## From files to labels")
-        for sweep, part in pd.read_csv(folder / "end_to_end.csv").groupby("sweep", sort=False):
+        table = pd.read_csv(folder / "end_to_end.csv", dtype={"sweep": str})  # "2.10" is a name
+        for sweep, part in table.groupby("sweep", sort=False):
             parts += [f"Sweep {sweep}:", markdown(lines_of(END_TO_END, part))]
     return "\n\n".join(parts) + "\n"
 
@@ -180,10 +179,10 @@ def results_table(rows: pd.DataFrame) -> str:
     best = findings.fastest(rows)
     if best:
         rivals = findings.fastest(rows[rows.batch_size == best[0].batch_size])
-        wanted = name(best[0]), str(best[0].batch_size)
+        wanted, fps = (name(best[0]), str(best[0].batch_size)), lines[0].index("Images/s")
         for line in lines[1:] if len(rivals) == 1 else []:
             if (line[0], line[2]) == wanted:
-                line[0], line[6] = f"**{line[0]}**", f"**{line[6]}**"
+                line[0], line[fps] = f"**{line[0]}**", f"**{line[fps]}**"
     return markdown(lines)
 
 

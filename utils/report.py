@@ -27,8 +27,7 @@ def family(backend: str) -> str:
 
 
 def label(backend: str, precision: str) -> str:
-    """What people call it: "ONNX Runtime FP16, NHWC, CUDA graph".  A precision in the backend's name
-    counts."""
+    """What people call it: "ONNX Runtime FP16, NHWC, CUDA graph"; a precision in the name comes first."""
     base = family(backend)
     words = [word for word in backend[len(base) :].split("-") if word]
     precision = next((word for word in words if word in PRECISIONS), precision)
@@ -41,8 +40,7 @@ def name(row) -> str:
 
 
 def figure(value: float) -> str:
-    """Three significant digits, thousands apart, everywhere: "0.512", "34.1", "1,000", "15,800"; NaN is
-    ""."""
+    """The one way to print a number: three digits, thousands apart: "0.512", "1,000"; NaN is ""."""
     if pd.isna(value):
         return ""
     rounded = float(f"{value:.3g}")
@@ -205,8 +203,7 @@ def end_to_end_text(table: pd.DataFrame) -> str:
 
 
 def reasons(rows: pd.DataFrame) -> list[str]:
-    """One line for each reason why rows have no figures or can't win, and for each verdict on those that
-    have."""
+    """A line for each reason why rows have no figures or can't win, and for each verdict on the others."""
     lines = []
     without = rows[rows.status != "ok"]
     for key, group in without.groupby(["backend", "precision", "status", "reason"], sort=False):
@@ -265,16 +262,15 @@ def batches(ok: pd.DataFrame) -> str:
 
 
 def saturation(ok: pd.DataFrame) -> str:
-    reached, missing = {}, []
-    for (_, size), group in ok.groupby(["backend", "image_size"], sort=False):
-        if group.batch_size.nunique() > 1:
-            batch = findings.saturation(group)
-            if batch:
-                reached.setdefault(name(group.iloc[0]), []).append(batch)
-            else:
-                missing.append(size)
-    texts = [f"{who} from batch {span(found)}" for who, found in reached.items()]
-    texts += [f"in {len(missing)} cases not up to batch {ok.batch_size.max()}"] if missing else []
+    texts, missing, total = [], 0, 0
+    for _, own in ok.groupby("backend", sort=False):
+        found = findings.saturations(own)
+        reached = {size: batch for size, batch in found.items() if batch}
+        missing, total = missing + len(found) - len(reached), total + len(found)
+        if reached:
+            at = "" if len(reached) == len(found) else f" at {', '.join(map(str, reached))} px"
+            texts.append(f"{name(own.iloc[0])} from batch {span(reached.values())}{at}")
+    texts += [f"in {missing} of {total} cases not up to batch {ok.batch_size.max()}"] if missing else []
     return f"doubling the batch gives under 5 % more: {', '.join(texts)}" if texts else ""
 
 

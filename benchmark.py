@@ -1,9 +1,9 @@
-"""Measure every backend at every image size and batch size, and say which is fastest, by how much and at
-what cost.
+"""Measure every backend at every image size and batch size: which is fastest, by how much and at what cost.
 
-Each (backend, image size, round) is a process of its own; the order of backends rotates from round to
-round, so that drift of the machine falls on all alike.  What is measured already for the same settings and
-environment is not measured again.
+A round is fresh processes, from a server of their own: at each image size every backend's are alive together
+and take turns of a fraction of a second.  After three rounds the rows whose interval is still wider than
+--precision get further ones, until all are narrow enough or --budget is spent.  What is measured already for
+the same settings and environment is not measured again.
 
 Reads weights/best_resnet18_<size>.pth and data/test; writes results/raw/ (every sample),
 benchmark_results.csv, environment.json, benchmark.log, README.md and the charts; a run into results/ also
@@ -15,30 +15,37 @@ renews the README's table.
 import argparse
 import datetime
 import importlib
-import os
+import itertools
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import psutil
 from tqdm import tqdm
 
 import onnx_inference
 import pytorch_inference
 import tensorrt_inference
-from utils import ceilings, jobs, measure, plot_utils, readme, records, report, timing
-from utils.schema import Backend, Job, Record
-from utils.utils import fresh_processes, read_json, run_main, write_json
+from utils import ceilings, check, gpu, jobs, plot_utils, readme, records, report, timing, turns
+from utils.schema import BASELINE, Backend, Job, Record
+from utils.utils import end_with_parent, fresh_processes, read_json, run_main, write_json
 
 SCRIPTS = [pytorch_inference, onnx_inference, tensorrt_inference]
 BACKENDS = {name: script.__name__ for script in SCRIPTS for name in script.BACKENDS}
 DEFAULT = ["pytorch", "onnx", "torch-tensorrt", "tensorrt"]
+PRECISION_PCT = {"cuda": 1.0, "cpu": 3.0}
+BUDGET_MINUTES = {"cuda": 4.0, "cpu": 7.0}
+MEMORY_EACH_GB = {"cuda": 4, "cpu": 2}  # that a process may take: says how many are alive together
 ROOT = Path(__file__).resolve().parent
 
 
 def make_backend(script: str, name: str) -> Backend:
     return importlib.import_module(script).BACKENDS[name]()
+
+
+# ---- what there is to do
 
 
 def is_up_to_date(job: Job) -> bool:
@@ -48,54 +55,134 @@ def is_up_to_date(job: Job) -> bool:
         return False
     if record.status != "ok":
         return True
-    kept = {batch["batch_size"] for batch in record.batches if batch["status"] != "failed"}
+    kept = {batch["batch_size"] for batch in records.kept_batches(record, job)}
     return set(record.batch_sizes if job.auto else job.batch_sizes) <= kept
 
 
-def work(job: Job, log: Path) -> None:
-    """What a worker process does: measure, everything that anyone says going to the log."""
-    with log.open("ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    run_main(lambda: measure.measure(job, make_backend(job.script, job.backend)))
+def without_a_gpu(todo: list[Job]) -> dict[str, str]:
+    """The backends that can't run for want of a GPU, with their reasons: no process need be started for them.
+
+    On a GPU only a process of its own may load a runtime.
+    """
+    scripts = {job.backend: job.script for job in todo if job.device == "cpu"}
+    reasons = {name: make_backend(script, name).why_unavailable("cpu") for name, script in scripts.items()}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
-def run_job(job: Job, log: Path, timeout: float) -> Record:
-    """Measure in a fresh process; the record.  If it dies or hangs, what it had measured stays."""
-    said_before, start = log.stat().st_size, time.perf_counter()
-    process = fresh_processes().Process(target=work, args=(job, log))
-    process.start()
-    try:
-        process.join(timeout)
-        code = process.exitcode
-    finally:
-        process.kill()
-        process.join()
-    record = records.read_record(job.record)
-    if code == 0:
-        if record.wall:
-            record.wall["process_s"] = round(time.perf_counter() - start, 3)
-            records.write_record(job.record, record)
-        return record
-    if code is None:
-        reason = f"its process was stopped after {timeout:g} s (--timeout)"
+def too_wide(job: Job, precision: float) -> list[tuple[float, str, int, int]]:
+    """The sweep's rows whose interval is wider than `precision` percent, speedups first, the widest first:
+    (half-width in percent, backend, image size, batch size)."""
+    found, note, _ = records.read_sweep(job.record.parent)
+    rows = [row for row in records.rows_of(found, note) if row.status == "ok"]
+    rows.sort(key=lambda row: (row.backend == BASELINE, -records.width_pct(row)))
+    wide = [(records.width_pct(row), row.backend, row.image_size, row.batch_size) for row in rows]
+    return [row for row in wide if row[0] > precision]
+
+
+def further_jobs(asked: list[Job], wide: list[tuple], round_: int) -> list[list[Job]]:
+    """A further round of the rows that are too wide: a group for each image size, the widest first."""
+    known, batches = {(job.backend, job.image_size): job for job in asked}, {}
+    for _, backend, size, batch in wide:
+        if (backend, size) in known:
+            batches.setdefault(size, {}).setdefault(backend, []).append(batch)
+    groups = []
+    for size, wanted in batches.items():
+        group = []
+        for backend, sizes in wanted.items():
+            changes = dict(round=round_, batch_sizes=tuple(sorted(sizes)), auto=False)
+            group.append(jobs.another(known[backend, size], **changes))
+        groups.append(group)
+    return groups
+
+
+def room_for(device: str) -> int:
+    """How many processes may be alive together: two at least, a backend and the baseline beside it."""
+    if device == "cuda":
+        free_mb = gpu.describe().get("gpu_memory_mb") or 0
     else:
-        reason = f"its process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
-    said = log.read_bytes()[said_before:].decode("utf-8", errors="replace").strip().splitlines()
-    if said:
-        reason += f": {said[-1][:300]}"
-    return mark_failed(job, record, reason)
+        free_mb = psutil.virtual_memory().available / 2**20
+    return max(2, int(free_mb / 1024 // MEMORY_EACH_GB[device]))
 
 
-def mark_failed(job: Job, record: Record | None, reason: str) -> Record:
-    """The record of a process that died: what it has not measured has failed for `reason`."""
-    if not records.is_current(record, job):
-        record = records.start(job, status="failed", reason=reason)
-    missing = [size for size in job.batch_sizes if not record.batch(size)]
-    for size in missing[:1] if job.auto else missing:
-        record.batches.append({"batch_size": size, "status": "failed", "reason": reason})
-    records.write_record(job.record, record)
-    return record
+# ---- measuring
+
+
+class Sweep:
+    """Brings the records of one sweep up to date."""
+
+    def __init__(self, asked: list[Job], timeout: float):
+        self.asked, self.timeout = asked, timeout
+        self.log = asked[0].results / "benchmark.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.unavailable = without_a_gpu(asked)
+
+    def note(self, text: str) -> None:
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def measure_round(self, groups: list[list[Job]], progress, limit_s: float | None = None) -> None:
+        """Play the groups, each a backend or more at one image size; no more once `limit_s` is spent."""
+        turns.new_server()
+        for group in groups:
+            spent = records.note_sweep(self.asked[0]).get("spent_s", 0.0)
+            if limit_s is not None and spent >= limit_s:
+                break
+            start = time.perf_counter()
+            self.measure_group(group)
+            spent += time.perf_counter() - start
+            records.note_sweep(self.asked[0], spent_s=round(spent, 1))
+            progress.update(len(group))
+
+    def measure_group(self, group: list[Job]) -> None:
+        """Measure one image size in one round, as many at once as there is room for; say what came out."""
+        self.note(f"\n=== {datetime.datetime.now():%Y-%m-%d %H:%M:%S} round {group[0].round + 1}")
+        for job in group:
+            if job.backend in self.unavailable:  # not for want of another size or round
+                reason = self.unavailable[job.backend]
+                precision = make_backend(job.script, job.backend).precision
+                record = records.start(job, status="unavailable", precision=precision, reason=reason)
+                records.write_record(job.record, record)
+        able = [job for job in group if job.backend not in self.unavailable]
+        together = room_for(group[0].device) - 1
+        others = [job for job in able if job.backend != BASELINE]
+        first = [job for job in able if job.backend == BASELINE]
+        parts = [others[k : k + together] for k in range(0, len(others), together)] or [[]]
+        for part in parts:
+            self.play([*first, *part])
+            first = []
+        for job in group:
+            record = records.read_record(job.record)
+            if record is None:
+                continue
+            if record.status == "unavailable":
+                self.unavailable[job.backend] = record.reason
+            line = describe(record)
+            self.note(line)
+            tqdm.write(line)
+
+    def play(self, part: list[Job]) -> None:
+        """Have these take turns with the baseline; what is short of memory tries beside it, then alone."""
+        if not part:
+            return
+        short = self.play_once(part)
+        for job in short:
+            for _ in self.play_once([job]) if len(part) > 1 else [job]:
+                self.play_once([job], company=False)
+
+    def play_once(self, part: list[Job], company: bool = True) -> list[Job]:
+        """Play one round with these; those that ran out of memory beside others."""
+        members = []
+        try:
+            if company and all(job.backend != BASELINE for job in part):
+                baseline = jobs.another(part[0], backend=BASELINE, script=BACKENDS[BASELINE])
+                members.append(turns.Remote(baseline, self.log, self.timeout, recorded=False))
+            members += [turns.Remote(job, self.log, self.timeout) for job in part]
+            played = turns.Round(members)
+            played.play()
+        finally:
+            for member in members:
+                member.stop()
+        return [member.job for member in dict.fromkeys(played.short) if member.recorded]
 
 
 def describe(record: Record) -> str:
@@ -114,76 +201,77 @@ def describe(record: Record) -> str:
     return f"{head}  {'; '.join(cells)}"
 
 
-def without_a_gpu(todo: list[Job]) -> dict[str, dict]:
-    """The backends that can't run for want of a GPU, with their reasons: no process need be started for them.
-
-    On a GPU only a process of its own may load a runtime.
-    """
-    found = {}
-    for job in todo:
-        if job.device == "cpu" and job.backend not in found:
-            backend = make_backend(job.script, job.backend)
-            if reason := backend.why_unavailable("cpu"):
-                found[job.backend] = unavailable(backend.precision, reason)
-    return found
+def in_fresh_process(function, *arguments):
+    """What the function returns in a process that ends afterwards."""
+    with ProcessPoolExecutor(1, fresh_processes(), end_with_parent) as pool:
+        return pool.submit(function, *arguments).result()
 
 
-def unavailable(precision: str, reason: str) -> dict:
-    return {"status": "unavailable", "precision": precision, "reason": reason}
+def look_first(todo: list[Job]) -> None:
+    """Before anything is replaced: the machine's ceilings, and PyTorch FP32's logits on every test image, for
+    which checkpoints and images are read whole.  Raises UserError."""
+    path = todo[0].record.with_name("ceilings.json")
+    for job in {job.image_size: job for job in todo}.values():
+        in_fresh_process(check.reference, job, None)
+    if (read_json(path) or {}).get("settings_key") != todo[0].settings_key:
+        found = in_fresh_process(ceilings.measure, todo[0].device)
+        write_json(path, {"settings_key": todo[0].settings_key, **found})
 
 
-def measure_ceilings(job: Job) -> None:
-    """Have a fresh process measure what this machine could do at most, unless it is known for these
-    settings."""
-    path = job.record.with_name("ceilings.json")
-    if (read_json(path) or {}).get("settings_key") != job.settings_key:
-        with ProcessPoolExecutor(1, mp_context=fresh_processes()) as pool:
-            found = pool.submit(ceilings.measure, job.device).result()
-        write_json(path, {"settings_key": job.settings_key, **found})
-
-
-def sweep(asked: list[Job], timeout: float) -> None:
-    """Bring every record up to date, one process after another."""
-    log = asked[0].results / "benchmark.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-
-    def note(text: str) -> None:
-        with log.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-
+def sweep(asked: list[Job], timeout: float, precision: float, budget_minutes: float) -> None:
+    """Bring every record up to date, then add rounds where intervals are too wide."""
     todo = [job for job in asked if not is_up_to_date(job)]
-    known = without_a_gpu(todo)
-    records.note_sweep(asked[0])
-    measure_ceilings(asked[0])
-    with tqdm(todo, desc="benchmark", unit="process", disable=not todo) as progress:
-        for job in progress:
-            progress.set_postfix_str(f"{job.backend}, {job.image_size} px")
-            when = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
-            note(f"\n=== {when} round {job.round + 1}, {job.backend}, {job.image_size} px")
-            if job.backend in known:  # not for want of another size or round
-                record = records.start(job, **known[job.backend])
-                records.write_record(job.record, record)
-            else:
-                record = run_job(job, log, timeout)
-            if record.status == "unavailable":
-                known[job.backend] = unavailable(record.precision, record.reason)
-            line = describe(record)
-            note(line)
-            tqdm.write(line)
-    if not todo:
+    measuring, limit_s = Sweep(asked, timeout), budget_minutes * 60
+    with tqdm(total=len(todo), desc="benchmark", unit="process", disable=None) as progress:
+        if todo:
+            look_first(todo)
+        records.note_sweep(asked[0], precision_pct=precision)
+        for _, jobs_of_round in itertools.groupby(todo, key=lambda job: job.round):
+            by_size = itertools.groupby(jobs_of_round, key=lambda job: job.image_size)
+            measuring.measure_round([follow_round0(list(group)) for _, group in by_size], progress)
+        later = 0
+        for round_ in itertools.count(asked[0].settings.rounds):
+            wide = too_wide(asked[0], precision) if asked[0].settings.rounds > 1 else []
+            groups = further_jobs(asked, wide, round_)
+            spent = records.note_sweep(asked[0]).get("spent_s", 0.0)
+            if not groups or spent >= limit_s:
+                break
+            progress.set_postfix_str(f"{len(wide)} rows still too wide, the widest ±{wide[0][0]:.1f} %")
+            progress.total += sum(map(len, groups))
+            measuring.measure_round(groups, progress, limit_s)
+            later += 1
+    if not todo and not later:
         print(f"{asked[0].record.parent}: everything is up to date")
+
+
+def follow_round0(group: list[Job]) -> list[Job]:
+    """With `auto`, later rounds measure what round 0 did."""
+    followed = []
+    for job in group:
+        first = records.read_record(jobs.another(job, round=0).record)
+        if job.auto and job.round > 0 and first and first.batch_sizes:
+            job = jobs.another(job, batch_sizes=tuple(first.batch_sizes))
+        followed.append(job)
+    return followed
 
 
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     jobs.add_arguments(parser, list(BACKENDS), DEFAULT)
+    width = "half-width of a speedup's 95 %% interval to be reached, in percent"
+    parser.add_argument("--precision", type=float, help=f"{width}; default {PRECISION_PCT}")
+    spend = f"minutes after which no further rounds begin; default {BUDGET_MINUTES}"
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help=spend)
     serve = "also measure from files to labels: see end_to_end.py"
     parser.add_argument("--end-to-end", action="store_true", help=serve)
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a process hangs")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a step hangs")
     args = parser.parse_args()
     asked = jobs.make_jobs(args, BACKENDS)
-    sweep(asked, args.timeout)
+    device = asked[0].device
+    precision = jobs.usual(args.precision, PRECISION_PCT[device], PRECISION_PCT[device], args.quick)
+    budget = jobs.usual(args.budget, BUDGET_MINUTES[device], 0.0, args.quick)
+    sweep(asked, args.timeout, precision, budget)
     results = asked[0].results
     rows = records.write_csv(results)
     _, environments = records.read_table(results)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import datasets
-from utils import measure, records, report
+from utils import measure, records, report, turns
 from utils.schema import Job, Settings
 from utils.utils import (
     BATCH_SIZES,
@@ -20,10 +20,10 @@ from utils.utils import (
 )
 
 AUTO_BATCH_SIZES = [2**k for k in range(9)]  # 1 to 256; measured until they saturate
-MAX_SECONDS = {"cuda": 30.0, "cpu": 2.0}  # of timed runs per configuration, over all rounds
+MAX_SECONDS = {"cuda": 30.0, "cpu": 3.0}  # of timed runs per configuration, over the rounds
 # A change of any of these makes an earlier measurement stale.
 MEASURING = ["model.py", "datasets.py", "*_inference.py", "trt.py", "torch_trt.py"]
-MEASURING += [f"utils/{name}.py" for name in ("ceilings", "check", "gpu", "images", "measure", "timing")]
+MEASURING += [f"utils/{name}.py" for name in ("ceilings", "check", "gpu", "images", "measure", "turns")]
 
 
 def add_arguments(parser: argparse.ArgumentParser, backends: list[str], default: list[str]) -> None:
@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser, backends: list[str], default:
     auto = f"default {BATCH_SIZES}; auto: double from 1 until it saturates"
     parser.add_argument("--batch-sizes", nargs="+", help=auto)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    parser.add_argument("--runs", type=int, help="timed runs per configuration, over all rounds; default 100")
-    parser.add_argument("--warmup", type=int, default=10, help="untimed calls, and at least half a second")
-    parser.add_argument("--rounds", type=int, help="fresh processes that share the runs; default 3")
-    parser.add_argument("--min-seconds", type=float, help="of timed runs per configuration; default 1")
+    parser.add_argument("--runs", type=int, help="timed runs per configuration, over the rounds; default 100")
+    parser.add_argument("--warmup", type=int, default=10, help="untimed calls, and at least 0.3 s of them")
+    parser.add_argument("--rounds", type=int, help="of fresh processes, at least; default 3")
+    parser.add_argument("--min-seconds", type=float, help="of timed runs per configuration; default 1.5")
     parser.add_argument("--max-seconds", type=float, help=f"of timed runs; default {MAX_SECONDS}")
     watched = "on a GPU, an untimed loop in which the driver is asked; 0: none"
-    parser.add_argument("--sustain-seconds", type=float, default=3.0, help=watched)
+    parser.add_argument("--sustain-seconds", type=float, default=1.5, help=watched)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sweep", default="main", help="its name: all measured in one environment here")
     quick = "64 px, batches 1 and 4, 20 runs, into results/quick"
@@ -76,9 +76,9 @@ def batch_sizes_of(texts: list[str]) -> list[int]:
 def settings_of(args: argparse.Namespace, device: str, rounds: int | None) -> Settings:
     return Settings(
         runs=usual(args.runs, 100, 20, args.quick),
-        rounds=rounds or usual(args.rounds, 3, 1, args.quick),
+        rounds=rounds or usual(args.rounds, 3, 3, args.quick),
         warmup=args.warmup,
-        min_seconds=usual(args.min_seconds, 1.0, 0.0, args.quick),
+        min_seconds=usual(args.min_seconds, 1.5, 0.0, args.quick),
         max_seconds=args.max_seconds or MAX_SECONDS[device],
         sustain_seconds=args.sustain_seconds,
         seed=args.seed,
@@ -109,13 +109,13 @@ def check_arguments(args, settings: Settings, image_sizes: list[int], batch_size
 
 
 def make_jobs(args: argparse.Namespace, scripts: dict[str, str], rounds: int | None = None) -> list[Job]:
-    """Everything that is asked for, in the order of measuring; in round k the backends start with the k-th.
+    """Everything that is asked for, round by round, in each size by size, in each backend by backend.
 
     `scripts` maps every backend to the module that makes it.  Draws the sample where there are no images.
     Raises UserError for impossible settings and missing checkpoints.
     """
-    names = list(scripts) if "all" in args.backends else list(dict.fromkeys(args.backends))
     device = pick_device(args.device)
+    names = list(scripts) if "all" in args.backends else list(dict.fromkeys(args.backends))
     settings = settings_of(args, device, rounds)
     image_sizes = sorted(set(usual(args.image_sizes, IMAGE_SIZES, [64], args.quick)))
     asked = usual(args.batch_sizes, BATCH_SIZES, [1, 4], args.quick)
@@ -126,18 +126,35 @@ def make_jobs(args: argparse.Namespace, scripts: dict[str, str], rounds: int | N
     settings_key = staleness_key(settings, device, known)
     results = results_folder(args)
     jobs = []
-    for round_ in range(settings.rounds):
-        shift = round_ % len(names)
-        for size in image_sizes:
-            checkpoint = checkpoint_path(args.weights, size)
-            key = sha256(settings_key, checkpoint)[:16]
-            for name in names[shift:] + names[:shift]:
-                folder = results / "raw" / args.sweep
-                files = [folder / f"{name}_{size}_round{k}.json" for k in (round_, 0)]
-                what = args.sweep, name, scripts[name], size, tuple(batch_sizes), asked == ["auto"], round_
-                how = device, settings, known, args.data, checkpoint, results, *files, settings_key, key
-                jobs.append(Job(*what, *how))
-    return jobs
+    for size in image_sizes:
+        checkpoint = checkpoint_path(args.weights, size)
+        first = Job(
+            sweep=args.sweep,
+            backend="",
+            script="",
+            image_size=size,
+            batch_sizes=tuple(batch_sizes),
+            auto=list(asked) == ["auto"],
+            round=0,
+            device=device,
+            settings=settings,
+            environment=known,
+            data=args.data,
+            checkpoint=checkpoint,
+            results=results,
+            record=results,
+            settings_key=settings_key,
+            key=sha256(settings_key, checkpoint)[:16],
+        )
+        jobs += [another(first, backend=name, script=scripts[name]) for name in names]
+    return [another(job, round=k) for k in range(settings.rounds) for job in jobs]
+
+
+def another(job: Job, **changes) -> Job:
+    """The job with another backend, round or batch sizes, and the record that goes with it."""
+    job = dataclasses.replace(job, **changes)
+    name = f"{job.backend}_{job.image_size}_round{job.round}.json"
+    return dataclasses.replace(job, record=job.results / "raw" / job.sweep / name)
 
 
 def environment_of(data: Path) -> dict:
@@ -178,10 +195,12 @@ def main(description: str, script: str, backends: dict) -> None:
                 measure.trace(job, backends[job.backend]())
         return
     records.note_sweep(jobs[0])
-    for job in jobs:
-        record = measure.measure(job, backends[job.backend]())
-        line = f"{job.backend}, {job.image_size} px: {record.status} {record.reason}"
-        print(line.rstrip(), file=sys.stderr)
+    with measure.inference(jobs[0].device):
+        for job in jobs:
+            turns.Round([turns.Local(job, backends[job.backend]())]).play()
+            record = records.read_record(job.record)
+            line = f"{job.backend}, {job.image_size} px: {record.status} {record.reason}"
+            print(line.rstrip(), file=sys.stderr)
     rows = records.read_rows(jobs[0].results)
     rows = rows[rows.sweep == args.sweep]
     wanted = {(job.backend, job.image_size) for job in jobs}

@@ -4,65 +4,161 @@ What every backend script does, alone or called by benchmark.py.
 """
 
 import contextlib
-import dataclasses
 import math
 import time
 
 import numpy as np
 import psutil
 
-from utils import check, findings, gpu, timing
-from utils.records import is_current, read_record, start, write_record
-from utils.schema import Backend, Job, Record
+from utils import check, gpu, timing
+from utils.records import kept_batches, note_failure, read_record, start, write_record
+from utils.schema import Backend, Job, Settings
 from utils.utils import UserError
 
-WARM_UP_SECONDS = 0.5  # at least, besides the calls asked for
+WARM_UP_SECONDS = 0.3  # at least, besides the calls asked for
+TURN_MS = 50.0  # of a turn at least: below, what the others left in the caches shows
+MOST_TURNS, LEAST_TURNS = 12, 2  # of a round, at each batch size
+WAKE_MS, SLOW_MS = 10.0, 200.0  # untimed calls at the start of a turn: a run of 200 ms needs none
 SHORT_OF_MEMORY = ["out of memory", "outofmemory", "failed to allocate memory", "not enough memory"]
 SHORT_OF_MEMORY += ["can't allocate memory"]  # runtimes say it each in their own words
 
 
-def measure(job: Job, backend: Backend) -> Record:
-    """Load, check and time one backend for every batch size; the record, written after every step.
+class Problem(Exception):  # noqa: N818 (it is a finding, handed on like one)
+    """Why a step gave nothing: one of schema.STATUSES and the reason."""
 
-    Round 0 classifies the whole test set.  Whatever goes wrong costs this record alone and stands in it.
+    def __init__(self, status: str, reason: str):
+        super().__init__(status, reason)
+        self.status, self.reason = status, reason
+
+
+class Measuring:
+    """One Job on its way to its Record: open(); for each batch size begin(), turns of run(), end(); close().
+
+    Between the steps other processes may be at work (utils/turns.py).  A step that fails raises what went
+    wrong; fail() and close() write it into the record, so that it costs this record alone.
     """
-    record = start(job, precision=backend.precision)
-    if reason := backend.why_unavailable(job.device):
-        return finish(job, record, status="unavailable", reason=reason)
-    record.batches = kept_batches(job)
-    record.wall = {"load_s": 0.0, "check_s": 0.0, "time_s": 0.0}
-    context_mb = gpu.context_mb() if job.device == "cuda" else None
-    with inference(job.device):
-        try:
-            with stopwatch(record.wall, "load_s"):
-                open_backend(job, record, backend)
-                record.process["context_mb"] = context_mb
-            with stopwatch(record.wall, "check_s"):
-                call = whole_call(backend)
-                record.check, probe = check.whole_test_set(job, call, backend.precision)
-        except UserError:
-            raise
-        except Exception as error:
-            return finish(job, record, status=failure(error), reason=one_line(error))
-        time_batches(job, record, backend, probe)
-    if job.auto:  # what the record holds is all that was wanted
-        record.batch_sizes = sorted(batch["batch_size"] for batch in record.batches)
-    return finish(job, record)
+
+    def __init__(self, job: Job, backend: Backend):
+        self.job, self.backend, self.cuda = job, backend, job.device == "cuda"
+        self.watch = job.settings.sustain_seconds if self.cuda and job.round == 0 else 0
+        self.record = start(job, precision=backend.precision, adds=backend.adds)
+        self.record.batches = kept_batches(read_record(job.record), job)
+
+    def open(self) -> None:
+        """Load; in round 0 classify the whole test set."""
+        job, record = self.job, self.record
+        if reason := self.backend.why_unavailable(job.device):
+            raise Problem("unavailable", reason)
+        context_mb = gpu.context_mb() if self.cuda else None
+        record.build, record.process = open_backend(job, self.backend)
+        record.process["context_mb"] = context_mb
+        record.precision = self.backend.precision
+        record.work = count_work(job) if job.round == 0 else None
+        record.check, self.probe = check.whole_test_set(job, self.whole_call, record.precision)
+
+    def whole_call(self, images):
+        """Images float32 (N, 3, S, S) on the device -> logits (N, classes)."""
+        return self.backend.predict(self.backend.prepare(images))
+
+    def begin(self, batch_size: int) -> float:
+        """Check one batch size and warm it up; the milliseconds that a run takes."""
+        import torch
+
+        settings, probe = self.job.settings, self.probe
+        self.synchronize, self.new_event = (lambda: None), None
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.synchronize = torch.cuda.current_stream().synchronize
+            self.new_event = lambda: torch.cuda.Event(enable_timing=True)
+        images = probe.images[:batch_size].to(self.job.device)
+        begin = time.perf_counter()  # the check is the warm-up's first call, on a slow CPU all of it
+        logits = self.whole_call(images).float().cpu().numpy()
+        took = [(time.perf_counter() - begin) * 1000]
+        difference = float(np.abs(logits - probe.expected[:batch_size]).max())
+        self.batch = {"batch_size": batch_size, "status": "ok", "reason": "", "max_abs_diff": difference}
+        self.batch["first_call_ms"] = took[0]
+        if reason := check.too_far(difference, probe.tolerance):
+            raise Problem("mismatch", reason)
+        x = self.backend.prepare(images)
+        self.call = lambda: self.backend.predict(x)
+        at_most = settings.max_seconds / settings.rounds / 2
+        if took[0] < at_most * 1000:
+            limits = settings.warmup - 1, WARM_UP_SECONDS, at_most
+            took += timing.warm_up(self.call, self.synchronize, *limits)
+        self.run_ms = float(np.median(took[len(took) // 2 :]))
+        self.batch |= {"warmup": len(took), "host_ms": [], "enqueue_ms": [], "gpu_ms": [], "turns": []}
+        return self.run_ms
+
+    def run(self, runs: int) -> float:
+        """One turn: time so many runs; their mean in milliseconds."""
+        for _ in range(math.ceil(WAKE_MS / self.run_ms) if self.run_ms < SLOW_MS else 0):
+            self.call()  # others were at work: caches are cold
+        samples = timing.sample(self.call, self.synchronize, runs, self.new_event)
+        for name, values in vars(samples).items():
+            self.batch[name] += values
+        self.batch["turns"].append(runs)
+        return timing.trimmed_mean(samples.host_ms)
+
+    def end(self, beside_ms: list[float] | None) -> None:
+        """Write what one batch size gave, with the baseline's means in the same turns."""
+        import torch
+
+        memory_mb, memory_of = gpu.memory_mb() if self.cuda else (None, None)
+        torch_mb = None
+        if self.cuda and self.backend.torch_allocator:
+            torch_mb = torch.cuda.max_memory_allocated() / 2**20
+        sustained = gpu.sustain(self.call, self.synchronize, self.watch) if self.watch else None
+        self.batch |= {
+            "beside_ms": beside_ms,
+            "gpu_memory_mb": memory_mb,
+            "memory_of": memory_of,
+            "host_memory_mb": psutil.Process().memory_info().rss / 2**20,
+            "torch_memory_mb": torch_mb,
+            "sustained": sustained,
+        }
+        self.write(self.batch)
+
+    def fail(self, batch_size: int, status: str, reason: str) -> None:
+        """Write that a batch size gave no figures, and why."""
+        known = getattr(self, "batch", {})
+        difference = known.get("max_abs_diff") if known.get("batch_size") == batch_size else None
+        failed = {"batch_size": batch_size, "status": status, "reason": reason}
+        self.write(failed if difference is None else failed | {"max_abs_diff": difference})
+
+    def write(self, batch: dict) -> None:
+        others = [one for one in self.record.batches if one["batch_size"] != batch["batch_size"]]
+        self.record.batches = sorted([*others, batch], key=lambda one: one["batch_size"])
+        write_record(self.job.record, self.record)
+
+    def close(self, status: str = "ok", reason: str = "") -> None:
+        """Write the record with its status; ask the profiler last, since it may slow down what follows."""
+        record = self.record
+        if status != "ok" and record.batches:  # a measurement is not replaced by a failure
+            note_failure(self.job, reason)
+            return
+        for batch in record.batches if self.watch and status == "ok" else []:
+            if batch["status"] == "ok" and "busy_ms" not in batch:
+                x = self.backend.prepare(self.probe.images[: batch["batch_size"]].to(self.job.device))
+                batch["busy_ms"] = gpu.busy_ms(lambda x=x: self.backend.predict(x))
+        if self.job.auto and status == "ok":  # what the record holds is all that was wanted
+            record.batch_sizes = [batch["batch_size"] for batch in record.batches]
+        record.status, record.reason = status, reason
+        write_record(self.job.record, record)
 
 
-def finish(job: Job, record: Record, **changes) -> Record:
-    record = dataclasses.replace(record, **changes)
-    write_record(job.record, record)
-    return record
+def turns_of(run_ms: list[float], settings: Settings) -> tuple[int, list[int]]:
+    """How many turns a round has at one batch size, and how many runs each member then takes a turn.
 
-
-def kept_batches(job: Job) -> list[dict]:
-    """What an earlier record of the same key holds and need not be measured again: all that has not
-    failed."""
-    record = read_record(job.record)
-    if not is_current(record, job):
-        return []
-    return [batch for batch in record.batches if batch["status"] != "failed"]
+    `run_ms` is what a run takes each of them.  Every member gets its share of the runs and seconds asked for,
+    within the seconds allowed; the slowest decides how often they can change.
+    """
+    least, most = 1000 * settings.min_seconds / settings.rounds, 1000 * settings.max_seconds / settings.rounds
+    wanted = [max(math.ceil(settings.runs / settings.rounds), math.ceil(least / ms)) for ms in run_ms]
+    runs = [max(LEAST_TURNS, min(n, int(most / ms))) for n, ms in zip(wanted, run_ms, strict=True)]
+    spans = [n * ms / TURN_MS for n, ms in zip(runs, run_ms, strict=True)]
+    turns = max(LEAST_TURNS, min(MOST_TURNS, *runs, *map(int, spans)))
+    return turns, [math.ceil(n / turns) for n in runs]
 
 
 @contextlib.contextmanager
@@ -75,137 +171,38 @@ def inference(device: str):
         yield
 
 
-@contextlib.contextmanager
-def stopwatch(wall: dict, name: str):
-    """Add the seconds that the block takes to wall[name], for the account of where a sweep's time goes."""
-    begin = time.perf_counter()
-    try:
-        yield
-    finally:
-        wall[name] = round(wall[name] + time.perf_counter() - begin, 3)
-
-
-def open_backend(job: Job, record: Record, backend: Backend) -> None:
-    """Have the backend export, build or deserialise; note how long that took and what the process is like."""
+def open_backend(job: Job, backend: Backend) -> tuple[dict, dict]:
+    """Have the backend export, build or deserialise: how that went, and what the process is like."""
     import torch
 
-    import model
-
+    backend.data, begin = job.data, time.perf_counter()
     backend.load(job.checkpoint, job.image_size, list(job.batch_sizes), job.device)
-    artefact = backend.artefact
+    seconds, artefact = time.perf_counter() - begin, backend.artefact
     megabytes = round(artefact.stat().st_size / 2**20, 1) if artefact else None
-    seconds = round(backend.build_s, 3)
-    record.precision = backend.precision
-    record.build = dict(seconds=seconds, from_cache=backend.from_cache, artefact_mb=megabytes)
-    if job.round == 0:
-        classes = model.load_facts(job.checkpoint)["classes"]
-        record.work = model.count_work(job.image_size, len(classes))
+    build = dict(seconds=round(backend.build_s, 3), from_cache=backend.from_cache, artefact_mb=megabytes)
     cuda = job.device == "cuda"
-    record.process = {
+    process = {
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
     }
+    return build | {"load_s": round(seconds, 4)}, process
 
 
-def whole_call(backend: Backend):
-    """Images float32 (N, 3, S, S) on the device -> logits (N, classes)."""
-    return lambda images: backend.predict(backend.prepare(images))
+def count_work(job: Job) -> dict:
+    import model
+
+    return model.count_work(job.image_size, len(model.load_facts(job.checkpoint)["classes"]))
 
 
-def prepared(backend: Backend, images, device: str):
-    """The call that is timed: predict() of images that lie on the device in the backend's own form."""
-    x = backend.prepare(images.to(device))
-    return lambda: backend.predict(x)
-
-
-def time_batches(job: Job, record: Record, backend: Backend, probe: check.Probe) -> None:
-    """Time every batch size that the record lacks, writing it after each; last, ask the profiler."""
-    watch = job.settings.sustain_seconds if job.device == "cuda" and job.round == 0 else 0
-    for batch_size in batch_sizes_of(job):
-        if job.auto and job.round == 0 and has_saturated(record.batches):
-            break
-        if record.batch(batch_size):
-            continue
-        try:
-            with stopwatch(record.wall, "time_s"):
-                result = time_batch(job, backend, batch_size, probe, watch)
-        except Exception as error:
-            result = {"status": failure(error), "reason": one_line(error)}
-        record.batches.append({"batch_size": batch_size, **result})
-        record.batches.sort(key=lambda batch: batch["batch_size"])
-        write_record(job.record, record)
-    for batch in record.batches if watch else []:  # last, since the profiler may slow down what follows
-        if batch["status"] == "ok" and "busy_ms" not in batch:
-            images = probe.images[: batch["batch_size"]]
-            batch["busy_ms"] = gpu.busy_ms(prepared(backend, images, job.device))
-
-
-def batch_sizes_of(job: Job) -> list[int]:
-    """The batch sizes to measure; with auto, round 0 finds out how many and the later rounds follow it."""
-    if job.auto and job.round > 0:
-        first = read_record(job.round0)
-        return first.batch_sizes if first else list(job.batch_sizes)
-    return list(job.batch_sizes)
-
-
-def has_saturated(batches: list[dict]) -> bool:
-    """Whether the last doubling gave too little for another, or failed for want of memory or otherwise."""
-    if batches and batches[-1]["status"] != "ok":
-        return True
-    sizes = [batch["batch_size"] for batch in batches]
-    fps = [batch["batch_size"] / timing.trimmed_mean(batch["host_ms"]) for batch in batches]
-    return findings.saturated(sizes, fps)
-
-
-def time_batch(job: Job, backend: Backend, batch_size: int, probe: check.Probe, watch: float) -> dict:
-    """Check, warm up and time one batch size; then let it run for `watch` seconds while the driver is
-    asked."""
-    import torch
-
-    cuda, settings = job.device == "cuda", job.settings
-    images, expected = probe.images[:batch_size], probe.expected[:batch_size]
-    synchronize = torch.cuda.current_stream().synchronize if cuda else lambda: None
-    new_event = (lambda: torch.cuda.Event(enable_timing=True)) if cuda else None
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()  # the check is the warm-up's first call: on a slow CPU it may be all of it
-    logits = check.classify(whole_call(backend), images, batch_size, job.device)
-    difference = float(np.abs(logits - expected).max())
-    if reason := check.too_far(difference, probe.tolerance):
-        return {"status": "mismatch", "reason": reason, "max_abs_diff": difference}
-    call = prepared(backend, images, job.device)
-    at_most, warmup = settings.max_seconds / settings.rounds, 1
-    if time.perf_counter() - begin < at_most / 2:
-        warmup += timing.warm_up(call, synchronize, settings.warmup - 1, WARM_UP_SECONDS, at_most / 2)
-    runs, at_least = math.ceil(settings.runs / settings.rounds), settings.min_seconds / settings.rounds
-    samples = timing.sample(call, synchronize, runs, at_least, at_most, new_event)
-    memory_mb, memory_of = gpu.memory_mb() if cuda else (None, None)
-    allocated = torch.cuda.max_memory_allocated() / 2**20 if cuda and backend.torch_allocator else None
-    return {
-        "status": "ok",
-        "reason": "",
-        "max_abs_diff": difference,
-        "warmup": warmup,
-        **vars(samples),
-        "gpu_memory_mb": memory_mb,
-        "memory_of": memory_of,
-        "host_memory_mb": psutil.Process().memory_info().rss / 2**20,
-        "torch_memory_mb": allocated,
-        "sustained": gpu.sustain(call, synchronize, watch) if watch else None,
-    }
-
-
-def failure(error: Exception) -> str:
-    """The status that an exception stands for."""
+def problem_of(error: Exception) -> Problem:
+    """What an exception stands for."""
+    if isinstance(error, Problem):
+        return error
     words = str(error).lower()
-    short = any(text in words for text in SHORT_OF_MEMORY)
-    return "out_of_memory" if short or isinstance(error, MemoryError) else "failed"
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+    short = any(text in words for text in SHORT_OF_MEMORY) or isinstance(error, MemoryError)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+    return Problem("out_of_memory" if short else "failed", reason)
 
 
 def trace(job: Job, backend: Backend) -> None:
@@ -219,7 +216,7 @@ def trace(job: Job, backend: Backend) -> None:
     path = job.results / "profile" / f"{job.backend}_{size}_batch{batch_size}.json"
     with inference(job.device):
         backend.load(job.checkpoint, size, [batch_size], job.device)
-        call = prepared(backend, torch.rand(batch_size, 3, size, size), job.device)
+        x = backend.prepare(torch.rand(batch_size, 3, size, size).to(job.device))
         print(f"{job.backend}, {size} px, batch {batch_size}, {gpu.CALLS} calls")
-        print(gpu.table_and_trace(call, job.device, path))
+        print(gpu.table_and_trace(lambda: backend.predict(x), job.device, path))
     print(f"written: {path} (open it in chrome://tracing or ui.perfetto.dev)")

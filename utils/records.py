@@ -15,20 +15,16 @@ from utils import ceilings, check, timing
 from utils.schema import BASELINE, COLUMNS, Job, Record, Row
 from utils.utils import UserError, read_json, write_atomic, write_json
 
-NOISY_RUNS, NOISY_ROUNDS = (
-    0.10,
-    0.05,
-)  # interquartile range / median of the runs; largest / smallest round - 1
+TARGET_PCT = 3.0  # half-width of an interval, where the sweep says no other
 CPU_BOUND = 0.80  # time until the call returned / time on the GPU
 VERDICTS = {  # what puts a row in doubt, and what to do about it
-    "noisy": "runs scatter by over 10 % or rounds differ by over 5 %, "
-    "close other programs or raise --runs and --rounds",
+    "noisy": "close other programs, or raise --budget",
     "throttled": "the GPU slowed itself down, cool it or raise its power limit",
-    "too short": "not all the runs asked for fitted into the time allowed, raise --max-seconds",
+    "too short": "not all the runs asked for fitted into the time allowed, raise --max-seconds or --budget",
     "CPU-bound": "launching takes over 80 % of the time on the GPU, take a larger batch or a CUDA graph",
     "device memory": "the driver tells only the whole device's memory, whose rise is given, "
     "close what else uses the GPU",
-    "one round": "the interval leaves out what differs from process to process, use --rounds 3",
+    "one round": "no interval and no verdict, use --rounds 3",
 }
 
 # ---- files
@@ -39,6 +35,7 @@ def start(job: Job, **known) -> Record:
     fields = ("sweep", "backend", "device", "image_size", "round", "key", "settings_key")
     copied = {name: getattr(job, name) for name in fields}
     copied |= {"precision": "", "batch_sizes": list(job.batch_sizes), "runs": job.settings.runs}
+    copied["further"] = job.round >= job.settings.rounds
     now = datetime.datetime.now(datetime.timezone.utc).isoformat()
     return Record(time=now, **copied | known)
 
@@ -46,9 +43,10 @@ def start(job: Job, **known) -> Record:
 def read_record(path: Path) -> Record | None:
     """The record in a file, or None where it is missing, was cut short or is of another kind."""
     found = read_json(path)
+    known = {field.name for field in dataclasses.fields(Record)}
     try:
-        return Record(**found)
-    except TypeError:
+        return Record(**{name: value for name, value in found.items() if name in known})
+    except (AttributeError, TypeError):
         return None
 
 
@@ -60,16 +58,37 @@ def is_current(record: Record | None, job: Job) -> bool:
     return record is not None and record.key == job.key
 
 
-def note_sweep(job: Job) -> None:
-    """Say in sweep.json under which settings, in which environment and by which commands records are made."""
+def kept_batches(record: Record | None, job: Job) -> list[dict]:
+    """What a record of the same key holds and need not be measured again: all that has not failed."""
+    batches = record.batches if is_current(record, job) else []
+    return [batch for batch in batches if batch["status"] != "failed"]
+
+
+def note_failure(job: Job, reason: str) -> None:
+    """Write the record of a process that could not go on: what it has not measured has failed."""
+    record = read_record(job.record)
+    if not is_current(record, job):
+        record = start(job, status="failed", reason=reason)
+    missing = [size for size in job.batch_sizes if not record.batch(size)]
+    for size in missing[:1] if job.auto else missing:
+        record.batches.append({"batch_size": size, "status": "failed", "reason": reason})
+    record.batches.sort(key=lambda batch: batch["batch_size"])
+    write_record(job.record, record)
+
+
+def note_sweep(job: Job, **more) -> dict:
+    """Say in sweep.json under which settings, in which environment and by which commands records are made.
+
+    `more` is added (precision_pct, spent_s); the whole note is returned.
+    """
     path = job.record.with_name("sweep.json")
     notes = read_json(path) or {}
-    command = job.environment["command"]
-    old = notes.get(job.settings_key, {"commands": []})
-    commands = list(dict.fromkeys([*old["commands"], command]))
+    old = notes.get(job.settings_key, {})
+    commands = list(dict.fromkeys([*old.get("commands", []), job.environment["command"]]))
     settings = dataclasses.asdict(job.settings)
-    note = {"settings": settings, "environment": job.environment, "commands": commands}
+    note = old | {"settings": settings, "environment": job.environment, "commands": commands} | more
     write_json(path, notes | {job.settings_key: note})
+    return note
 
 
 def read_sweep(folder: Path) -> tuple[list[Record], dict, dict | None]:
@@ -100,43 +119,45 @@ def read_rows(results: Path) -> pd.DataFrame:
     rows = []
     for folder in sweep_folders(results):
         found, note, limits = read_sweep(folder)
-        rows += rows_of(found, note.get("environment", {}), limits)
+        rows += rows_of(found, note, limits)
     return pd.DataFrame([vars(row) for row in rows], columns=COLUMNS)
 
 
 # ---- records -> rows
 
 
-def rows_of(found: list[Record], environment: dict, limits: dict | None = None) -> list[Row]:
-    """The rows of one sweep, each against its own baseline, PyTorch FP32, and the machine's measured
-    ceilings."""
-    groups = {}  # in the order in which the backends were first measured
-    for record in found:
-        groups.setdefault(record.backend, {}).setdefault(record.image_size, {})[record.round] = record
+def rows_of(found: list[Record], note: dict, limits: dict | None = None) -> list[Row]:
+    """The rows of one sweep, each against its own baseline, PyTorch FP32, and the machine's ceilings."""
     rows = []
-    for by_size in groups.values():
-        for size, rounds in sorted(by_size.items()):
-            baseline = groups.get(BASELINE, {}).get(size, {})
-            batch_sizes = set()
-            for record in rounds.values():
-                batch_sizes |= {*record.batch_sizes, *(batch["batch_size"] for batch in record.batches)}
-            for batch_size in sorted(batch_sizes):
-                row = row_of(rounds, baseline, batch_size)
+    for backend in dict.fromkeys(record.backend for record in found):  # in the order of measuring
+        for size in sorted({record.image_size for record in found if record.backend == backend}):
+            rounds = rounds_of(found, backend, size)
+            baseline = rounds_of(found, BASELINE, size)
+            tried = {batch["batch_size"] for record in rounds.values() for batch in record.batches}
+            for batch_size in sorted(tried.union(*(record.batch_sizes for record in rounds.values()))):
+                row = row_of(rounds, baseline, batch_size, note.get("precision_pct", TARGET_PCT))
                 if row.fps:
-                    compare_with_ceilings(row, rounds, environment, limits)
+                    compare_with_ceilings(row, rounds, note.get("environment", {}), limits)
                 rows.append(row)
     return rows
 
 
-def row_of(rounds: dict[int, Record], baseline: dict[int, Record], batch_size: int) -> Row:
+def rounds_of(found: list[Record], backend: str, image_size: int) -> dict[int, Record]:
+    chosen = [record for record in found if (record.backend, record.image_size) == (backend, image_size)]
+    return {record.round: record for record in sorted(chosen, key=lambda record: record.round)}
+
+
+def row_of(rounds: dict[int, Record], baseline: dict[int, Record], batch_size: int, target: float) -> Row:
     """The row of one configuration from its records, and the baseline's, by round."""
     first = rounds[min(rounds)]
     status, reason = verdict(rounds, batch_size)
     names = "sweep", "backend", "precision", "device", "image_size"
-    row = Row(*(getattr(first, name) for name in names), batch_size, status, reason)
+    row = Row(*(getattr(first, name) for name in names), batch_size, status, reason, adds=first.adds)
     builds = [record.build for record in rounds.values() if record.build]
     if builds:
         row.build_s = max(builds, key=lambda build: not build["from_cache"])["seconds"]
+    made = [build for build in builds if build["from_cache"] or not build["seconds"]]
+    row.load_s = min((build["load_s"] for build in made if "load_s" in build), default=None)
     add_accuracy(row, rounds)
     timed = {}
     for round_, record in rounds.items():
@@ -149,15 +170,17 @@ def row_of(rounds: dict[int, Record], baseline: dict[int, Record], batch_size: i
     vars(row).update(timing.summarize([batch["host_ms"] for batch in results], batch_size))
     on_gpu = [ms for batch in results for ms in batch["gpu_ms"]]
     row.gpu_ms = timing.trimmed_mean(on_gpu) if on_gpu else None
+    fresh = results[1] if len(results) > 1 else results[0]  # round 0 has classified the test set before
+    row.first_call_ms = fresh.get("first_call_ms")
     warm = [batch for k, batch in timed.items() if rounds[k].build["from_cache"]]
     row.gpu_memory_mb = largest(warm or results, "gpu_memory_mb")  # building takes memory of its own
     row.torch_memory_mb = largest(results, "torch_memory_mb")
     row.host_memory_mb = largest(results, "host_memory_mb")
     row.busy_ms = next((batch["busy_ms"] for batch in results if batch.get("busy_ms")), None)
-    row.notes = notes(builds, results, first.runs)
     add_sustained(row, results)
     if status == "ok":
         add_speedup(row, timed, baseline)
+    row.notes = notes(row, builds, results, first.runs, target)
     return row
 
 
@@ -190,16 +213,20 @@ def add_sustained(row: Row, results: list[dict]) -> None:
 
 
 def add_speedup(row: Row, timed: dict[int, dict], baseline: dict[int, Record]) -> None:
-    """The baseline's mean over this one's, from the rounds that both have."""
-    pair = [[], []]
-    for round_, batch in timed.items():
+    """How many times as fast as the baseline: the geometric mean over the rounds, each formed turn by turn.
+
+    Where the baseline had no turns beside it, the means of the same round serve.
+    """
+    ratios = [1.0] * len(timed) if row.backend == BASELINE else []
+    for round_, batch in timed.items() if not ratios else []:
         base = baseline[round_].batch(row.batch_size) if round_ in baseline else None
-        if base and base.get("host_ms"):
-            pair[0].append(base["host_ms"])
-            pair[1].append(batch["host_ms"])
-    if pair[0]:
-        row.speedup = timing.trimmed_mean(np.concatenate(pair[0])) / row.mean_ms
-        row.speedup_low, row.speedup_high = timing.interval(pair, lambda slow, fast: slow / fast)
+        if batch.get("beside_ms"):
+            ratios.append(timing.speedup(batch["beside_ms"], batch["host_ms"], batch["turns"]))
+        elif base and base.get("host_ms"):
+            ratios.append(timing.trimmed_mean(base["host_ms"]) / timing.trimmed_mean(batch["host_ms"]))
+    if ratios:
+        row.speedup = float(np.exp(np.mean(np.log(ratios))))
+        row.speedup_low, row.speedup_high = timing.interval(row.speedup, ratios)
 
 
 def compare_with_ceilings(
@@ -224,6 +251,8 @@ def compare_with_ceilings(
 def verdict(rounds: dict[int, Record], batch_size: int) -> tuple[str, str]:
     """Status and reason of a configuration: ok only where every round is and the test set has been passed."""
     for record in rounds.values():
+        if record.further:
+            continue
         if record.status != "ok":
             return record.status, record.reason
         if record.check and (reason := check.mismatch(record.check)):
@@ -238,29 +267,40 @@ def verdict(rounds: dict[int, Record], batch_size: int) -> tuple[str, str]:
     return "ok", ""
 
 
-def doubts(results: list[dict], asked: int) -> list[str]:
-    """The names of the verdicts (see VERDICTS) on the runs of one configuration, a dict for each round."""
-    rounds = [batch["host_ms"] for batch in results]
-    runs, means = np.concatenate(rounds), [timing.trimmed_mean(values) for values in rounds]
-    low, median, high = np.percentile(runs, [25, 50, 75])
+def width_pct(row) -> float:
+    """Half the width of the interval that --precision is about, in percent: the speedup's, the baseline's
+    throughput's."""
+    if row.backend == BASELINE or row.speedup is None or row.speedup != row.speedup:
+        return timing.half_width_pct(row.fps_low, row.fps_high)
+    return timing.half_width_pct(row.speedup_low, row.speedup_high)
+
+
+def doubts(row: Row, results: list[dict], asked: int, target: float) -> dict[str, str]:
+    """What puts a row in doubt (see VERDICTS), with what is to be said of it besides; `results` is a dict for
+    each round, `target` the half-width asked for in percent."""
     throttled = [batch["sustained"]["throttled"] for batch in results if batch["sustained"]]
-    enqueue, on_gpu = (
-        np.concatenate([batch[name] for batch in results]) for name in ("enqueue_ms", "gpu_ms")
-    )
+    enqueue = np.concatenate([batch["enqueue_ms"] for batch in results])
+    on_gpu = np.concatenate([batch["gpu_ms"] for batch in results])
+    width, several = width_pct(row), len(results) > 1
+    figure = "throughput" if row.backend == BASELINE or row.speedup is None else "speedup"
+    reached = f"{figure} ±{width:.2g} %, target {target:g} %"
+    short = row.runs < asked
     found = {
-        "noisy": (high - low) / median > NOISY_RUNS or max(means) / min(means) - 1 > NOISY_ROUNDS,
+        "noisy": several and width > target and not short and reached,
         "throttled": any(words not in (None, "no") for words in throttled),
-        "too short": len(runs) < asked,
+        "too short": several and width > target and short and reached,
         "CPU-bound": len(on_gpu) > 0 and np.median(enqueue) / np.median(on_gpu) > CPU_BOUND,
         "device memory": any(batch["memory_of"] == "device" for batch in results),
-        "one round": len(rounds) == 1,
+        "one round": not several,
     }
-    return [name for name, is_so in found.items() if is_so]
+    return {name: said if isinstance(said, str) else "" for name, said in found.items() if said}
 
 
-def notes(builds: list[dict], results: list[dict], asked: int) -> str:
+def notes(row: Row, builds: list[dict], results: list[dict], asked: int, target: float) -> str:
     """Verdicts with their remedies ("noisy: ..."), then facts about the artefact, separated by "; "."""
-    texts = [f"{name}: {VERDICTS[name]}" for name in doubts(results, asked)]
+    texts = []
+    for name, said in doubts(row, results, asked, target).items():
+        texts.append(f"{name}: {', '.join(filter(None, [said, VERDICTS[name]]))}")
     if builds and builds[0]["artefact_mb"]:
         texts.append(f"{builds[0]['artefact_mb']} MB")
         cold = [build["seconds"] for build in builds if not build["from_cache"]]
@@ -296,20 +336,10 @@ def environment_of(folder: Path) -> dict:
         return {}
     process = next((record.process for record in found if record.process), {})
     facts = {**note.get("environment", {}), **process, "command": " && ".join(note.get("commands", []))}
-    walls = [record.wall for record in found if record.wall and "process_s" in record.wall]
-    facts |= {"sweep": account(walls), "short": short(facts), "ceilings": limits}
+    timed = [sum(batch.get("host_ms", [])) for record in found for batch in record.batches]
+    spent = {"timed_s": round(sum(timed) / 1000, 1), "total_s": note.get("spent_s")}
+    facts |= {"sweep": {"processes": len(found), **spent}, "short": short(facts), "ceilings": limits}
     return facts | {"settings": note.get("settings")}
-
-
-def account(walls: list[dict]) -> dict | None:
-    """Where a sweep's time went, in seconds: timing with warm-up, checking, and what else its processes
-    took."""
-    if not walls:
-        return None
-    sums = [round(sum(wall[name] for wall in walls), 1) for name in ("process_s", "check_s", "time_s")]
-    total, checked, timed = sums
-    other = round(total - timed - checked, 1)
-    return dict(processes=len(walls), total_s=total, time_s=timed, check_s=checked, other_s=other)
 
 
 def short(facts: dict) -> str:

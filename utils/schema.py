@@ -19,6 +19,8 @@ class Backend(abc.ABC):
     from_cache = False  # whether the artefact was there already
     artefact: Path | None = None  # the file in weights/ that it runs from besides the checkpoint
     torch_allocator = False  # whether PyTorch's allocator holds its memory, and so can tell how much
+    adds = ""  # what a variant adds to its plain method, in one clause
+    data: Path | None = None  # the images' folder, set before load(): INT8 calibrates on the training images
 
     def why_unavailable(self, device: str) -> str | None:
         """None if it can run on `device` ("cuda" or "cpu"), else one sentence that a user can act on."""
@@ -41,10 +43,10 @@ class Backend(abc.ABC):
 class Settings:
     """How to measure: the same for every Job of a sweep."""
 
-    runs: int  # timed calls per configuration, over all rounds
-    rounds: int
+    runs: int  # timed calls per configuration, over the first `rounds` rounds
+    rounds: int  # at least; further ones take as many runs each
     warmup: int  # untimed calls at least
-    min_seconds: float  # of timed calls per configuration, over all rounds
+    min_seconds: float  # of timed calls per configuration, over the first `rounds` rounds
     max_seconds: float
     sustain_seconds: float  # of the loop that the driver watches, on a GPU
     seed: int
@@ -52,15 +54,14 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is asked of one process: one backend at one image size in one round.  Made once, by
-    utils/jobs.py."""
+    """What is asked of one process: one backend at one image size in one round.  Made by utils/jobs.py."""
 
     sweep: str  # everything measured in one environment on one machine, by name
     backend: str
     script: str  # the module whose BACKENDS makes the backend
     image_size: int  # pixels, square
     batch_sizes: tuple[int, ...]
-    auto: bool  # stop at the batch size where throughput saturates
+    auto: bool  # in round 0, stop at the batch size where throughput saturates
     round: int  # from 0
     device: str  # "cuda" or "cpu"
     settings: Settings
@@ -69,7 +70,6 @@ class Job:
     checkpoint: Path
     results: Path
     record: Path  # the file to leave
-    round0: Path  # that of round 0, which finds out how many batch sizes `auto` takes
     settings_key: str  # hash of settings, machine, packages, data and code: rows of one table share it
     key: str  # hash of that and the checkpoint: where it is equal, measuring again would say the same
 
@@ -79,7 +79,8 @@ class Record:
     """What one process measured, as stored in results/raw/<sweep>/<backend>_<size>_round<k>.json.
 
     `batches` has a dict for each batch size: batch_size, status, reason and, where it was timed, the samples
-    in ms and what was read beside them (measure.time_batch).
+    in ms, how many each turn took, what the baseline took in the same turns (beside_ms), and what was read
+    beside them (measure.Measuring).
     """
 
     sweep: str
@@ -89,13 +90,15 @@ class Record:
     image_size: int
     round: int
     batch_sizes: list[int]  # asked for
-    runs: int  # asked for, over all rounds
+    runs: int  # asked for, over the first rounds
     key: str
     settings_key: str
     time: str  # ISO 8601, UTC
     status: str = "ok"
     reason: str = ""
-    build: dict | None = None  # seconds, from_cache, artefact_mb
+    adds: str = ""
+    further: bool = False  # a round beyond those asked for: what it lacks is no failure
+    build: dict | None = None  # seconds, from_cache, artefact_mb, load_s
     process: dict | None = None  # threads, cuda, cudnn, context_mb
     work: dict | None = None  # model.count_work(), in round 0
     check: dict | None = None  # check.whole_test_set(), in round 0
@@ -137,6 +140,8 @@ class Row:
     speedup_low: float | None = None
     speedup_high: float | None = None
     build_s: float | None = None
+    load_s: float | None = None
+    first_call_ms: float | None = None
     gpu_memory_mb: float | None = None
     torch_memory_mb: float | None = None
     host_memory_mb: float | None = None
@@ -154,6 +159,7 @@ class Row:
     max_abs_diff: float | None = None
     agreement: float | None = None
     accuracy: float | None = None
+    adds: str = ""
     notes: str = ""
 
 

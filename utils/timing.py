@@ -14,7 +14,6 @@ import numpy as np
 
 TRIM = 0.1  # share of the runs dropped at either end
 CONFIDENCE = 0.95
-RESAMPLES = 2000
 
 
 @dataclasses.dataclass
@@ -26,50 +25,43 @@ class Samples:
     gpu_ms: list[float]
 
 
-def warm_up(call: Callable, synchronize: Callable, calls: int, seconds: float, at_most: float) -> int:
-    """Call at least `calls` times and for `seconds`, but stop after `at_most` seconds; the calls made."""
-    start, made = time.perf_counter(), 0
+def warm_up(call: Callable, synchronize: Callable, calls: int, seconds: float, at_most: float) -> list[float]:
+    """Call at least `calls` times and for `seconds`, but stop after `at_most` seconds; the ms of each."""
+    clock = time.perf_counter
+    begin, took = clock(), []
     while True:
+        start = clock()
         call()
         synchronize()
-        made += 1
-        elapsed = time.perf_counter() - start
-        if (made >= calls and elapsed >= seconds) or elapsed >= at_most:
-            return made
+        end = clock()
+        took.append((end - start) * 1000)
+        if (len(took) >= calls and end - begin >= seconds) or end - begin >= at_most:
+            return took
 
 
-def sample(
-    call: Callable,
-    synchronize: Callable,
-    runs: int,
-    min_seconds: float,
-    max_seconds: float,
-    new_event: Callable | None = None,
-) -> Samples:
-    """Time at least `runs` calls and at least `min_seconds` of them, but start none after `max_seconds`.
+def sample(call: Callable, synchronize: Callable, runs: int, new_event: Callable | None = None) -> Samples:
+    """Time `runs` calls one after another, Python's garbage collector off meanwhile.
 
-    `new_event` makes CUDA events with timing; None on a CPU.  Python's garbage collector is off meanwhile.
+    `new_event` makes CUDA events with timing; None on a CPU.
     """
     clock = time.perf_counter
-    starts, enqueued, ends, events = [], [], [], []
+    events = [(new_event(), new_event()) for _ in range(runs)] if new_event else []
+    starts, enqueued, ends = [], [], []
+    gc.freeze()  # what has been loaded is not looked through again, which takes a third of a second
     gc.collect()
     gc.disable()
     try:
         synchronize()
-        begin = clock()
-        elapsed = 0.0
-        while (len(ends) < runs or elapsed < min_seconds) and (not ends or elapsed < max_seconds):
-            if new_event:
-                events.append((new_event(), new_event()))
-                events[-1][0].record()
+        for k in range(runs):
+            if events:
+                events[k][0].record()
             starts.append(clock())
             call()
             enqueued.append(clock())
-            if new_event:
-                events[-1][1].record()
+            if events:
+                events[k][1].record()
             synchronize()
             ends.append(clock())
-            elapsed = ends[-1] - begin
     finally:
         gc.enable()
     start = np.array(starts)
@@ -97,7 +89,8 @@ def summarize(rounds: list[list[float]], batch_size: int) -> dict:
     runs = np.concatenate([np.asarray(values, dtype=float) for values in rounds])
     kept = trimmed(runs)
     p50, p95, p99 = np.percentile(runs, [50, 95, 99])
-    low, high = interval([rounds], lambda mean: batch_size / mean * 1000)
+    fps = batch_size / kept.mean() * 1000
+    low, high = interval(fps, [trimmed_mean(values) for values in rounds])
     return {
         "runs": len(runs),
         "rounds": len(rounds),
@@ -107,53 +100,44 @@ def summarize(rounds: list[list[float]], batch_size: int) -> dict:
         "p95_ms": p95,
         "p99_ms": p99,
         "min_ms": runs.min(),
-        "fps": batch_size / kept.mean() * 1000,
+        "fps": fps,
         "fps_low": low,
         "fps_high": high,
     }
 
 
-def interval(
-    series: list[list[list[float]]], figure: Callable[..., float], paired: bool = True, seed: int = 0
-) -> tuple[float, float]:
-    """The 95 % interval of a positive figure formed from trimmed means, by resampling rounds, or the runs
-    of a single one.
+def speedup(beside_ms: list[float], host_ms: list[float], turns: list[int]) -> float:
+    """How many times as fast as its neighbour a measurement is within one round.
 
-    `series` holds one or several measurements, each a list of rounds, each a list of run times in ms;
-    `figure` takes one mean of each.  With `paired`, round k of every measurement was taken at about the
-    same time, so rounds are drawn together and what drifted for all cancels.
-
-    The runs of a round share their process, so whole rounds are drawn; what scatters within a round is in
-    the spread between rounds already, and drawing runs too would count it twice (Davison and Hinkley,
-    Bootstrap Methods, 1997, section 3.8).  With R rounds the bootstrap's variance is (R - 1) / R of the
-    true one and the quantile is Student's with R - 1 degrees of freedom (section 2.3).  A single round can
-    only have its runs drawn: variation between processes is not in that interval.
+    In turn k the neighbour's mean was beside_ms[k], and turns[k] of the runs host_ms are its own.  The ratio
+    is formed turn by turn, so that a machine whose speed drifts drifts for both; a quarter of the turns at
+    either end is left out, since something may have disturbed them.
     """
+    ends = np.cumsum(turns)
+    own = [trimmed_mean(block) for block in np.split(np.asarray(host_ms, dtype=float), ends[:-1])]
+    ratios = np.sort(np.log(beside_ms) - np.log(own))
+    cut = len(ratios) // 4
+    return float(np.exp(ratios[cut : len(ratios) - cut].mean()))
+
+
+def interval(figure: float, rounds: list[float]) -> tuple[float | None, float | None]:
+    """The 95 % interval about a positive figure, given its value in each round; (None, None) for one round.
+
+    The runs of a round share their process, so only rounds are independent: Student's t with R - 1 degrees of
+    freedom on the logarithms of R values.
+    """
+    if len(rounds) < 2:
+        return None, None
     from scipy import stats
 
-    rng = np.random.default_rng(seed)
-    counts = [len(rounds) for rounds in series]
-    drawn = [rng.integers(count, size=(RESAMPLES, count)) for count in counts]
-    if paired:
-        drawn = [drawn[0]] * len(series)
-    means = []
-    for rounds, chosen in zip(series, drawn, strict=True):
-        if len(rounds) == 1:
-            means.append(_resampled_means(rounds[0], rng))
-        else:
-            means.append(np.array([trimmed_mean(values) for values in rounds])[chosen].mean(axis=1))
-    center = np.log(figure(*(np.mean([trimmed_mean(values) for values in rounds]) for rounds in series)))
-    spread = np.log(figure(*means)).std()
-    if (fewest := min(counts)) == 1:
-        factor = stats.norm.ppf(0.5 + CONFIDENCE / 2)
-    else:
-        factor = stats.t.ppf(0.5 + CONFIDENCE / 2, fewest - 1) * np.sqrt(fewest / (fewest - 1))
-    return float(np.exp(center - factor * spread)), float(np.exp(center + factor * spread))
+    logs = np.log(rounds)
+    quantile = stats.t.ppf(0.5 + CONFIDENCE / 2, len(logs) - 1)
+    half = float(quantile * logs.std(ddof=1) / np.sqrt(len(logs)))
+    return figure * float(np.exp(-half)), figure * float(np.exp(half))
 
 
-def _resampled_means(values: list[float], rng: np.random.Generator) -> np.ndarray:
-    """Trimmed means of one round's runs: normal about the mean with Tukey and McLaughlin's error."""
-    from scipy import stats
-
-    error = float(stats.mstats.trimmed_stde(values, limits=(TRIM, TRIM))) if len(values) > 1 else 0.0
-    return np.maximum(rng.normal(trimmed_mean(values), error, RESAMPLES), 1e-9)
+def half_width_pct(low: float | None, high: float | None) -> float:
+    """Half the width of an interval in percent of its middle; infinite where there is none."""
+    if low is None or high is None or not low > 0:
+        return float("inf")
+    return (float(np.sqrt(high / low)) - 1) * 100

@@ -7,11 +7,13 @@ import hashlib
 import importlib.metadata
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +69,16 @@ def fresh_processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LARGE)
     return context
+
+
+def end_with_parent() -> None:
+    """Have this process end when the one that started it does, however that ends."""
+
+    def watch() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ checkpoint in weights/.
 """
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -98,9 +99,8 @@ def main() -> None:
             new_event = (lambda: torch.cuda.Event(enable_timing=True)) if device == "cuda" else None
             ours, theirs = [], []
             for turn in range(args.turns + 1):
-                samples = timing.sample(
-                    lambda b=backend, x=x: b.predict(x), synchronize, args.runs, 0, 600, new_event
-                )
+                call = functools.partial(backend.predict, x)
+                samples = timing.sample(call, synchronize, args.runs, new_event)
                 loop = bare_loop(bare, args.runs)
                 if turn:  # the first turn warms up
                     ours, theirs = ours + samples.host_ms, theirs + loop

@@ -21,9 +21,11 @@ def record(backend="pytorch", round_=0, host_ms=(10.0,) * 10, batch=None, **chan
     timed = {"batch_size": 4, "status": "ok", "reason": "", "max_abs_diff": 0.01, "host_ms": list(host_ms)}
     timed |= {"enqueue_ms": [], "gpu_ms": [], "gpu_memory_mb": None, "memory_of": None}
     timed |= {"torch_memory_mb": None, "host_memory_mb": 500.0, "sustained": None}
+    timed |= {"first_call_ms": 100.0 - round_, "turns": [len(host_ms)], "beside_ms": None}
     made = {"sweep": "main", "backend": backend, "precision": "FP32", "device": "cpu", "image_size": 64}
     made |= {"round": round_, "batch_sizes": [4], "runs": 10, "key": "k", "settings_key": "s"}
     made |= {"time": "2026-01-01", "build": {"seconds": 1.5, "from_cache": round_ > 0, "artefact_mb": 40.0}}
+    made["build"]["load_s"] = 1.5 if round_ == 0 else 0.2
     made |= {"process": {"threads": 2}, "work": dict(WORK), "batches": [timed | (batch or {})]}
     if round_ == 0:
         made["check"] = passed()
@@ -36,7 +38,7 @@ def passed(**changes) -> dict:
 
 
 def rows_of(found: list[Record], limits=None, **environment) -> list[Row]:
-    return records.rows_of(found, ENVIRONMENT | environment, limits)
+    return records.rows_of(found, {"environment": ENVIRONMENT | environment}, limits)
 
 
 def keep(folder, *found: Record, commands=("python benchmark.py",)) -> None:
@@ -58,7 +60,7 @@ def test_a_row_against_hand_worked_figures():
     )
     assert onnx.tflops == pytest.approx(800 * 1e9 / 1e12)
     assert onnx.agreement == 0.99 and onnx.accuracy == 0.9 and onnx.max_abs_diff == 0.02
-    assert onnx.build_s == 1.5 and onnx.status == "ok"
+    assert onnx.build_s == 1.5 and onnx.load_s == 0.2 and onnx.first_call_ms == 99 and onnx.status == "ok"
     assert (
         onnx.gpu_memory_mb is None and onnx.power_w is None and onnx.limit is None
     )  # what can't be read is empty
@@ -82,6 +84,40 @@ def test_what_the_device_did_against_hand_worked_figures():
     rounds[0].batches[0]["busy_ms"] = 4.0  # of 10 ms
     assert rows_of(rounds, limits, **gpu)[0].limit == "launch"
     assert rows_of(rounds, **gpu)[0].limit is None  # no ceilings measured
+
+
+def test_the_baseline_beside_a_row_gives_its_speedup_whatever_the_baselines_own_row_says():
+    base = [record(round_=k) for k in range(3)]
+    seen = {"beside_ms": [12.0, 24.0], "turns": [5, 5]}
+    own = [record("onnx", k, host_ms=[4.0] * 5 + [8.0] * 5, batch=seen) for k in range(3)]
+    row = rows_of(base + own)[1]
+    assert row.speedup == row.speedup_low == row.speedup_high == pytest.approx(3)
+    assert rows_of(own)[0].speedup == pytest.approx(3)
+
+
+def test_a_single_round_has_no_interval_and_what_missed_its_target_says_by_how_much():
+    (one,) = rows_of([record()])
+    assert one.fps_low is None and one.speedup_low is None and one.notes.startswith("one round: ")
+    own = [record("onnx", k, batch={"beside_ms": [10.0 + k], "turns": [10]}) for k in range(3)]
+    note = {"environment": ENVIRONMENT, "precision_pct": 5.0}
+    (row,) = records.rows_of(own, note)
+    width = records.width_pct(row)
+    assert 20 < width < 30 and row.notes.startswith(f"noisy: speedup ±{width:.2g} %, target 5 %, ")
+    assert "noisy" not in records.rows_of(own, note | {"precision_pct": 30})[0].notes
+    for one in own:
+        one.runs = 100
+    assert records.rows_of(own, note)[0].notes.startswith("too short: ")
+
+
+def test_a_further_round_adds_to_a_row_and_takes_nothing_away():
+    rounds = [record(round_=k) for k in range(3)]
+    killed = record(
+        round_=3, further=True, batches=[{"batch_size": 4, "status": "failed", "reason": "killed"}]
+    )
+    (row,) = rows_of([*rounds, killed])
+    assert row.status == "ok" and row.rounds == 3
+    (row,) = rows_of([*rounds, record(round_=3, further=True, batch_sizes=[4])])
+    assert row.status == "ok" and row.rounds == 4
 
 
 @pytest.mark.parametrize(
@@ -147,7 +183,7 @@ def test_every_command_that_made_a_sweep_is_named_once_in_their_order(tmp_path):
 
 def test_the_key_changes_with_settings_machine_and_data_but_not_with_the_commit(monkeypatch):
     def key(runs=100, **known) -> str:
-        settings = Settings(runs, 3, 10, 1.0, 2.0, 3.0, 0)
+        settings = Settings(runs, 3, 10, 1.5, 3.0, 1.5, 0)
         return jobs.staleness_key(settings, "cpu", ENVIRONMENT | known)
 
     assert key() == key(commit="another", date="2027-01-01", command="python onnx_inference.py")

@@ -21,31 +21,36 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def level(a, b) -> bool:
-    """Whether two rows of one table show no difference in throughput: their 95 % intervals overlap.
+    """Whether two rows of one table show no difference in throughput.
 
-    At the same image and batch size their speedups must overlap too, where known: what drifted for all
-    cancels in these.
+    At the same image and batch size in one sweep their speedups decide, in which cancels what drifted for
+    all: the intervals overlap.  Elsewhere those of the throughput do.  Without an interval nothing differs.
     """
 
     def interval(row, figure: str) -> tuple[float, float]:
         if figure == "speedup" and row.backend == BASELINE:
             return 1.0, 1.0
-        low, high = getattr(row, f"{figure}_low"), getattr(row, f"{figure}_high")
-        return (row.fps, row.fps) if pd.isna(low) else (low, high)
+        return getattr(row, f"{figure}_low"), getattr(row, f"{figure}_high")
 
     def overlap(figure: str) -> bool:
         (a_low, a_high), (b_low, b_high) = interval(a, figure), interval(b, figure)
-        return bool(a_low <= b_high and b_low <= a_high)
+        return not (a_low > b_high or b_low > a_high)  # so are those that are not known
 
+    return overlap("speedup" if neighbours(a, b) else "fps")
+
+
+def neighbours(a, b) -> bool:
+    """Whether two rows were measured in turns with the same baseline: then their speedups compare them."""
     alike = (a.sweep, a.image_size, a.batch_size) == (b.sweep, b.image_size, b.batch_size)
-    known = all(row.backend == BASELINE or not pd.isna(row.speedup_low) for row in (a, b))
-    return overlap("fps") and (overlap("speedup") if alike and known else True)
+    return alike and not (pd.isna(a.speedup) or pd.isna(b.speedup))
 
 
 def fastest(rows: pd.DataFrame) -> list[pd.Series]:
     """The row with the highest throughput, and after it those that are level with it."""
     ordered = [row for _, row in measured(rows).sort_values("fps", ascending=False).iterrows()]
-    return [row for row in ordered if level(ordered[0], row)]
+    beside = [row for row in ordered if neighbours(ordered[0], row)] or ordered[:1]
+    best = max(beside, key=lambda row: row.speedup) if len(beside) > 1 else ordered[0]
+    return [best, *(row for row in ordered if row is not best and level(best, row))]
 
 
 def leaders(rows: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -169,7 +174,8 @@ def best_within(
 
 def ratios(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """For each configuration in both tables: throughput and speedup after / before, with 95 % intervals,
-    and in `verdict` whether throughput is "faster", "slower" or shows "no difference".
+    and in `verdict` whether throughput is "faster", "slower" or shows "no difference"; "can't judge" where
+    either was measured in a single round and so has no interval.
 
     The two were measured independently, so the half-widths of their intervals, on a logarithmic scale, add as
     squares.  Raises UserError where sweeps can't be matched: same names in both, or one sweep in each.
@@ -193,6 +199,7 @@ def ratios(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
         both[f"{figure}_ratio_low"], both[f"{figure}_ratio_high"] = ratio / half, ratio * half
     direction = np.where(both.fps_ratio > 1, "faster", "slower")
     both["verdict"] = np.where(agrees(both, "fps"), "no difference", direction)
+    both.loc[both.fps_ratio_low.isna(), "verdict"] = "can't judge"
     return both
 
 

@@ -228,4 +228,5 @@ def account(sweep: dict | None) -> str | None:
     """Where the sweep's time went, as a sentence."""
     if not sweep or not sweep.get("total_s"):
         return None
-    return f"{sweep['processes']} processes in {sweep['total_s']:.0f} s, {sweep['timed_s']:.0f} s of them timed runs"
+    timed = f"{sweep['timed_s']:.0f} s of them timed runs"
+    return f"{sweep['processes']} processes in {sweep['total_s']:.0f} s, {timed}"

@@ -1,12 +1,12 @@
-"""Backend: ONNX Runtime.  Exports the checkpoint to ONNX if there is no fresh export, then runs it: FP16 on
-CUDA, FP32 on a CPU.
+"""Backend: ONNX Runtime.  Exports the checkpoint if there is no fresh export; FP16 on CUDA, FP32 on a CPU.
 
 Reads weights/best_resnet18_<size>.pth, writes weights/resnet18_<size>_<precision>.onnx, leaves raw records
-in results/raw/.
+in results/raw/ and prints their table.
 
     python onnx_inference.py --image-sizes 224 --batch-sizes 1 8 16
 """
 
+import importlib
 import importlib.util
 import time
 from pathlib import Path
@@ -22,6 +22,19 @@ from utils.utils import is_fresh, package_version, run_main, sha256, store
 MAX_BATCH = 1024  # of the exported graph's free batch axis
 OLD_EXPORTER_OPSET = 17  # torch before 2.5 has no dependable dynamo exporter
 NAMES = {"input_names": ["input"], "output_names": ["logits"]}
+
+
+def why_not_importable(package: str, install: str, distributions: list[str] | None = None) -> str | None:
+    """None if `package` can be imported, else one sentence; it may be one of several distributions."""
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed; run: {install}"
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # a library is missing or of another version: loaders raise anything
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        version = next(filter(None, map(package_version, distributions or [package])), "")
+        return f"{package} {version} is installed but does not load: {words}"
+    return None
 
 
 def export(checkpoint: Path, image_size: int, precision: str) -> tuple[Path, float, bool]:
@@ -60,8 +73,7 @@ def write_onnx(checkpoint: Path, image_size: int, precision: str, path: Path) ->
 class OnnxRuntime(Backend):
     """ONNX Runtime, its input and output bound to PyTorch's tensors on the device: nothing is copied.
 
-    `nhwc` has the CUDA provider keep channels last; `graph` replays a CUDA graph, a session for each batch
-    size.
+    `nhwc`: the CUDA provider keeps channels last.  `graph`: it replays a CUDA graph, one session per batch.
     """
 
     precision = "FP16"  # on a CPU, load() makes it FP32: there its FP16 is FP32 with casts
@@ -70,21 +82,16 @@ class OnnxRuntime(Backend):
         self.nhwc, self.graph = nhwc, graph
 
     def why_unavailable(self, device: str) -> str | None:
-        if importlib.util.find_spec("onnxruntime") is None:
-            return "onnxruntime is not installed; run: pip install -r requirements.txt"
-        try:
-            import onnxruntime
-        except (
-            Exception
-        ) as error:  # a library that is missing or of another version: each fails in its own way
-            words = " ".join(f"{type(error).__name__}: {error}".split())
-            return f"onnxruntime is installed but does not load: {words}"
+        names = ["onnxruntime-gpu", "onnxruntime"]
+        if reason := why_not_importable("onnxruntime", "pip install -r requirements.txt", names):
+            return reason
         if device == "cpu":
             cuda_only = "NHWC and CUDA graphs are options of ONNX Runtime's CUDA provider"
             return f"{cuda_only}; this run is on the CPU" if self.nhwc else None
+        import onnxruntime
+
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            made = "measure it in an environment made from requirements.txt, as a sweep of its own"
-            how = f"{made}: python benchmark.py --sweep NAME"
+            how = "measure it as a sweep of its own in an environment made from requirements.txt"
             return f"onnxruntime {onnxruntime.__version__} has no CUDA provider; {how}"
         return None
 
@@ -93,22 +100,14 @@ class OnnxRuntime(Backend):
 
         self.device = device
         self.precision = "FP32" if device == "cpu" else "FP16"
-        facts = model.load_facts(checkpoint)
-        self.classes = len(facts["classes"])
+        self.classes = len(model.load_facts(checkpoint)["classes"])
         self.artefact, self.build_s, self.from_cache = export(checkpoint, image_size, self.precision)
         if device == "cuda":
             onnxruntime.preload_dlls()  # finds the CUDA libraries that PyTorch brought along
-        self.run_options = onnxruntime.RunOptions()
-        # the clock synchronises
+        self.run_options = onnxruntime.RunOptions()  # the clock synchronises:
         self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self.sessions, self.bound = {}, {}
-
-    def session(self, batch_size: int):
-        """The session for a batch size: one for all, but for CUDA graphs one each."""
-        key = batch_size if self.graph else None
-        if key not in self.sessions:
-            self.sessions[key] = self.new_session()
-        return self.sessions[key]
+        self.bound = {}  # batch size -> input, logits, binding, session
+        self.session = None if self.graph else self.new_session()
 
     def new_session(self):
         import onnxruntime
@@ -118,39 +117,40 @@ class OnnxRuntime(Backend):
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "0" if on_cpu else "1")
         provider = "CPUExecutionProvider" if on_cpu else "CUDAExecutionProvider"
-        cuda = {} if on_cpu else self.cuda_options()
-        session = onnxruntime.InferenceSession(self.artefact, options, providers=[(provider, cuda)])
+        settings = (
+            {}
+            if on_cpu
+            else {
+                "device_id": torch.cuda.current_device(),
+                "user_compute_stream": str(torch.cuda.current_stream().cuda_stream),
+                "arena_extend_strategy": "kSameAsRequested",
+                "prefer_nhwc": str(int(self.nhwc)),
+                "enable_cuda_graph": str(int(self.graph)),
+            }
+        )
+        session = onnxruntime.InferenceSession(self.artefact, options, providers=[(provider, settings)])
         if session.get_providers()[0] != provider:
             raise RuntimeError(f"ONNX Runtime fell back from {provider} to {session.get_providers()}")
         return session
 
-    def cuda_options(self) -> dict:
-        return {
-            "device_id": torch.cuda.current_device(),
-            "user_compute_stream": str(torch.cuda.current_stream().cuda_stream),
-            "arena_extend_strategy": "kSameAsRequested",
-            "prefer_nhwc": str(int(self.nhwc)),
-            "enable_cuda_graph": str(int(self.graph)),
-        }
-
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        x = images.to(torch.float32 if self.precision == "FP32" else torch.float16).contiguous()
-        if self.graph and len(x) in self.bound:  # a CUDA graph reads from where it was captured
-            x = self.bound[len(x)][0].copy_(x)
-        self.bind(x)
+        """Images in its precision, input and logits bound to tensors that are kept, so that they stay."""
+        x = images.to(torch.float32 if self.device == "cpu" else torch.float16).contiguous()
+        bound = self.bound.get(len(x))
+        if self.graph and bound:  # a CUDA graph reads from where it was captured
+            return bound[0].copy_(x)
+        if bound is None or bound[0].data_ptr() != x.data_ptr():
+            self.bind(x)
         return x
 
     def bind(self, x: torch.Tensor) -> None:
-        """Bind input and output of one batch size to tensors on the device; both are kept, so that their
-        memory stays theirs."""
-        if len(x) in self.bound and self.bound[len(x)][0].data_ptr() == x.data_ptr():
-            return
-        session = self.session(len(x))
+        session = self.session or self.new_session()
         binding = session.io_binding()
         logits = torch.empty(len(x), self.classes, dtype=x.dtype, device=x.device)
-        kind, index = np.float32 if x.dtype == torch.float32 else np.float16, x.device.index or 0
-        binding.bind_input("input", self.device, index, kind, tuple(x.shape), x.data_ptr())
-        binding.bind_output("logits", self.device, index, kind, tuple(logits.shape), logits.data_ptr())
+        kind = np.float32 if x.dtype == torch.float32 else np.float16
+        where = self.device, x.device.index or 0, kind
+        binding.bind_input("input", *where, tuple(x.shape), x.data_ptr())
+        binding.bind_output("logits", *where, tuple(logits.shape), logits.data_ptr())
         self.bound[len(x)] = x, logits, binding, session
         if self.graph:
             session.run_with_iobinding(binding, self.run_options)  # captures

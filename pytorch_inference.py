@@ -1,5 +1,4 @@
-"""Backend: PyTorch.  The baseline is FP32 as PyTorch gives it, with TF32 off; the variants show what
-PyTorch alone can do.
+"""Backend: PyTorch.  The baseline is FP32 with TF32 off; the variants show what PyTorch alone can do.
 
 Reads weights/best_resnet18_<size>.pth, leaves raw records in results/raw/ and prints their table.
 
@@ -57,7 +56,7 @@ class PyTorch(Backend):
 class CudaGraph(Backend):
     """Any backend replayed from CUDA graphs, one for each batch size, captured when prepare() first meets it.
 
-    Replaying launches the whole network at once: launching kernel by kernel no longer bounds small batches.
+    Replaying launches the whole network at once: launching kernels one by one no longer bounds small batches.
     """
 
     WARM_UP = 3  # calls before the capture, so that algorithms are chosen and memory is allocated

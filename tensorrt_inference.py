@@ -1,5 +1,4 @@
-"""Backends: TensorRT in FP16, through Torch-TensorRT and natively from the ONNX export, each with and
-without a CUDA graph.
+"""Backends: TensorRT in FP16, through Torch-TensorRT and natively, each with and without a CUDA graph.
 
 "tensorrt" serves every batch up to the largest asked for with one engine; "tensorrt-static" has an engine
 for each batch size, so that the difference between the two is what a free batch size costs.
@@ -22,71 +21,38 @@ from utils.schema import Backend
 from utils.utils import run_main
 
 
-class TorchTensorRT(Backend):
-    """ResNet-18 compiled by Torch-TensorRT, with a free batch size.
-
-    With `graphs` every batch size gets a module of its own: a CUDA graph is only good while TensorRT's
-    bindings stay as captured.
-    """
-
-    precision = "FP16"
-
-    def __init__(self, graphs: bool = False):
-        self.graphs = graphs
-
-    def why_unavailable(self, device: str) -> str | None:
-        return trt.why_unavailable(["torch_tensorrt"], device)
-
-    def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
-        shapes = trt.profile_shapes(batch_sizes, image_size)
-        loaded = trt.load_or_build(torch_trt.find, torch_trt.build, torch_trt.open_module, checkpoint, shapes)
-        self.module, self.artefact, self.build_s, self.from_cache = loaded
-        self.modules = {}
-
-    def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        return images.half().contiguous()
-
-    def predict(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.graphs:
-            return self.module(x)
-        if len(x) not in self.modules:
-            self.modules[len(x)] = torch_trt.open_module(self.artefact) if self.modules else self.module
-        return self.modules[len(x)](x)
-
-
 class TensorRT(Backend):
-    """ResNet-18 as a native engine: one for all batch sizes, or with `static` one for each.
+    """ResNet-18 by TensorRT: one engine for all batch sizes, or with `static` one for each.
 
-    With `graphs` every batch size gets an engine of its own, for the same reason as above.
+    `recipe` is the route: trt.Recipe natively, torch_trt.Module through Torch-TensorRT.  With `graph` every
+    batch size gets an engine of its own: a CUDA graph is only good while the bindings stay as captured.
     """
 
     precision = "FP16"
 
-    def __init__(self, static: bool = False, graphs: bool = False):
-        self.static, self.graphs = static, graphs
+    def __init__(self, recipe: type[trt.Recipe] = trt.Recipe, static: bool = False, graph: bool = False):
+        self.recipe, self.static, self.graph = recipe, static, graph
 
     def why_unavailable(self, device: str) -> str | None:
-        return trt.why_unavailable(["tensorrt", "onnx"], device)
+        return trt.why_unavailable(self.recipe.PACKAGES, device)
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         self.build_s, self.from_cache, self.engines = 0.0, True, {}
+        options = {"static": True} if self.static else {}
         for batches in [[batch] for batch in batch_sizes] if self.static else [batch_sizes]:
-            shapes = trt.profile_shapes(batches, image_size, self.static)
-            engine, self.artefact, seconds, cached = trt.load_or_build(
-                trt.find, trt.build, trt.open_engine, checkpoint, shapes
-            )
+            recipe = self.recipe(checkpoint, image_size, batches, **options)
+            engine, seconds, from_cache = recipe.load_or_build()
+            self.artefact = recipe.path
             self.build_s += seconds
-            self.from_cache &= cached
+            self.from_cache &= from_cache
             for batch in batches:
-                self.engines[batch] = (
-                    trt.open_engine(self.artefact) if self.graphs and self.engines else engine
-                )
+                self.engines[batch] = recipe.open() if self.graph and batch != batches[0] else engine
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         return images.half().contiguous()
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (N, classes); they hold until the next call with the same batch size."""
+        """Logits (N, classes); a native engine's hold until the next call with the same batch size."""
         engine = self.engines.get(len(x))
         if engine is None:  # not a batch size asked for: the engine for the largest takes it or says why not
             engine = self.engines[max(self.engines)]
@@ -94,10 +60,10 @@ class TensorRT(Backend):
 
 
 BACKENDS = {
-    "torch-tensorrt": TorchTensorRT,
-    "torch-tensorrt-graph": lambda: CudaGraph(TorchTensorRT(graphs=True)),
+    "torch-tensorrt": lambda: TensorRT(torch_trt.Module),
+    "torch-tensorrt-graph": lambda: CudaGraph(TensorRT(torch_trt.Module, graph=True)),
     "tensorrt": TensorRT,
-    "tensorrt-graph": lambda: CudaGraph(TensorRT(graphs=True)),
+    "tensorrt-graph": lambda: CudaGraph(TensorRT(graph=True)),
     "tensorrt-static": lambda: TensorRT(static=True),
     "tensorrt-static-graph": lambda: CudaGraph(TensorRT(static=True)),
 }

@@ -10,8 +10,6 @@ One engine per image size serves every batch up to the largest; with --static, o
 
 import argparse
 import functools
-import importlib
-import importlib.util
 import multiprocessing
 import os
 import sys
@@ -23,26 +21,13 @@ from pathlib import Path
 import torch
 
 import onnx_inference
-from utils.utils import (
-    BATCH_SIZES,
-    IMAGE_SIZES,
-    UserError,
-    add_path_arguments,
-    checkpoint_path,
-    is_fresh,
-    package_version,
-    run_main,
-    sha256,
-    store,
-)
+from utils import utils
+from utils.utils import UserError, is_fresh, sha256, store
 
 WORKSPACE_BYTES = 1 << 30  # at most; a quarter of the free memory where less, so that a 4 GB card can build
 OLD_PARSER_OPSET = 17  # TensorRT 8.6 misreads ReduceMean from opset 18 on, where the axes are an input
-OPTIONS = {"precision": "FP16", "workspace_bytes": WORKSPACE_BYTES}  # an engine is made from these too
 DISTRIBUTIONS = ["tensorrt", "tensorrt-cu13", "tensorrt-cu12"]  # one module, by version of CUDA
 INSTALL = "pip install -r requirements-tensorrt.txt (Python 3.10: requirements-tensorrt86.txt)"
-
-# ---- what both routes to TensorRT share: reasons, shapes, files
 
 
 def why_unavailable(packages: list[str], device: str) -> str | None:
@@ -52,68 +37,99 @@ def why_unavailable(packages: list[str], device: str) -> str | None:
     if not torch.cuda.is_available():
         return "TensorRT needs an NVIDIA GPU, and PyTorch finds none; check that nvidia-smi lists one"
     for package in packages:
-        if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed; run: {INSTALL}"
-        try:
-            importlib.import_module(package)
-        except Exception as error:  # a missing library, the wrong CUDA or driver: loaders raise anything
-            words = " ".join(f"{type(error).__name__}: {error}".split())
-            names = DISTRIBUTIONS if package == "tensorrt" else [package]
-            version = next(filter(None, map(package_version, names)), "")
-            return f"{package} {version} is installed but does not load: {words}"
+        names = DISTRIBUTIONS if package == "tensorrt" else [package]
+        if reason := onnx_inference.why_not_importable(package, INSTALL, names):
+            return reason
     return None
 
 
-def profile_shapes(batch_sizes: list[int], image_size: int, static: bool = False) -> list[list[int]]:
-    """Smallest, best and largest input shape: TensorRT's optimisation profile.
+def workspace_bytes() -> int:
+    return min(WORKSPACE_BYTES, torch.cuda.mem_get_info()[0] // 4)
 
-    The best batch is at least 2: exporters take a batch of 1 for a constant.
+
+# ---- files
+
+
+class Recipe:
+    """An engine's file: what it is made from, for which shapes, how it is built and opened.
+
+    `shapes` is TensorRT's optimisation profile: smallest, best and largest input.  The best batch is at
+    least 2, since exporters take a batch of 1 for a constant.
     """
-    largest = max(batch_sizes)
-    batches = [largest] * 3 if static else [1, max(largest, 2), max(largest, 2)]
-    return [[batch, 3, image_size, image_size] for batch in batches]
 
+    PACKAGES = ["tensorrt", "onnx"]  # modules that it needs
+    MADE_WITH = ["torch", "onnx", "onnxscript"]  # distributions whose version changes the file
+    OPTIONS = {"static": "an engine for each batch size alone"}
+    suffix = "engine"
 
-def file_name(shapes: list[list[int]], suffix: str) -> str:
-    kind = "static" if shapes[0] == shapes[2] else "max"
-    return f"resnet18_{shapes[2][2]}_{kind}{shapes[2][0]}_fp16.{suffix}"
+    def __init__(self, checkpoint: Path, image_size: int, batch_sizes: list[int], static: bool = False):
+        largest = max(batch_sizes)
+        batches = [largest] * 3 if static else [1, max(largest, 2), max(largest, 2)]
+        self.checkpoint, self.image_size, self.static = checkpoint, image_size, static
+        self.shapes = [[batch, 3, image_size, image_size] for batch in batches]
 
+    @property
+    def path(self) -> Path:
+        kind = f"{'static' if self.static else 'max'}{self.shapes[2][0]}"
+        return self.checkpoint.with_name(f"resnet18_{self.image_size}_{kind}_fp16.{self.suffix}")
 
-def gpu_facts() -> dict:
-    major, minor = torch.cuda.get_device_capability()
-    return {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
+    def facts(self) -> dict:
+        """What the file depends on."""
+        import tensorrt
 
+        major, minor = torch.cuda.get_device_capability()
+        return {
+            **{name: utils.package_version(name) for name in self.MADE_WITH},
+            "checkpoint": sha256(self.checkpoint),
+            "tensorrt": tensorrt.__version__,
+            "gpu": torch.cuda.get_device_name(),
+            "compute_capability": f"{major}.{minor}",
+            "shapes": self.shapes,
+            "workspace_bytes": WORKSPACE_BYTES,
+        }
 
-def load_or_build(find: Callable, build: Callable, opened: Callable, checkpoint: Path, shapes, force=False):
-    """What `opened` makes of the file for `shapes`, its path, the seconds and whether the file was there.
+    def make(self, timings: bytes) -> tuple[Callable[[Path], object], bytes]:
+        """Build; what writes the file, and the timing cache with what building has measured."""
+        import tensorrt
 
-    A file that does not load is built anew.  Building has a process of its own, so that nothing of it stays
-    in this one's GPU memory.
-    """
-    if not checkpoint.is_file():
-        mend = f"train it first: python train.py --image-sizes {shapes[0][2]}"
-        raise UserError(f"{checkpoint} is missing; {mend}")
-    start = time.perf_counter()
-    if path := None if force else find(checkpoint, shapes):
-        try:
-            return opened(path), path, time.perf_counter() - start, True
-        except Exception as error:  # whole and made from the same, yet refused, in whatever words
-            print(f"{path} does not load ({error}); building it anew", file=sys.stderr, flush=True)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        path, seconds = pool.submit(build, checkpoint, shapes).result()
-    return opened(path), path, seconds, False
+        source = onnx_inference.export(self.checkpoint, self.image_size, "FP16")[0]
+        model = onnx_for(tensorrt.__version__, source, self.shapes[0][0] if self.static else None)
+        plan, timings = build_plan(model, self.shapes, timings)
+        return lambda file: file.write_bytes(plan), timings
 
+    def open(self):
+        return Engine(self.path.read_bytes())
 
-def timing_cache(checkpoint: Path, facts: dict) -> tuple[Path, dict]:
-    """The file of TensorRT's kernel timings, and what they depend on: they hold for every network."""
-    kept = {name: facts[name] for name in ("tensorrt", "gpu", "compute_capability")}
-    return checkpoint.with_name("tensorrt.timings"), kept
+    def build(self) -> float:
+        """Build and write the file; the seconds that it took.  TensorRT's timings serve every network."""
+        start = time.perf_counter()
+        print(f"building {self.path}; this can take a minute", file=sys.stderr, flush=True)
+        facts = self.facts()
+        timings = self.checkpoint.with_name("tensorrt.timings")
+        timed_with = {name: facts[name] for name in ("tensorrt", "gpu", "compute_capability")}
+        write, timed = self.make(timings.read_bytes() if is_fresh(timings, timed_with) else b"")
+        store(self.path, facts, write)
+        store(timings, timed_with, lambda file: file.write_bytes(timed))
+        return time.perf_counter() - start
 
+    def load_or_build(self, force: bool = False) -> tuple[object, float, bool]:
+        """What open() gives, the seconds and whether a fresh file was there.
 
-def print_artefact(path: Path, seconds: float, from_cache: bool) -> None:
-    """One line about a file, as trt.py and torch_trt.py print it."""
-    how = "from the cache" if from_cache else "built"
-    print(f"{path}: {how} in {seconds:.1f} s, {path.stat().st_size / 2**20:.1f} MB", flush=True)
+        A file that does not load is built anew.  Building has a process of its own, so that nothing of it
+        stays in this one's GPU memory.
+        """
+        if not self.checkpoint.is_file():
+            mend = f"train it first: python train.py --image-sizes {self.image_size}"
+            raise UserError(f"{self.checkpoint} is missing; {mend}")
+        start = time.perf_counter()
+        if not force and is_fresh(self.path, self.facts()):
+            try:
+                return self.open(), time.perf_counter() - start, True
+            except Exception as error:  # whole and made from the same, yet refused, in whatever words
+                print(f"{self.path} does not load ({error}); building it anew", file=sys.stderr, flush=True)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            seconds = pool.submit(self.build).result()
+        return self.open(), seconds, False
 
 
 # ---- building
@@ -164,14 +180,13 @@ def onnx_for(tensorrt_version: str, path: Path, batch: int | None) -> bytes:
 
 
 def network_flags(tensorrt) -> int:
-    """8.6 must be told of the batch axis; from 10 on the network's own types hold if asked for, in 11
-    always."""
+    """8.6 must be told of the batch axis; from 10 on the network's own types hold if asked, in 11 always."""
     kinds = tensorrt.NetworkDefinitionCreationFlag
     return 1 << int(kinds.STRONGLY_TYPED if hasattr(kinds, "STRONGLY_TYPED") else kinds.EXPLICIT_BATCH)
 
 
-def configure(tensorrt, config, free_bytes: int) -> None:
-    config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, min(WORKSPACE_BYTES, free_bytes // 4))
+def configure(tensorrt, config) -> None:
+    config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, workspace_bytes())
     if hasattr(tensorrt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
         return
     config.set_flag(tensorrt.BuilderFlag.FP16)  # 8.6 takes a network's types for a wish: FP32 kernels without
@@ -182,10 +197,7 @@ def configure(tensorrt, config, free_bytes: int) -> None:
 
 
 def build_plan(model: bytes, shapes: list[list[int]], timings: bytes) -> tuple[bytes, bytes]:
-    """A serialised engine for `shapes`, and the timing cache with what building it measured.
-
-    Raises RuntimeError with all reasons.
-    """
+    """A serialised engine for `shapes`, and the timing cache.  Raises RuntimeError with all reasons."""
     import tensorrt
 
     logger().errors.clear()
@@ -196,7 +208,7 @@ def build_plan(model: bytes, shapes: list[list[int]], timings: bytes) -> tuple[b
         errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
         raise failed("\n".join(["TensorRT can't read the ONNX file:", *errors]))
     config = builder.create_builder_config()
-    configure(tensorrt, config, torch.cuda.mem_get_info()[0])
+    configure(tensorrt, config)
     if shapes[0] != shapes[2]:
         ranges = builder.create_optimization_profile()
         ranges.set_shape("input", *map(tuple, shapes))
@@ -211,49 +223,14 @@ def build_plan(model: bytes, shapes: list[list[int]], timings: bytes) -> tuple[b
     return bytes(plan), bytes(config.get_timing_cache().serialize())
 
 
-def engine_facts(onnx_path: Path, shapes: list[list[int]]) -> dict:
-    import tensorrt
-
-    facts = {"onnx": sha256(onnx_path), "tensorrt": tensorrt.__version__, **gpu_facts()}
-    return facts | {"shapes": shapes, "options": OPTIONS}
-
-
-def find(checkpoint: Path, shapes: list[list[int]]) -> Path | None:
-    """The engine file for `shapes` if it is there and made from this checkpoint, by this TensorRT and GPU."""
-    path = checkpoint.with_name(file_name(shapes, "engine"))
-    if not path.is_file():
-        return None
-    onnx_path, _, _ = onnx_inference.export(checkpoint, shapes[0][2], "FP16")
-    return path if is_fresh(path, engine_facts(onnx_path, shapes)) else None
-
-
-def build(checkpoint: Path, shapes: list[list[int]]) -> tuple[Path, float]:
-    """Export if stale, build, write the engine file; its path and the seconds that all this took."""
-    import tensorrt
-
-    start, version = time.perf_counter(), tensorrt.__version__
-    path = checkpoint.with_name(file_name(shapes, "engine"))
-    wait = f"building {path} with TensorRT {version}; this can take a minute"
-    print(wait, file=sys.stderr, flush=True)
-    onnx_path, _, _ = onnx_inference.export(checkpoint, shapes[0][2], "FP16")
-    facts = engine_facts(onnx_path, shapes)
-    timings, timed_with = timing_cache(checkpoint, facts)
-    known = timings.read_bytes() if is_fresh(timings, timed_with) else b""
-    model = onnx_for(version, onnx_path, shapes[0][0] if shapes[0] == shapes[2] else None)
-    plan, timed = build_plan(model, shapes, known)
-    store(path, facts, lambda file: file.write_bytes(plan))
-    store(timings, timed_with, lambda file: file.write_bytes(timed))
-    return path, time.perf_counter() - start
-
-
 # ---- running
 
 
 class Engine:
     """A plan on the GPU.  Calling it enqueues on the current stream; its logits hold until the next call.
 
-    It binds itself anew when the batch size changes; CUDA graphs need one Engine each, since a graph keeps
-    its bindings.
+    It binds itself anew when the batch size changes.  CUDA graphs need one Engine each: a graph keeps its
+    bindings.
     """
 
     def __init__(self, plan: bytes):
@@ -264,9 +241,6 @@ class Engine:
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
             raise failed("TensorRT can't load the engine:")
-        fixed = tuple(self.engine.get_tensor_shape("input"))
-        shapes = self.engine.get_tensor_profile_shape("input", 0) if -1 in fixed else [fixed] * 3
-        self.smallest, _, self.largest = map(tuple, shapes)
         kinds = {tensorrt.DataType.HALF: torch.float16, tensorrt.DataType.FLOAT: torch.float32}
         self.dtype = kinds[self.engine.get_tensor_dtype("input")]
         self.logits_dtype = kinds[self.engine.get_tensor_dtype("logits")]
@@ -274,13 +248,12 @@ class Engine:
         self.outputs = {}  # shape of the input -> logits
 
     def bind(self, shape: torch.Size) -> None:
-        check_shape(shape, self.smallest, self.largest)
         if self.context is None:  # only now, since it takes the memory for the largest shape
             self.context = self.engine.create_execution_context()
             if self.context is None:
                 raise failed("TensorRT could not make an execution context:")
         if not self.context.set_input_shape("input", tuple(shape)):
-            raise failed(f"TensorRT refuses the input shape {tuple(shape)}:")
+            raise failed(f"the engine was not built for an input of shape {tuple(shape)}:")
         if shape not in self.outputs:
             size = tuple(self.context.get_tensor_shape("logits"))
             self.outputs[shape] = torch.empty(size, dtype=self.logits_dtype, device="cuda")
@@ -289,8 +262,7 @@ class Engine:
         self.shape, self.address = shape, None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (N, 3, S, S) on the GPU, contiguous, of the engine's dtype -> logits (N, classes).  Raises
-        ValueError."""
+        """x (N, 3, S, S) on the GPU, contiguous, of the engine's dtype -> logits (N, classes)."""
         if x.shape != self.shape:
             self.bind(x.shape)
         if x.dtype != self.dtype or not x.is_cuda or not x.is_contiguous():
@@ -305,43 +277,33 @@ class Engine:
         return self.logits
 
 
-def check_shape(shape, smallest, largest) -> None:
-    """Raises ValueError with both shapes unless `shape` lies between `smallest` and `largest` on every
-    axis."""
-    pairs = zip(smallest, shape, largest, strict=False)
-    if len(shape) != len(smallest) or not all(low <= n <= high for low, n, high in pairs):
-        ends = f"{tuple(smallest)} to {tuple(largest)}"
-        raise ValueError(f"input of shape {tuple(shape)} is outside the engine's profile, {ends}")
-
-
-def open_engine(path: Path) -> Engine:
-    return Engine(path.read_bytes())
-
-
-def parser_for(description: str, anew: str) -> argparse.ArgumentParser:
-    """What trt.py and torch_trt.py are told."""
+def build_asked(about: str, recipe: type[Recipe]) -> None:
+    """What trt.py and torch_trt.py do when they are run: build what is missing, a line for each file."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=form)
-    parser.add_argument("--image-sizes", nargs="+", type=int, default=IMAGE_SIZES)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
-    parser.add_argument("--force", action="store_true", help=anew)
-    add_path_arguments(parser)
-    return parser
+    parser = argparse.ArgumentParser(description=about, formatter_class=form)
+    parser.add_argument("--image-sizes", nargs="+", type=int, default=utils.IMAGE_SIZES)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=utils.BATCH_SIZES)
+    parser.add_argument("--force", action="store_true", help="build even where a fresh file is there")
+    for name, text in recipe.OPTIONS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    utils.add_path_arguments(parser)
+    args = parser.parse_args()
+    if reason := why_unavailable(recipe.PACKAGES, "cuda"):
+        raise UserError(reason)
+    options = {name: getattr(args, name) for name in recipe.OPTIONS}
+    for size in args.image_sizes:
+        for batches in [[n] for n in args.batch_sizes] if options.get("static") else [args.batch_sizes]:
+            made = recipe(utils.checkpoint_path(args.weights, size), size, batches, **options)
+            _, seconds, from_cache = made.load_or_build(args.force)
+            how = "from the cache" if from_cache else "built"
+            megabytes = made.path.stat().st_size / 2**20
+            print(f"{made.path}: {how} in {seconds:.1f} s, {megabytes:.1f} MB", flush=True)
 
 
 def main() -> None:
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    parser = parser_for(__doc__, "build even where a fresh engine is there")
-    parser.add_argument("--static", action="store_true", help="an engine for each batch size alone")
-    args = parser.parse_args()
-    if reason := why_unavailable(["tensorrt", "onnx"], "cuda"):
-        raise UserError(reason)
-    for size in args.image_sizes:
-        checkpoint = checkpoint_path(args.weights, size)
-        for batches in [[batch] for batch in args.batch_sizes] if args.static else [args.batch_sizes]:
-            shapes = profile_shapes(batches, size, args.static)
-            print_artefact(*load_or_build(find, build, open_engine, checkpoint, shapes, args.force)[1:])
+    build_asked(__doc__, Recipe)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    utils.run_main(main)

@@ -1,7 +1,9 @@
 """What this machine could do at most, in theory and as measured, and which of it limits a row."""
 
+import functools
 import re
 import time
+import timeit
 
 # Per SM and clock, by compute capability: FP32 lanes, then the tensor cores' dense multiply-adds in TF32
 # and FP16 (with FP16 sums, the faster way).  CUDA C++ Programming Guide, table "Throughput of Native
@@ -62,49 +64,41 @@ def measure(device: str) -> dict:
             if 4 * n * n * dtype.itemsize < free:
                 a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
                 out = torch.empty_like(a)
-                seconds = _seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), cuda)
+                seconds = _seconds(functools.partial(torch.mm, a, b, out=out), cuda)
                 rates.append(2 * n**3 / 1e12 / seconds)
         tflops[precision] = round(max(rates), 3)
     source = torch.ones(min(2**30, free // 8), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    bandwidth = 2 * len(source) / 1e9 / _seconds(lambda: target.copy_(source), cuda)
+    bandwidth = 2 * len(source) / 1e9 / _seconds(functools.partial(target.copy_, source), cuda)
     return {"tflops": tflops, "gb_per_s": round(bandwidth, 1)}
 
 
 def _seconds(call, cuda: bool) -> float:
-    """The shortest mean of a group of calls among those that fit into SECONDS; a GPU waits after each."""
+    """The shortest mean of five groups of calls, SECONDS in all; a GPU waits after each group."""
     import torch
 
-    def group(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
+    def clock() -> float:
         if cuda:
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / calls
+        return time.perf_counter()
 
-    group(2)
-    calls = max(1, min(50, int(SECONDS / 5 / max(group(1), 1e-6))))
-    end, best = time.perf_counter() + SECONDS, group(calls)
-    while time.perf_counter() < end:
-        best = min(best, group(calls))
-    return best
+    timer = timeit.Timer(call, timer=clock)
+    timer.timeit(2)
+    calls = max(1, int(SECONDS / 5 / max(timer.timeit(1), 1e-6)))
+    return min(timer.repeat(5, calls)) / calls
 
 
 def bytes_per_image(work: dict, precision: str, batch_size: int) -> float:
-    """Memory traffic of an image that layers can't avoid: activations in and out, and its share of weights.
-
-    `work` as model.count_work() gives it.
-    """
+    """What an image must move at least: activations in and out, its share of weights (model.count_work())."""
     return (work["activations"] + work["weights"] / batch_size) * (2 if precision == "FP16" else 4)
 
 
 def limit(idle: float | None, rate: float, flops_per_byte: float, tflops: float, gb_per_s: float) -> str:
     """What limits a call that reaches `rate` TFLOP/s, given the measured ceilings of products and copies.
 
-    The roof over its arithmetic intensity is the lower of the two (Williams, Waterman and Patterson,
-    Roofline, 2009).  "launch": the GPU idles for most of the time.  "latency": it is busy, but far below the
-    roof, as with kernels too small to fill it.  Else "memory" or "compute", whichever the roof is of.
+    The roof is the lower of the two (Williams, Waterman and Patterson, Roofline, 2009).  "launch": the GPU
+    idles for most of the time.  "latency": it is busy, but far below the roof, as with kernels too small to
+    fill it.  Else "memory" or "compute", whichever the roof is of.
     """
     roof = min(tflops, flops_per_byte * gb_per_s / 1000)
     if idle is not None and idle > LAUNCH_BOUND:

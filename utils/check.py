@@ -66,17 +66,21 @@ def batch_size_of(job: Job) -> int:
     return job.batch_sizes[0] if job.device == "cuda" else CPU_BATCH
 
 
-def whole_test_set(job: Job, call: Callable, precision: str) -> tuple[dict | None, Probe]:
-    """In round 0 the record of a pass over the test set (None later), and the probe for every batch size."""
+def test_loader(data: Path, checkpoint: Path, image_size: int, batch_size: int, workers: int = 0):
     import datasets
     import model
 
+    classes = model.load_facts(checkpoint)["classes"]
+    return datasets.make_test_loader(data, image_size, batch_size, classes, workers)
+
+
+def whole_test_set(job: Job, call: Callable, precision: str) -> tuple[dict | None, Probe]:
+    """In round 0 the record of a pass over the test set (None later), and the probe for every batch size."""
     expected, labels = reference(job, call)
     tolerance = TOLERANCE[precision] * float(np.abs(expected).max())
     whole, largest = job.round == 0, job.batch_sizes[-1]
     workers = min(4, len(labels) // 250) if whole else 0
-    classes = model.load_facts(job.checkpoint)["classes"]
-    loader = datasets.make_test_loader(job.data, job.image_size, largest, classes, workers)
+    loader = test_loader(job.data, job.checkpoint, job.image_size, largest, workers)
     first = next(iter(loader))[0]
     found = None
     if whole:
@@ -106,31 +110,28 @@ def reference(job: Job, call: Callable) -> tuple[np.ndarray, np.ndarray]:
     facts = {name: job.environment[name] for name in ("data", "packages", "gpu")}
     facts |= {"checkpoint": sha256(job.checkpoint), "device": job.device}
     if not is_fresh(path, facts):
-        arguments = job.checkpoint, job.image_size, job.data, batch_size_of(job), job.device
         if job.backend == BASELINE:
-            logits, labels = compute_reference(*arguments, call)
+            logits, labels = compute_reference(job, call)
         else:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                logits, labels = pool.submit(compute_reference, *arguments).result()
+                logits, labels = pool.submit(compute_reference, job).result()
         store(path, facts, lambda file: np.savez(file, logits=logits, labels=labels))
     with np.load(path) as stored:
         return stored["logits"], stored["labels"]
 
 
-def compute_reference(checkpoint: Path, image_size: int, data: Path, batch_size: int, device: str, call=None):
+def compute_reference(job: Job, call: Callable | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, classes) and labels (N,) of the test set by `call`, or by PyTorch FP32 loaded here."""
     import torch
 
-    import datasets
     import model
 
     if call is None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        call = model.load(checkpoint, device)[0]
-    classes = model.load_facts(checkpoint)["classes"]
+        call = model.load(job.checkpoint, job.device)[0]
     logits, labels = [], []
     with torch.inference_mode():
-        for images, targets in datasets.make_test_loader(data, image_size, 16, classes):
-            logits.append(classify(call, images, batch_size, device))
+        for images, targets in test_loader(job.data, job.checkpoint, job.image_size, CPU_BATCH):
+            logits.append(classify(call, images, batch_size_of(job), job.device))
             labels.append(targets.numpy())
     return np.concatenate(logits), np.concatenate(labels)

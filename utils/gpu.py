@@ -17,14 +17,17 @@ from pathlib import Path
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # so that the driver's GPU 0 is CUDA's
 MB = 2**20
 CALLS = 10  # under the profiler
-# nvml.h, nvmlClocksEventReasons; idle, application clocks and display settings slow nothing down unasked
-THROTTLE = {
-    0x04: "power cap",
-    0x08: "hardware slowdown",
-    0x20: "thermal (software)",
-    0x40: "thermal (hardware)",
-    0x80: "power brake",
+POLL_S = 0.05
+READINGS = {
+    "gpu_util_pct": ("nvmlDeviceGetUtilizationRates",),
+    "power_mw": ("nvmlDeviceGetPowerUsage",),
+    "sm_clock_mhz": ("nvmlDeviceGetClockInfo", 1),
+    "temperature_c": ("nvmlDeviceGetTemperature", 0),
+    "throttled": ("nvmlDeviceGetCurrentClocksThrottleReasons",),
 }
+# nvml.h, nvmlClocksEventReasons; idle, application clocks and display settings slow nothing down unasked
+THROTTLE = {4: "power cap", 8: "hardware slowdown", 0x20: "thermal (software)", 0x40: "thermal (hardware)"}
+THROTTLE[0x80] = "power brake"
 
 
 @functools.cache
@@ -97,9 +100,9 @@ def describe() -> dict:
 def memory_mb() -> tuple[float | None, str | None]:
     """GPU memory of this process in MB (context, libraries, arenas and tensors), and whose reading it is.
 
-    "process": what the driver counts for it.  "device", where the driver keeps that to itself (Windows,
-    some containers): the rise of everyone's memory over level_before_context(), which holds what other
-    programs took or gave back meanwhile.  (None, None): not known.
+    "process": what the driver counts for it.  "device", where the driver keeps that to itself (Windows, some
+    containers): the rise of everyone's memory over level_before_context(), which holds what other programs
+    took or gave back meanwhile.  (None, None): not known.
     """
     for process in _read("nvmlDeviceGetComputeRunningProcesses") or []:
         if process.pid == os.getpid() and process.usedGpuMemory:
@@ -127,56 +130,37 @@ def context_mb() -> float | None:
     return memory_mb()[0]
 
 
-class Watch:
-    """What the GPU does beside a loop: `with Watch() as watch: ...`, then `watch.result`."""
+@contextlib.contextmanager
+def watch():
+    """What the GPU does beside the block: yields a dict that is filled in at the end."""
+    seen, done, result = {name: [] for name in READINGS}, threading.Event(), {}
 
-    PERIOD_S = 0.05
-
-    def __enter__(self):
-        self._done = threading.Event()
-        self._seen = {"util": [], "power": [], "clock": [], "temperature": [], "throttle": []}
-        self._energy, self._start = _read("nvmlDeviceGetTotalEnergyConsumption"), time.perf_counter()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-        self._thread.start()
-        return self
-
-    def _poll(self):
-        while not self._done.wait(self.PERIOD_S):
-            use = _read("nvmlDeviceGetUtilizationRates")
-            readings = {
-                "util": use and use.gpu,
-                "power": _read("nvmlDeviceGetPowerUsage"),
-                "clock": _read("nvmlDeviceGetClockInfo", 1),
-                "temperature": _read("nvmlDeviceGetTemperature", 0),
-                "throttle": _read("nvmlDeviceGetCurrentClocksThrottleReasons"),
-            }
-            for name, value in readings.items():
+    def poll() -> None:
+        while not done.wait(POLL_S):
+            for name, asked in READINGS.items():
+                value = _read(*asked)
                 if value is not None:
-                    self._seen[name].append(value)
+                    seen[name].append(getattr(value, "gpu", value))  # of the rates, that of the GPU
 
-    def __exit__(self, *_):
-        seconds = time.perf_counter() - self._start
-        energy = _read("nvmlDeviceGetTotalEnergyConsumption")
-        self._done.set()
-        self._thread.join()
-        reasons, mean = self._seen.pop("throttle"), {}
-        for name, values in self._seen.items():
-            mean[name] = sum(values) / len(values) if values else None
-        joules = None
-        if energy is not None and self._energy is not None:
-            joules = (energy - self._energy) / 1000
-        elif mean["power"] is not None:
-            joules = mean["power"] / 1000 * seconds
-        seen = [text for bit, text in THROTTLE.items() if any(bits & bit for bits in reasons)]
-        self.result = {
-            "seconds": seconds,
-            "gpu_util_pct": mean["util"],
-            "power_w": joules and joules / seconds,
-            "energy_j": joules,
-            "sm_clock_mhz": mean["clock"],
-            "temperature_c": mean["temperature"],
-            "throttled": (", ".join(seen) or "no") if reasons else None,
-        }
+    energy, start = _read("nvmlDeviceGetTotalEnergyConsumption"), time.perf_counter()
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield result
+    finally:
+        seconds, end = time.perf_counter() - start, _read("nvmlDeviceGetTotalEnergyConsumption")
+        done.set()
+        thread.join()
+    throttled = seen.pop("throttled")
+    result |= {name: sum(values) / len(values) if values else None for name, values in seen.items()}
+    watts, joules = result.pop("power_mw"), None
+    if None not in (energy, end):
+        joules = (end - energy) / 1000
+    elif watts is not None:
+        joules = watts / 1000 * seconds
+    reasons = [text for bit, text in THROTTLE.items() if any(bits & bit for bits in throttled)]
+    result["throttled"] = (", ".join(reasons) or "no") if throttled else None
+    result |= {"seconds": seconds, "energy_j": joules, "power_w": joules and joules / seconds}
 
 
 def sustain(call: Callable, synchronize: Callable, seconds: float) -> dict:
@@ -186,14 +170,14 @@ def sustain(call: Callable, synchronize: Callable, seconds: float) -> dict:
     synchronize()
     group = max(1, int(0.05 / max(time.perf_counter() - start, 1e-5)))
     calls = 0
-    with Watch() as watch:
+    with watch() as seen:
         start = time.perf_counter()
         while (elapsed := time.perf_counter() - start) < seconds:
             for _ in range(group):
                 call()
             synchronize()
             calls += group
-    return {**watch.result, "calls": calls, "loop_s": elapsed}
+    return {**seen, "calls": calls, "loop_s": elapsed}
 
 
 def profiled(call: Callable, activities: list):
@@ -213,11 +197,7 @@ def profiled(call: Callable, activities: list):
 
 
 def busy_ms(call: Callable) -> float | None:
-    """Milliseconds of a call in which the GPU was at work: kernels and copies as CUPTI saw them, overlaps
-    once.
-
-    None where CUPTI sees nothing (no permission, another profiler at work).
-    """
+    """Milliseconds of a call in which the GPU was at work by CUPTI's count, overlaps once; None: not seen."""
     import torch
 
     profiler = profiled(call, [torch.profiler.ProfilerActivity.CUDA])

@@ -1,4 +1,5 @@
-"""Backend: ONNX Runtime.  Exports the checkpoint if there is no fresh export; FP16 on CUDA, FP32 on a CPU.
+"""Backend: ONNX Runtime.  Exports the checkpoint if there is no fresh export; FP16 on CUDA, FP32 and
+INT8 on a CPU.
 
 Reads weights/best_resnet18_<size>.pth, writes weights/resnet18_<size>_<precision>.onnx, leaves raw records
 in results/raw/ and prints their table.
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 
 import model
+import quantize
+from pytorch_inference import GRAPH
 from utils import jobs
 from utils.schema import Backend
 from utils.utils import is_fresh, package_version, run_main, sha256, store
@@ -74,12 +77,14 @@ class OnnxRuntime(Backend):
     """ONNX Runtime, its input and output bound to PyTorch's tensors on the device: nothing is copied.
 
     `nhwc`: the CUDA provider keeps channels last.  `graph`: it replays a CUDA graph, one session per batch.
+    `int8`: on CPUs, from a network that quantize.py made.
     """
 
-    precision = "FP16"  # on a CPU, load() makes it FP32: there its FP16 is FP32 with casts
-
-    def __init__(self, nhwc: bool = False, graph: bool = False):
-        self.nhwc, self.graph = nhwc, graph
+    def __init__(self, nhwc: bool = False, graph: bool = False, int8: bool = False):
+        self.nhwc, self.graph, self.int8 = nhwc, graph, int8
+        self.precision = "INT8" if int8 else "FP16"  # load() makes it FP32 on a CPU: there FP16 is casts
+        rungs = [(int8, quantize.ADDS), (nhwc, "channels last inside"), (graph, GRAPH)]
+        self.adds = ", ".join(text for used, text in rungs if used)
 
     def why_unavailable(self, device: str) -> str | None:
         names = ["onnxruntime-gpu", "onnxruntime"]
@@ -88,6 +93,9 @@ class OnnxRuntime(Backend):
         if device == "cpu":
             cuda_only = "NHWC and CUDA graphs are options of ONNX Runtime's CUDA provider"
             return f"{cuda_only}; this run is on the CPU" if self.nhwc else None
+        if self.int8:
+            why = "ONNX Runtime has INT8 convolutions for CPUs, none for CUDA"
+            return f"{why}; measure tensorrt-int8 here, or this one with --device cpu"
         import onnxruntime
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -99,9 +107,15 @@ class OnnxRuntime(Backend):
         import onnxruntime
 
         self.device = device
-        self.precision = "FP32" if device == "cpu" else "FP16"
+        if device == "cpu" and not self.int8:
+            self.precision = "FP32"
         self.classes = len(model.load_facts(checkpoint)["classes"])
-        self.artefact, self.build_s, self.from_cache = export(checkpoint, image_size, self.precision)
+        source = "FP32" if device == "cpu" else "FP16"
+        self.artefact, self.build_s, self.from_cache = export(checkpoint, image_size, source)
+        if self.int8:
+            start = time.perf_counter()
+            self.artefact, self.from_cache = quantize.for_cpu(self.artefact, image_size, self.data)
+            self.build_s += time.perf_counter() - start
         if device == "cuda":
             onnxruntime.preload_dlls()  # finds the CUDA libraries that PyTorch brought along
         self.run_options = onnxruntime.RunOptions()  # the clock synchronises:
@@ -114,7 +128,9 @@ class OnnxRuntime(Backend):
 
         on_cpu = self.device == "cpu"
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = torch.get_num_threads() if on_cpu else 1  # on a GPU they only wait
+        # Threads that wait spinning take the cores from whatever else runs here, another process's turn too.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "0" if on_cpu else "1")
         provider = "CPUExecutionProvider" if on_cpu else "CUDAExecutionProvider"
         settings = (
@@ -165,6 +181,7 @@ class OnnxRuntime(Backend):
 
 BACKENDS = {
     "onnx": OnnxRuntime,
+    "onnx-int8": lambda: OnnxRuntime(int8=True),
     "onnx-nhwc": lambda: OnnxRuntime(nhwc=True),
     "onnx-nhwc-graph": lambda: OnnxRuntime(nhwc=True, graph=True),
 }

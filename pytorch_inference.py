@@ -5,52 +5,79 @@ Reads weights/best_resnet18_<size>.pth, leaves raw records in results/raw/ and p
     python pytorch_inference.py --image-sizes 224 --batch-sizes 1 8 16
 """
 
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import torch
 
 import model
 from utils import jobs
+from utils.devices import has_native_bfloat16
 from utils.schema import Backend
 from utils.utils import run_main
 
+DTYPES = {"FP32": torch.float32, "TF32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
+TUNED, GRAPH = "channels last, batch norm folded", "replayed as one CUDA graph"  # what a rung adds
+
 
 class PyTorch(Backend):
-    """ResNet-18 as trained; in FP16 with batch normalisation folded and channels_last."""
+    """ResNet-18 as trained; `tuned`: batch norm folded, channels last, cuDNN's kernels chosen by trial.
+
+    `only` is the device that the variant is for.  Compiled, it is FP16 on a GPU and FP32 on a CPU.
+    """
 
     torch_allocator = True  # its memory is PyTorch's own, so torch.cuda.max_memory_allocated() sees it
 
-    def __init__(self, precision: str = "FP32", compiled: bool = False):
-        self.precision, self.compiled = precision, compiled
+    def __init__(self, precision="FP32", only="", tuned=False, compiled=False, adds=""):
+        self.precision, self.only, self.tuned, self.compiled = precision, only, tuned, compiled
+        self.adds = adds
 
     def why_unavailable(self, device: str) -> str | None:
-        if device == "cpu" and self.precision != "FP32":
-            return f"PyTorch {self.precision} is measured on CUDA GPUs only; this run is on the CPU"
-        if self.compiled:
-            try:
-                import triton  # noqa: F401
-            except ImportError:
-                return "torch.compile needs triton; run: pip install triton (triton-windows on Windows)"
-        return None
+        if self.only and device != self.only:
+            places = {"cuda": "GPUs", "cpu": "CPUs"}
+            what = f"PyTorch {self.precision}{', channels last' if self.tuned else ''}"
+            return f"{what} is measured on {places[self.only]} only; this run is on the {device.upper()}"
+        if self.precision == "BF16" and not has_native_bfloat16():
+            return "this processor has no BF16 arithmetic (AVX512_BF16): emulated, it is slower than FP32"
+        return why_not_compiled(device) if self.compiled else None
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
+        if self.compiled and device == "cpu":
+            self.precision = "FP32"
         tf32 = self.precision == "TF32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cudnn.benchmark = False  # as PyTorch gives it
+        torch.backends.cudnn.benchmark = self.tuned  # off for the baseline: as PyTorch gives it
         network, _ = model.load(checkpoint, "cpu")
-        if self.precision == "FP16":
-            network = model.fold_batch_norm(network).half().to(memory_format=torch.channels_last)
-        self.network = network.to(device)
-        if self.compiled:
+        if self.tuned:
+            network = model.fold_batch_norm(network).to(memory_format=torch.channels_last)
+        self.network = network.to(device, DTYPES[self.precision])
+        if self.compiled:  # once for each batch size; beyond its limit, 8, it would run uncompiled
+            torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
             self.network = torch.compile(self.network, dynamic=False)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        if self.precision == "FP16":
-            return images.half().contiguous(memory_format=torch.channels_last)
-        return images.contiguous()
+        layout = torch.channels_last if self.tuned else torch.contiguous_format
+        return images.to(DTYPES[self.precision]).contiguous(memory_format=layout)
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         return self.network(x)
+
+
+def why_not_compiled(device: str) -> str | None:
+    """What torch.compile lacks on this device, or None."""
+    if device == "cpu":
+        usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+        compiler = os.environ.get("CXX", usual)
+        if shutil.which(compiler.split()[0]) is None:
+            return f"torch.compile needs a C++ compiler, and {compiler} is not there; install one or set CXX"
+        return None
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "torch.compile needs triton; run: pip install triton (triton-windows on Windows)"
+    return None
 
 
 class CudaGraph(Backend):
@@ -64,6 +91,7 @@ class CudaGraph(Backend):
     def __init__(self, backend: Backend):
         self.backend, self.precision = backend, backend.precision
         self.torch_allocator = backend.torch_allocator
+        self.adds = ", ".join(filter(None, [backend.adds, GRAPH]))
 
     def why_unavailable(self, device: str) -> str | None:
         if device == "cpu":
@@ -72,6 +100,7 @@ class CudaGraph(Backend):
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         inner, self.graphs = self.backend, {}
+        inner.data = self.data
         inner.load(checkpoint, image_size, batch_sizes, device)
         self.precision, self.build_s = inner.precision, inner.build_s
         self.from_cache, self.artefact = inner.from_cache, inner.artefact
@@ -97,12 +126,24 @@ class CudaGraph(Backend):
         return logits
 
 
+def fp16() -> PyTorch:
+    return PyTorch("FP16", "cuda", tuned=True, adds=f"FP16, {TUNED}, cuDNN's kernels chosen by trial")
+
+
+def compiled() -> PyTorch:
+    """In the default mode: Inductor's other modes give the same kernels in a CUDA graph, or take minutes."""
+    return PyTorch("FP16", tuned=True, compiled=True, adds=f"compiled, {TUNED}, FP16 on a GPU")
+
+
 BACKENDS = {
     "pytorch": PyTorch,
-    "pytorch-tf32": lambda: PyTorch("TF32"),
-    "pytorch-fp16": lambda: PyTorch("FP16"),
-    "pytorch-fp16-graph": lambda: CudaGraph(PyTorch("FP16")),
-    "torch-compile": lambda: PyTorch("FP16", compiled=True),
+    "pytorch-channels-last": lambda: PyTorch("FP32", "cpu", tuned=True, adds=TUNED),
+    "pytorch-bf16": lambda: PyTorch("BF16", "cpu", tuned=True, adds=f"BF16, {TUNED}"),
+    "pytorch-tf32": lambda: PyTorch("TF32", "cuda", adds="TF32 on the tensor cores"),
+    "pytorch-fp16": fp16,
+    "pytorch-fp16-graph": lambda: CudaGraph(fp16()),
+    "torch-compile": compiled,
+    "torch-compile-graph": lambda: CudaGraph(compiled()),
 }
 
 if __name__ == "__main__":

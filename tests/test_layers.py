@@ -17,7 +17,7 @@ LAYERS = [  # from the lowest; files in one layer do not import each other
     ["utils.readme", "utils.captions", "utils.turns"],
     ["utils.jobs"],
     ["utils.plot_utils"],
-    ["pytorch_inference"],
+    ["pytorch_inference", "quantize"],
     ["onnx_inference"],
     ["trt"],
     ["torch_trt"],

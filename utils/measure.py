@@ -215,6 +215,7 @@ def trace(job: Job, backend: Backend) -> None:
     batch_size, size = job.batch_sizes[-1], job.image_size
     path = job.results / "profile" / f"{job.backend}_{size}_batch{batch_size}.json"
     with inference(job.device):
+        backend.data = job.data
         backend.load(job.checkpoint, size, [batch_size], job.device)
         x = backend.prepare(torch.rand(batch_size, 3, size, size).to(job.device))
         print(f"{job.backend}, {size} px, batch {batch_size}, {gpu.CALLS} calls")

@@ -14,10 +14,12 @@ class Backend(abc.ABC):
     Everything vendor-specific is imported inside the methods, so that --help works on every machine.
     """
 
-    precision = "FP32"  # of weights and arithmetic: FP32, TF32, FP16, INT8; load() may correct it
+    precision = "FP32"  # of weights and arithmetic: FP32, TF32, FP16, BF16, INT8; load() may correct it
     build_s = 0.0  # seconds that load() took to export, build or compile, or to find the artefact
     from_cache = False  # whether the artefact was there already
     artefact: Path | None = None  # the file in weights/ that it runs from besides the checkpoint
+    adds = ""  # what a variant adds to its plain method, in one clause
+    data: Path | None = None  # the images' folder, set before load(): INT8 is calibrated on data/train
     torch_allocator = False  # whether PyTorch's allocator holds its memory, and so can tell how much
     adds = ""  # what a variant adds to its plain method, in one clause
     data: Path | None = None  # the images' folder, set before load(): INT8 calibrates on the training images

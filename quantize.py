@@ -8,7 +8,7 @@ stay unseen.
 import functools
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,3 +102,113 @@ def saturates() -> bool:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     feed = {"a": np.full((16, 64), 255, np.uint8), "b": np.full((64, 16), 127, np.int8)}
     return bool((session.run(None, feed)[0] != 64 * 255 * 127).any())
+
+
+# ---- for TensorRT 10 and 11
+
+
+def for_tensorrt(source: Path, image_size: int, data: Path) -> tuple[Path, bool]:
+    """The FP32 export `source` as QDQ network for a strongly typed engine, and whether it was there."""
+    import onnxruntime
+
+    path = source.with_name(f"resnet18_{image_size}_int8_tensorrt.onnx")
+    facts = {"onnx": sha256(source), "images": fingerprint(data), "precision": "INT8"}
+    facts |= {"onnxruntime": onnxruntime.__version__}
+    fresh = is_fresh(path, facts)
+    if not fresh:
+        batches = calibration_batches(data, image_size)
+        store(path, facts, lambda file: write_for_tensorrt(source, batches, file))
+    return path, fresh
+
+
+def write_for_tensorrt(source: Path, batches: Iterator[torch.Tensor], path: Path) -> None:
+    """Rounded, with zero points 0, right before each convolution and on the shortcut into each sum.
+
+    So TensorRT fuses a convolution with the sum and ReLU after it (TensorRT's developer guide, "Q/DQ
+    layer-placement recommendations").  All else is in half, with biases as they are.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType
+
+    types = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8}
+    options = {"ActivationSymmetric": True, "QuantizeBias": False}
+    options["OpTypesToExcludeOutputQuantization"] = ["Conv", "Add"]
+    quantize(source, batches, path, op_types_to_quantize=["Conv", "Add"], extra_options=options, **types)
+    network = onnx.load(path)
+    for entry in [entry for entry in network.opset_import if entry.domain]:  # the optimiser's, all unused
+        network.opset_import.remove(entry)
+    leave_main_paths(network.graph)
+    halve(network.graph)
+    onnx.checker.check_model(network, full_check=True)
+    onnx.save(network, path)
+
+
+def leave_main_paths(graph) -> None:
+    """Take back the rounding between the last convolution of a block, a 3 x 3 one, and the sum."""
+    maker = {name: node for node in graph.node for name in node.output}
+    for add in [node for node in graph.node if node.op_type == "Add"]:
+        for i, name in enumerate(add.input):
+            dequantize = maker[name]
+            rounded = maker[dequantize.input[0]]
+            last = maker[rounded.input[0]]
+            sizes = [list(attribute.ints) for attribute in last.attribute if attribute.name == "kernel_shape"]
+            if last.op_type == "Conv" and sizes == [[3, 3]]:
+                add.input[i] = last.output[0]
+                graph.node.remove(dequantize)
+                graph.node.remove(rounded)
+
+
+def halve(graph) -> None:
+    """Weights, scales, input and output from FP32 to FP16: what a strongly typed engine computes in."""
+    from onnx import TensorProto, numpy_helper
+
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            values = numpy_helper.to_array(tensor)
+            half = values.astype(np.float16)
+            half[(half == 0) & (values > 0)] = np.float16(2**-24)  # a scale must not vanish
+            tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    del graph.value_info[:]  # they still say FP32
+
+
+# ---- for TensorRT 8.6
+
+
+def calibrator(batches: Iterable[torch.Tensor] = (), table: bytes | None = None):
+    """TensorRT's entropy calibrator over `batches`, or one that knows the `table` from an earlier one."""
+    import tensorrt
+
+    class Calibrator(tensorrt.IInt8EntropyCalibrator2):
+        def __init__(self):
+            tensorrt.IInt8EntropyCalibrator2.__init__(self)
+            self.table, self.batches = table, iter(batches)
+
+        def get_batch_size(self):
+            return BATCH
+
+        def get_batch(self, names):
+            batch = next(self.batches, None)
+            if batch is None:
+                return None
+            self.batch = batch.cuda()  # kept until the next call: TensorRT reads it by its address
+            torch.cuda.synchronize()  # and on a stream of its own
+            return [self.batch.data_ptr()]
+
+        def read_calibration_cache(self):
+            return table
+
+        def write_calibration_cache(self, cache):
+            self.table = bytes(cache)
+
+        def join(self, network, config, profile):
+            """Have the build take its scales from here; only with known scales input and output are half."""
+            config.set_flag(tensorrt.BuilderFlag.INT8)
+            config.int8_calibrator = self
+            if table is None:
+                config.set_calibration_profile(profile)
+            else:
+                network.get_input(0).dtype = network.get_output(0).dtype = tensorrt.DataType.HALF
+
+    return Calibrator()

@@ -1,4 +1,4 @@
-"""Backends: TensorRT in FP16, through Torch-TensorRT and natively, each with and without a CUDA graph.
+"""Backends: TensorRT through Torch-TensorRT and natively, each with and without a CUDA graph; FP16 and INT8.
 
 "tensorrt" serves every batch up to the largest asked for with one engine; "tensorrt-static" has an engine
 for each batch size, so that the difference between the two is what a free batch size costs.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import quantize
 import torch_trt
 import trt
 from pytorch_inference import CudaGraph
@@ -28,19 +29,19 @@ class TensorRT(Backend):
     batch size gets an engine of its own: a CUDA graph is only good while the bindings stay as captured.
     """
 
-    precision = "FP16"
-
-    def __init__(self, recipe: type[trt.Recipe] = trt.Recipe, static: bool = False, graph: bool = False):
-        self.recipe, self.static, self.graph = recipe, static, graph
+    def __init__(self, recipe: type[trt.Recipe] = trt.Recipe, graph: bool = False, **options: bool):
+        self.recipe, self.graph, self.options = recipe, graph, options
+        self.precision = "INT8" if options.get("int8") else "FP16"
+        rungs = {"int8": quantize.ADDS, "static": "an engine for each batch size"}
+        self.adds = ", ".join(text for name, text in rungs.items() if options.get(name))
 
     def why_unavailable(self, device: str) -> str | None:
         return trt.why_unavailable(self.recipe.PACKAGES, device)
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         self.build_s, self.from_cache, self.engines = 0.0, True, {}
-        options = {"static": True} if self.static else {}
-        for batches in [[batch] for batch in batch_sizes] if self.static else [batch_sizes]:
-            recipe = self.recipe(checkpoint, image_size, batches, **options)
+        for batches in [[n] for n in batch_sizes] if self.options.get("static") else [batch_sizes]:
+            recipe = self.recipe(checkpoint, image_size, batches, self.data, **self.options)
             engine, seconds, from_cache = recipe.load_or_build()
             self.artefact = recipe.path
             self.build_s += seconds
@@ -66,6 +67,9 @@ BACKENDS = {
     "tensorrt-graph": lambda: CudaGraph(TensorRT(graph=True)),
     "tensorrt-static": lambda: TensorRT(static=True),
     "tensorrt-static-graph": lambda: CudaGraph(TensorRT(static=True)),
+    "tensorrt-int8": lambda: TensorRT(int8=True),
+    "tensorrt-int8-graph": lambda: CudaGraph(TensorRT(int8=True, graph=True)),
+    "tensorrt-int8-static-graph": lambda: CudaGraph(TensorRT(int8=True, static=True)),
 }
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Native TensorRT, 8.6 to 11: build an engine from the ONNX export, keep it in weights/, run it on tensors.
 
 Reads weights/best_resnet18_<size>.pth through onnx_inference.py's export, writes
-weights/resnet18_<size>_<batches>_fp16.engine, what it was made from beside it, and TensorRT's timings.
+weights/resnet18_<size>_<batches>_<precision>.engine, what it was made from beside it, and TensorRT's timings.
 
     python trt.py --image-sizes 224 --batch-sizes 1 8 16
 
 One engine per image size serves every batch up to the largest; with --static, one for each batch size alone.
+With --int8 it is calibrated on images of data/train; 8.6 keeps the scales in weights/ for the next engine.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 
 import onnx_inference
+import quantize
 from utils import utils
 from utils.utils import UserError, is_fresh, sha256, store
 
@@ -59,26 +61,29 @@ class Recipe:
 
     PACKAGES = ["tensorrt", "onnx"]  # modules that it needs
     MADE_WITH = ["torch", "onnx", "onnxscript"]  # distributions whose version changes the file
-    OPTIONS = {"static": "an engine for each batch size alone"}
+    OPTIONS = {"static": "an engine for each batch size alone", "int8": "INT8, calibrated on data/train"}
     suffix = "engine"
 
-    def __init__(self, checkpoint: Path, image_size: int, batch_sizes: list[int], static: bool = False):
+    def __init__(self, checkpoint, image_size, batch_sizes, data: Path | None, static=False, int8=False):
         largest = max(batch_sizes)
         batches = [largest] * 3 if static else [1, max(largest, 2), max(largest, 2)]
-        self.checkpoint, self.image_size, self.static = checkpoint, image_size, static
+        self.checkpoint, self.image_size, self.data = checkpoint, image_size, data
+        self.static, self.int8 = static, int8
         self.shapes = [[batch, 3, image_size, image_size] for batch in batches]
 
     @property
     def path(self) -> Path:
         kind = f"{'static' if self.static else 'max'}{self.shapes[2][0]}"
-        return self.checkpoint.with_name(f"resnet18_{self.image_size}_{kind}_fp16.{self.suffix}")
+        precision = "int8" if self.int8 else "fp16"
+        return self.checkpoint.with_name(f"resnet18_{self.image_size}_{kind}_{precision}.{self.suffix}")
 
     def facts(self) -> dict:
         """What the file depends on."""
         import tensorrt
 
         major, minor = torch.cuda.get_device_capability()
-        return {
+        images = {"images": quantize.fingerprint(self.data)} if self.int8 else {}
+        return images | {
             **{name: utils.package_version(name) for name in self.MADE_WITH},
             "checkpoint": sha256(self.checkpoint),
             "tensorrt": tensorrt.__version__,
@@ -92,10 +97,36 @@ class Recipe:
         """Build; what writes the file, and the timing cache with what building has measured."""
         import tensorrt
 
-        source = onnx_inference.export(self.checkpoint, self.image_size, "FP16")[0]
+        typed = is_strongly_typed(tensorrt)
+        source = onnx_inference.export(self.checkpoint, self.image_size, "FP32" if self.int8 else "FP16")[0]
+        calibrator = None
+        if self.int8 and typed:
+            source, _ = quantize.for_tensorrt(source, self.image_size, self.data)
+        elif self.int8:
+            table, timings = self.calibration(source, timings)
+            calibrator = quantize.calibrator(table=table)
         model = onnx_for(tensorrt.__version__, source, self.shapes[0][0] if self.static else None)
-        plan, timings = build_plan(model, self.shapes, timings)
+        plan, timings = build_plan(model, self.shapes, timings, calibrator)
         return lambda file: file.write_bytes(plan), timings
+
+    def calibration(self, source: Path, timings: bytes) -> tuple[bytes, bytes]:
+        """TensorRT 8.6's table of scales, kept in weights/, and the timing cache.
+
+        It comes from a build of its own, in FP32 and with exactly the calibrator's batch: a network whose
+        input is in half already is calibrated without an error, and wrongly.
+        """
+        import tensorrt
+
+        path = self.checkpoint.with_name(f"resnet18_{self.image_size}_int8.calibration")
+        facts = {name: value for name, value in self.facts().items() if name != "shapes"}
+        if not is_fresh(path, facts):
+            print(f"calibrating {path} on {self.data / 'train'}", file=sys.stderr, flush=True)
+            calibrator = quantize.calibrator(quantize.calibration_batches(self.data, self.image_size))
+            shape = [quantize.BATCH, 3, self.image_size, self.image_size]
+            model = onnx_for(tensorrt.__version__, source, None)
+            _, timings = build_plan(model, [shape] * 3, timings, calibrator)
+            store(path, facts, lambda file: file.write_bytes(calibrator.table))
+        return path.read_bytes(), timings
 
     def open(self):
         return Engine(self.path.read_bytes())
@@ -179,15 +210,19 @@ def onnx_for(tensorrt_version: str, path: Path, batch: int | None) -> bytes:
     return model.SerializeToString()
 
 
+def is_strongly_typed(tensorrt) -> bool:
+    """From 10 on a network's own types hold, if that is asked for, and in 11 always; 8.6 has flags."""
+    return hasattr(tensorrt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+
 def network_flags(tensorrt) -> int:
-    """8.6 must be told of the batch axis; from 10 on the network's own types hold if asked, in 11 always."""
     kinds = tensorrt.NetworkDefinitionCreationFlag
-    return 1 << int(kinds.STRONGLY_TYPED if hasattr(kinds, "STRONGLY_TYPED") else kinds.EXPLICIT_BATCH)
+    return 1 << int(kinds.STRONGLY_TYPED if is_strongly_typed(tensorrt) else kinds.EXPLICIT_BATCH)
 
 
 def configure(tensorrt, config) -> None:
     config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, workspace_bytes())
-    if hasattr(tensorrt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
+    if is_strongly_typed(tensorrt):
         return
     config.set_flag(tensorrt.BuilderFlag.FP16)  # 8.6 takes a network's types for a wish: FP32 kernels without
     sources = config.get_tactic_sources()
@@ -196,7 +231,7 @@ def configure(tensorrt, config) -> None:
     config.set_tactic_sources(sources)
 
 
-def build_plan(model: bytes, shapes: list[list[int]], timings: bytes) -> tuple[bytes, bytes]:
+def build_plan(model: bytes, shapes: list[list[int]], timings: bytes, calibrator=None) -> tuple[bytes, bytes]:
     """A serialised engine for `shapes`, and the timing cache.  Raises RuntimeError with all reasons."""
     import tensorrt
 
@@ -209,10 +244,12 @@ def build_plan(model: bytes, shapes: list[list[int]], timings: bytes) -> tuple[b
         raise failed("\n".join(["TensorRT can't read the ONNX file:", *errors]))
     config = builder.create_builder_config()
     configure(tensorrt, config)
-    if shapes[0] != shapes[2]:
-        ranges = builder.create_optimization_profile()
-        ranges.set_shape("input", *map(tuple, shapes))
-        config.add_optimization_profile(ranges)
+    profile = builder.create_optimization_profile()
+    if network.get_input(0).shape[0] == -1:
+        profile.set_shape("input", *map(tuple, shapes))
+        config.add_optimization_profile(profile)
+    if calibrator:
+        calibrator.join(network, config, profile)
     cache = config.create_timing_cache(timings)
     if cache is None or not config.set_timing_cache(cache, False):  # unreadable: start from nothing
         cache = config.create_timing_cache(b"")
@@ -294,7 +331,7 @@ def build_asked(about: str, recipe: type[Recipe]) -> None:
     options = {name: getattr(args, name) for name in recipe.OPTIONS}
     for size in args.image_sizes:
         for batches in [[n] for n in args.batch_sizes] if options.get("static") else [args.batch_sizes]:
-            made = recipe(utils.checkpoint_path(args.weights, size), size, batches, **options)
+            made = recipe(utils.checkpoint_path(args.weights, size), size, batches, args.data, **options)
             _, seconds, from_cache = made.load_or_build(args.force)
             how = "from the cache" if from_cache else "built"
             megabytes = made.path.stat().st_size / 2**20

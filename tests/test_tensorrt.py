@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ import model
 import tensorrt_inference
 import torch_trt
 import trt
-from utils import utils
+from utils import check, utils
 from utils.utils import UserError
 
 FACTS = {
@@ -42,15 +42,19 @@ TORCH = trt.why_unavailable(["torch_tensorrt"], DEVICE)
     ],
 )
 def test_the_profile_spans_one_to_the_largest_batch_and_its_best_is_at_least_two(batches, static, expected):
-    recipe = trt.Recipe(CHECKPOINT, 64, batches, static=static)
+    recipe = trt.Recipe(CHECKPOINT, 64, batches, None, static=static)
     assert recipe.shapes == [[batch, 3, 64, 64] for batch in expected]
 
 
 def test_every_size_largest_batch_kind_and_route_has_a_file_of_its_own():
-    recipes = [torch_trt.Module(CHECKPOINT, size, [batch]) for batch in (4, 8) for size in (64, 96)]
+    recipes = [torch_trt.Module(CHECKPOINT, size, [batch], None) for batch in (4, 8) for size in (64, 96)]
     for batch in (4, 8):
         for size in (64, 96):
-            recipes += [trt.Recipe(CHECKPOINT, size, [batch], static=static) for static in (False, True)]
+            recipes += [
+                trt.Recipe(CHECKPOINT, size, [batch], None, static=static, int8=int8)
+                for static in (False, True)
+                for int8 in (False, True)
+            ]
     assert len({recipe.path for recipe in recipes}) == len(recipes)
 
 
@@ -145,7 +149,7 @@ def test_an_engine_that_does_not_load_is_built_anew(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(trt, "ProcessPoolExecutor", Inline)
     checkpoint = tmp_path / "best_resnet18_64.pth"
     checkpoint.write_bytes(b"weights")
-    recipe = Small(checkpoint, 64, [4])
+    recipe = Small(checkpoint, 64, [4], None)
     utils.store(recipe.path, recipe.facts(), lambda file: file.write_bytes(b"a plan"))
     engine, seconds, from_cache = recipe.load_or_build()
     assert engine == "engine" and seconds > 0 and not from_cache
@@ -157,7 +161,7 @@ def test_an_engine_that_does_not_load_is_built_anew(tmp_path, monkeypatch, capsy
 
 def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(UserError, match="python train.py --image-sizes 64"):
-        trt.Recipe(tmp_path / "best_resnet18_64.pth", 64, [4]).load_or_build()
+        trt.Recipe(tmp_path / "best_resnet18_64.pth", 64, [4], None).load_or_build()
 
 
 # ---- reasons
@@ -191,7 +195,7 @@ def test_a_package_that_does_not_load_is_quoted(monkeypatch, tmp_path):
 def test_every_backend_says_why_it_is_unavailable_on_a_cpu(make):
     backend = make()
     assert "GPU" in backend.why_unavailable("cpu")
-    assert backend.precision == "FP16"
+    assert backend.precision == ("INT8" if "int8" in backend.adds.lower() else "FP16")
 
 
 @pytest.mark.parametrize("script", [trt, torch_trt])
@@ -300,7 +304,7 @@ def test_a_failed_build_says_everything_that_tensorrt_said(monkeypatch):
         def __init__(self, logger):
             self.logger = logger
             self.create_network = self.create_builder_config = self.create_optimization_profile = lambda *_: (
-                Mock()
+                MagicMock()
             )
 
         def build_serialized_network(self, network, config):
@@ -395,7 +399,7 @@ def needs(name):
 
 
 @pytest.mark.parametrize("name", tensorrt_inference.BACKENDS)
-def test_logits_agree_with_pytorch_and_the_second_load_is_from_the_cache(checkpoint, name):
+def test_logits_agree_with_pytorch_and_the_second_load_is_from_the_cache(checkpoint, project, name):
     needs(name)
     images = torch.rand(4, 3, 64, 64, device="cuda")
     network, _ = model.load(checkpoint, "cuda")
@@ -404,13 +408,16 @@ def test_logits_agree_with_pytorch_and_the_second_load_is_from_the_cache(checkpo
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(2):
             backend = tensorrt_inference.BACKENDS[name]()
+            backend.data = project / "data"
             backend.load(checkpoint, 64, [1, 4], "cuda")
             loaded.append((backend.from_cache, backend.build_s > 0, backend.artefact.is_file()))
             for batch in (1, 4, 1):
                 logits = backend.predict(backend.prepare(images[:batch])).float()
                 expected = network(images[:batch])
                 assert logits.shape == (batch, 3)
-                assert (logits - expected).abs().max() <= 63 * 2**-11 * expected.abs().max()
+                assert (logits - expected).abs().max() <= check.TOLERANCE[
+                    backend.precision
+                ] * expected.abs().max()
     assert loaded[1] == (True, True, True)
 
 
@@ -464,6 +471,6 @@ def test_a_corrupt_timing_cache_does_not_break_a_build(checkpoint):
 
     path, _, _ = onnx_inference.export(checkpoint, 64, "FP16")
     plan, timings = trt.build_plan(
-        trt.onnx_for(tensorrt.__version__, path, None), trt.Recipe(path, 64, [2]).shapes, b"corrupt"
+        trt.onnx_for(tensorrt.__version__, path, None), trt.Recipe(path, 64, [2], None).shapes, b"corrupt"
     )
     assert trt.Engine(plan)(torch.zeros(2, 3, 64, 64).half().cuda()).shape == (2, 3) and timings

@@ -1,0 +1,256 @@
+"""INT8: the images it is calibrated on, networks for ONNX Runtime and TensorRT, the gate that guards them."""
+
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_test_images, run_script
+from PIL import Image
+
+import model
+import onnx_inference
+import quantize
+from utils import check, images, records
+from utils.utils import UserError, sha256
+
+
+def write_images(folder: Path, count: int) -> list[Path]:
+    """Images of one colour each, for two classes, the first with twice as many as the second."""
+    paths = []
+    for i in range(count):
+        path = folder / "train" / ("Batman" if i % 3 else "Robin") / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (i % 256, i // 256, 7)).save(path)
+        paths.append(path)
+    return paths
+
+
+@pytest.mark.parametrize(("there", "used"), [(1, 1), (256, 256), (257, 129), (600, 200)])
+def test_calibration_takes_training_images_evenly_and_always_the_same(tmp_path, there, used):
+    write_images(tmp_path, there)
+    chosen = quantize.calibration_files(tmp_path)
+    everything = images.list_images(tmp_path)["train"]
+    ordered = [path for paths in everything.values() for path in paths]
+    assert len(chosen) == used <= quantize.MAX_IMAGES
+    assert (
+        chosen
+        == ordered[:: ordered.index(chosen[1]) if used > 1 else 1]
+        == quantize.calibration_files(tmp_path)
+    )
+
+
+def test_the_last_batch_is_filled_up_from_the_beginning(tmp_path):
+    write_images(tmp_path, 10)
+    first, last = quantize.calibration_batches(tmp_path, 32)
+    assert first.shape == last.shape == (quantize.BATCH, 3, 32, 32)
+    assert torch.equal(last[2:], first[:6]) and not torch.equal(last[:2], first[:2])
+
+
+def test_the_fingerprint_follows_the_contents(tmp_path):
+    path = write_images(tmp_path, 3)[1]
+    before = quantize.fingerprint(tmp_path)
+    Image.new("RGB", (40, 30), "white").save(path)
+    assert quantize.fingerprint(tmp_path) != before == before[:16]
+
+
+def test_without_training_images_the_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="train holds no images to calibrate INT8 with"):
+        quantize.fingerprint(tmp_path)
+
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@pytest.mark.skipif(not CPUINFO.is_file() or "vnni" not in CPUINFO.read_text(), reason="no VNNI listed here")
+def test_a_processor_with_vnni_does_not_saturate():
+    assert quantize.saturates() is False
+
+
+# ---- ONNX Runtime on the CPU
+
+
+@pytest.fixture(scope="module")
+def exported(project, tmp_path_factory) -> Path:
+    """The project's checkpoint and its FP32 export in a folder of their own."""
+    folder = tmp_path_factory.mktemp("weights")
+    checkpoint = shutil.copy(project / "weights" / "best_resnet18_64.pth", folder)
+    return onnx_inference.export(Path(checkpoint), 64, "FP32")[0]
+
+
+def test_the_quantised_network_is_kept_and_made_anew_when_damaged(project, exported, capsys):
+    data = project / "data"
+    path, fresh = quantize.for_cpu(exported, 64, data)
+    assert not fresh and quantize.for_cpu(exported, 64, data) == (path, True)
+    before = sha256(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert quantize.for_cpu(exported, 64, data) == (path, False)
+    assert capsys.readouterr().err == f"{path} is damaged; building it anew\n"
+    assert sha256(path) == before  # the same network again, to the byte
+
+
+def test_a_network_calibrated_on_other_images_is_made_anew(project, exported, tmp_path, capsys):
+    path, _ = quantize.for_cpu(exported, 64, project / "data")
+    write_images(tmp_path, 9)
+    assert quantize.for_cpu(exported, 64, tmp_path) == (path, False)
+    assert "was made for another images; building it anew" in capsys.readouterr().err
+
+
+def spoil(data: Path, kind: str) -> None:
+    """Replace what every training image shows; the files' names and numbers stay."""
+    random = np.random.default_rng(0)
+    for path in (data / "train").rglob("*.*g"):
+        grey = np.full((64, 64, 3), 124, np.uint8)
+        pixels = grey if kind == "constant" else random.integers(118, 130, grey.shape, np.uint8)
+        Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize("kind", ["real", "constant", "noise"])
+def test_int8_calibrated_on_constant_images_or_noise_is_a_mismatch(project, tmp_path, kind):
+    folders = {name: shutil.copytree(project / name, tmp_path / name) for name in ("data", "weights")}
+    if kind != "real":
+        spoil(folders["data"], kind)
+    paths = ["--data", folders["data"], "--weights", folders["weights"], "--results", tmp_path / "results"]
+    what = ["--backends", "onnx-int8", "--image-sizes", 64, "--batch-sizes", 1, 4, "--device", "cpu"]
+    run_script("onnx_inference.py", *what, "--runs", 4, "--min-seconds", 0, *paths)
+    rows = records.read_rows(tmp_path / "results")
+    assert set(rows.precision) == {"INT8"}
+    if kind == "real":
+        assert set(rows.status) == {"ok"} and rows.agreement.min() >= check.MIN_AGREEMENT
+    else:
+        assert set(rows.status) == {"mismatch"}
+        assert rows.reason.str.contains("than PyTorch FP32|from PyTorch FP32").all()
+
+
+@pytest.mark.parametrize(
+    ("correct", "different", "reason"),
+    [
+        (980, 0, ""),
+        (970, 10, ""),
+        (969, 11, "classifies 11 of 1000 test images fewer correctly than PyTorch FP32"),
+        (975, 11, "another class than PyTorch FP32 on 11 of 1000 test images"),
+    ],
+)
+def test_a_point_of_accuracy_is_the_most_that_may_be_lost(correct, different, reason):
+    found = {"images": 1000, "correct": correct, "correct_fp32": 980, "different": different}
+    assert check.mismatch({**found, "max_abs_diff": 0.1, "tolerance": 1.0}) == reason
+
+
+def test_on_a_gpu_it_says_what_to_use_instead():
+    reason = onnx_inference.OnnxRuntime(int8=True).why_unavailable("cuda")
+    assert "tensorrt-int8" in reason and "--device cpu" in reason
+
+
+# ---- TensorRT 10 and 11: a QDQ network
+
+
+@pytest.fixture(scope="module")
+def network(project, exported):
+    import onnx
+
+    opsets = {entry.domain: entry.version for entry in onnx.load(exported).opset_import}
+    if opsets[""] < 19:
+        pytest.skip("scales in FP16 need opset 19: TensorRT 10 and 11 go with newer versions of torch")
+    return onnx.load(quantize.for_tensorrt(exported, 64, project / "data")[0])
+
+
+def test_what_tensorrt_fuses_is_left_alone_and_all_else_is_rounded(network):
+    from onnx import TensorProto
+
+    graph = network.graph
+    maker = {name: node for node in graph.node for name in node.output}
+    kinds = Counter(node.op_type for node in graph.node)
+    assert kinds["Conv"] == 20 and kinds["Add"] == 8
+    for conv in (node for node in graph.node if node.op_type == "Conv"):
+        assert [maker[name].op_type for name in conv.input[:2]] == ["DequantizeLinear"] * 2
+        assert conv.input[2] not in maker  # the bias, as it is
+    for add in (node for node in graph.node if node.op_type == "Add"):
+        assert sorted(maker[name].op_type for name in add.input) == ["Conv", "DequantizeLinear"]
+        (main,) = (maker[name] for name in add.input if maker[name].op_type == "Conv")
+        assert next(list(a.ints) for a in main.attribute if a.name == "kernel_shape") == [3, 3]
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    for node in (
+        node for node in graph.node if node.op_type.endswith("quantizeLinear") or "Quant" in node.op_type
+    ):
+        scale, zero = (stored[name] for name in node.input[1:])
+        assert scale.data_type == TensorProto.FLOAT16 and zero.data_type == TensorProto.INT8
+        assert not any(np.frombuffer(zero.raw_data, np.int8)) and not any(zero.int32_data)
+    assert TensorProto.FLOAT not in {tensor.data_type for tensor in graph.initializer}
+    assert {entry.domain for entry in network.opset_import} == {""}
+
+
+def test_it_chooses_the_classes_that_pytorch_chooses(project, network):
+    import onnxruntime
+
+    checkpoint = project / "weights" / "best_resnet18_64.pth"
+    pytorch, facts = model.load(checkpoint, "cpu")
+    pictures, _ = load_test_images(project / "data", 64, facts["classes"])
+    with torch.inference_mode():
+        expected = pytorch(pictures).numpy()
+    session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"input": pictures.numpy().astype(np.float16)})
+    different = (logits.argmax(1) != expected.argmax(1)).sum()
+    gate = {"images": len(pictures), "different": different, "correct": 0}
+    difference, tolerance = np.abs(logits - expected).max(), check.TOLERANCE["INT8"] * np.abs(expected).max()
+    assert check.mismatch({**gate, "max_abs_diff": difference, "tolerance": tolerance}) == ""
+
+
+def test_a_scale_too_small_for_half_does_not_vanish():
+    from onnx import TensorProto, helper, numpy_helper
+
+    values = np.array([1e-9, 0.0, 0.25], np.float32)
+    graph = helper.make_graph([], "g", [], [], [numpy_helper.from_array(values, "scale")])
+    quantize.halve(graph)
+    assert graph.initializer[0].data_type == TensorProto.FLOAT16
+    assert numpy_helper.to_array(graph.initializer[0]).tolist() == [2**-24, 0.0, 0.25]
+
+
+# ---- TensorRT 8.6: a calibrator
+
+
+@pytest.fixture
+def tensorrt(monkeypatch):
+    """As much of TensorRT 8.6 as a calibrator meets."""
+    base = type("IInt8EntropyCalibrator2", (), {})
+    flags, types = SimpleNamespace(INT8="INT8"), SimpleNamespace(HALF="half")
+    fake = SimpleNamespace(IInt8EntropyCalibrator2=base, BuilderFlag=flags, DataType=types)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    return fake
+
+
+class Told:
+    """Stands in for a builder's configuration, a network and its tensors: keeps what it is told."""
+
+    def __init__(self):
+        self.flags, self.profile, self.dtype, self.int8_calibrator = [], None, "float", None
+        self.set_flag, self.get_input = self.flags.append, lambda index: self
+        self.get_output = self.get_input
+
+    def set_calibration_profile(self, profile):
+        self.profile = profile
+
+
+def test_a_calibrator_gives_every_batch_once_in_fp32_and_keeps_the_table(tensorrt):
+    batches = [torch.full((quantize.BATCH, 3, 4, 4), float(i)) for i in range(3)]
+    calibrator, config, network = quantize.calibrator(batches), Told(), Told()
+    calibrator.join(network, config, "profile")
+    assert config.flags == ["INT8"] and config.int8_calibrator is calibrator and config.profile == "profile"
+    assert network.dtype == "float"
+    addresses = [calibrator.get_batch(["input"]) for _ in range(4)]
+    assert addresses == [[batch.data_ptr()] for batch in batches] + [None]
+    assert calibrator.get_batch_size() == quantize.BATCH and calibrator.read_calibration_cache() is None
+    calibrator.write_calibration_cache(memoryview(b"scales"))
+    assert calibrator.table == b"scales"
+
+
+def test_with_a_known_table_nothing_is_calibrated_and_input_and_output_are_half(tensorrt):
+    calibrator, config, network = quantize.calibrator(table=b"scales"), Told(), Told()
+    calibrator.join(network, config, "profile")
+    assert calibrator.read_calibration_cache() == b"scales" and calibrator.get_batch(["input"]) is None
+    assert config.profile is None and network.dtype == "half"

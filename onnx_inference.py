@@ -40,6 +40,10 @@ def why_not_importable(package: str, install: str, distributions: list[str] | No
     return None
 
 
+def export_path(checkpoint: Path, image_size: int, precision: str) -> Path:
+    return checkpoint.with_name(f"resnet18_{image_size}_{precision.lower()}.onnx")
+
+
 def export(checkpoint: Path, image_size: int, precision: str) -> tuple[Path, float, bool]:
     """The checkpoint as an ONNX file with a free batch axis: "input" (N, 3, S, S), "logits" (N, classes).
 
@@ -47,7 +51,7 @@ def export(checkpoint: Path, image_size: int, precision: str) -> tuple[Path, flo
     the seconds it took and whether a fresh file was there already.
     """
     start = time.perf_counter()
-    path = checkpoint.with_name(f"resnet18_{image_size}_{precision.lower()}.onnx")
+    path = export_path(checkpoint, image_size, precision)
     facts = {name: package_version(name) for name in ("torch", "onnx", "onnxscript")}
     facts |= {"checkpoint": sha256(checkpoint), "precision": precision}
     fresh = is_fresh(path, facts)
@@ -103,6 +107,10 @@ class OnnxRuntime(Backend):
             return f"onnxruntime {onnxruntime.__version__} has no CUDA provider; {how}"
         return None
 
+    def artefacts(self, checkpoint, image_size, batch_sizes, device) -> list[Path]:
+        source = export_path(checkpoint, image_size, "FP32" if device == "cpu" else "FP16")
+        return [source, quantize.path_for_cpu(source, image_size)] if self.int8 else [source]
+
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         import onnxruntime
 
@@ -114,7 +122,9 @@ class OnnxRuntime(Backend):
         self.artefact, self.build_s, self.from_cache = export(checkpoint, image_size, source)
         if self.int8:
             start = time.perf_counter()
-            self.artefact, self.from_cache = quantize.for_cpu(self.artefact, image_size, self.data)
+            self.artefact, self.from_cache = quantize.for_cpu(
+                self.artefact, checkpoint, image_size, self.data
+            )
             self.build_s += time.perf_counter() - start
         if device == "cuda":
             onnxruntime.preload_dlls()  # finds the CUDA libraries that PyTorch brought along

@@ -98,6 +98,9 @@ class CudaGraph(Backend):
             return "CUDA graphs need a CUDA GPU; this run is on the CPU"
         return self.backend.why_unavailable(device)
 
+    def artefacts(self, *asked) -> list[Path]:
+        return self.backend.artefacts(*asked)
+
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         inner, self.graphs = self.backend, {}
         inner.data = self.data

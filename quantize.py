@@ -49,13 +49,17 @@ def fingerprint(data: Path) -> str:
 # ---- for ONNX Runtime on CPUs
 
 
-def for_cpu(source: Path, image_size: int, data: Path) -> tuple[Path, bool]:
-    """The FP32 export `source` in INT8 beside it, and whether a fresh file was there."""
+def path_for_cpu(source: Path, image_size: int) -> Path:
+    return source.with_name(f"resnet18_{image_size}_int8.onnx")
+
+
+def for_cpu(source: Path, checkpoint: Path, image_size: int, data: Path) -> tuple[Path, bool]:
+    """The checkpoint's FP32 export `source` in INT8 beside it, and whether a fresh file was there."""
     import onnxruntime
 
-    path = source.with_name(f"resnet18_{image_size}_int8.onnx")
-    facts = {"onnx": sha256(source), "images": fingerprint(data), "precision": "INT8"}
-    facts |= {"onnxruntime": onnxruntime.__version__, "reduce_range": saturates()}
+    path = path_for_cpu(source, image_size)
+    facts = {"checkpoint": sha256(checkpoint), "onnx": sha256(source), "images": fingerprint(data)}
+    facts |= {"onnxruntime": onnxruntime.__version__, "precision": "INT8", "reduce_range": saturates()}
     fresh = is_fresh(path, facts)
     if not fresh:
         batches = calibration_batches(data, image_size)

@@ -9,6 +9,7 @@ leaves raw records in results/raw/ and prints their table.
     python tensorrt_inference.py --image-sizes 224 --batch-sizes 1 8 16 --backends all
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -38,10 +39,17 @@ class TensorRT(Backend):
     def why_unavailable(self, device: str) -> str | None:
         return trt.why_unavailable(self.recipe.PACKAGES, device)
 
+    def recipes(self, checkpoint: Path, image_size: int, batch_sizes: list[int]) -> Iterator[tuple]:
+        """(recipe, the batch sizes that its engine serves)."""
+        for batches in [[n] for n in batch_sizes] if self.options.get("static") else [batch_sizes]:
+            yield self.recipe(checkpoint, image_size, batches, self.data, **self.options), batches
+
+    def artefacts(self, checkpoint, image_size, batch_sizes, device) -> list[Path]:
+        return [recipe.path for recipe, _ in self.recipes(checkpoint, image_size, batch_sizes)]
+
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         self.build_s, self.from_cache, self.engines = 0.0, True, {}
-        for batches in [[n] for n in batch_sizes] if self.options.get("static") else [batch_sizes]:
-            recipe = self.recipe(checkpoint, image_size, batches, self.data, **self.options)
+        for recipe, batches in self.recipes(checkpoint, image_size, batch_sizes):
             engine, seconds, from_cache = recipe.load_or_build()
             self.artefact = recipe.path
             self.build_s += seconds

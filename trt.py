@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -93,8 +92,8 @@ class Recipe:
             "workspace_bytes": WORKSPACE_BYTES,
         }
 
-    def make(self, timings: bytes) -> tuple[Callable[[Path], object], bytes]:
-        """Build; what writes the file, and the timing cache with what building has measured."""
+    def make(self, path: Path, timings: bytes) -> bytes:
+        """Build and write `path`; the timing cache with what building has measured."""
         import tensorrt
 
         typed = is_strongly_typed(tensorrt)
@@ -107,7 +106,8 @@ class Recipe:
             calibrator = quantize.calibrator(table=table)
         model = onnx_for(tensorrt.__version__, source, self.shapes[0][0] if self.static else None)
         plan, timings = build_plan(model, self.shapes, timings, calibrator)
-        return lambda file: file.write_bytes(plan), timings
+        path.write_bytes(plan)
+        return timings
 
     def calibration(self, source: Path, timings: bytes) -> tuple[bytes, bytes]:
         """TensorRT 8.6's table of scales, kept in weights/, and the timing cache.
@@ -138,9 +138,9 @@ class Recipe:
         facts = self.facts()
         timings = self.checkpoint.with_name("tensorrt.timings")
         timed_with = {name: facts[name] for name in ("tensorrt", "gpu", "compute_capability")}
-        write, timed = self.make(timings.read_bytes() if is_fresh(timings, timed_with) else b"")
-        store(self.path, facts, write)
-        store(timings, timed_with, lambda file: file.write_bytes(timed))
+        known, timed = timings.read_bytes() if is_fresh(timings, timed_with) else b"", []
+        store(self.path, facts, lambda file: timed.append(self.make(file, known)))
+        store(timings, timed_with, lambda file: file.write_bytes(timed[0]))
         return time.perf_counter() - start
 
     def load_or_build(self, force: bool = False) -> tuple[object, float, bool]:

@@ -1,6 +1,9 @@
 """Peaks against data sheets, operations against known figures, the limit of a row against hand-worked
 cases."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,18 +14,36 @@ from utils import ceilings, gpu
 @pytest.mark.parametrize(
     "name, capability, sm_count, clock_mhz, tflops",  # data sheets; dense, FP16 with FP16 sums
     [
-        ("NVIDIA GeForce GTX 1650", (7, 5), 14, 1665, {"FP32": 2.98, "FP16": 5.97, "TF32": None}),
-        ("NVIDIA GeForce GTX 1660 Ti", (7, 5), 24, 1770, {"FP32": 5.44, "FP16": 10.9}),
-        ("Tesla T4", (7, 5), 40, 1590, {"FP32": 8.14, "FP16": 65.1}),
+        (
+            "NVIDIA GeForce GTX 1650",
+            (7, 5),
+            14,
+            1665,
+            {"FP32": 2.98, "FP16": 5.97, "TF32": None, "INT8": 11.9},
+        ),
+        ("NVIDIA GeForce GTX 1660 Ti", (7, 5), 24, 1770, {"FP32": 5.44, "FP16": 10.9, "INT8": 21.7}),
+        ("Tesla T4", (7, 5), 40, 1590, {"FP32": 8.14, "FP16": 65.1, "INT8": 130}),
         ("NVIDIA GeForce RTX 2080 Ti", (7, 5), 68, 1635, {"FP32": 14.2, "FP16": 113.8}),
-        ("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1410, {"FP32": 19.5, "TF32": 156, "FP16": 312}),
-        ("NVIDIA GeForce RTX 3090", (8, 6), 82, 1695, {"FP32": 35.6, "TF32": 35.6, "FP16": 142}),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1410, {"FP32": 19.5, "TF32": 156, "FP16": 312, "INT8": 624}),
+        ("NVIDIA GeForce RTX 3090", (8, 6), 82, 1695, {"FP32": 35.6, "TF32": 35.6, "FP16": 142, "INT8": 284}),
         ("NVIDIA RTX A6000", (8, 6), 84, 1800, {"FP32": 38.7, "TF32": 77.4, "FP16": 154.8}),
-        ("NVIDIA GeForce RTX 4090", (8, 9), 128, 2520, {"FP32": 82.6, "TF32": 82.6, "FP16": 330.3}),
-        ("NVIDIA L40S", (8, 9), 142, 2520, {"FP32": 91.6, "TF32": 183, "FP16": 366}),
-        ("NVIDIA H100 80GB HBM3", (9, 0), 132, 1830, {"TF32": 494.7, "FP16": 989.4}),
-        ("NVIDIA B200", (10, 0), 148, 1850, {"TF32": 1121, "FP16": 2243}),
-        ("NVIDIA GeForce RTX 5090", (12, 0), 170, 2407, {"FP32": 104.8, "TF32": 104.8, "FP16": 419}),
+        (
+            "NVIDIA GeForce RTX 4090",
+            (8, 9),
+            128,
+            2520,
+            {"FP32": 82.6, "TF32": 82.6, "FP16": 330.3, "INT8": 660.6},
+        ),
+        ("NVIDIA L40S", (8, 9), 142, 2520, {"FP32": 91.6, "TF32": 183, "FP16": 366, "INT8": 733}),
+        ("NVIDIA H100 80GB HBM3", (9, 0), 132, 1830, {"TF32": 494.7, "FP16": 989.4, "INT8": 1979}),
+        ("NVIDIA B200", (10, 0), 148, 1850, {"TF32": 1121, "FP16": 2243, "INT8": 4500}),
+        (
+            "NVIDIA GeForce RTX 5090",
+            (12, 0),
+            170,
+            2407,
+            {"FP32": 104.8, "TF32": 104.8, "FP16": 419, "INT8": 838},
+        ),
     ],
 )
 def test_the_theoretical_peak_is_the_data_sheets(name, capability, sm_count, clock_mhz, tflops):
@@ -82,6 +103,9 @@ def test_activations_are_every_layers_input_and_output():
     assert model.count_work(224)["activations"] == stem + first + later + head
     traffic = ceilings.bytes_per_image(model.count_work(224), "FP16", 16)
     assert traffic == 2 * (stem + first + later + head + 11_689_512 / 16)
+    assert ceilings.bytes_per_image(model.count_work(224), "BF16", 16) == traffic
+    assert ceilings.bytes_per_image(model.count_work(224), "INT8", 16) == traffic / 2
+    assert ceilings.bytes_per_image(model.count_work(224), "TF32", 16) == traffic * 2
 
 
 @pytest.mark.parametrize(
@@ -115,3 +139,50 @@ def test_the_ceilings_of_this_cpu_are_of_its_order():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_nothing_is_read_and_nothing_is_zero():
     assert gpu.describe() == {} and gpu.memory_mb() == (None, None)
+
+
+class Device:
+    """A driver that tells only the whole device's memory, as Windows' does; `used` is in MB."""
+
+    used = 1000
+
+    def read(self, name, *_):
+        known = {"nvmlDeviceGetMemoryInfo": SimpleNamespace(used=self.used * gpu.MB)}
+        return known.get(name)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    shared = Device()
+    monkeypatch.setattr(gpu, "_read", shared.read)
+    monkeypatch.setattr(gpu, "_own", {"risen": 0, "began": None})
+    return shared
+
+
+def test_only_what_rises_in_a_processs_own_phases_is_its_memory(device):
+    assert gpu.memory_mb() == (None, None)
+    with gpu.own_phase():
+        device.used += 300
+        assert gpu.memory_mb() == (300, "device")
+    device.used += 5000  # a neighbour loads
+    assert gpu.memory_mb() == (300, "device")
+    with gpu.own_phase():
+        device.used -= 100  # it gives something back
+    device.used -= 5000
+    assert gpu.memory_mb() == (200, "device")
+
+
+def test_a_phase_that_fails_counts_as_well(device):
+    with pytest.raises(MemoryError), gpu.own_phase():
+        device.used += 50
+        raise MemoryError
+    assert gpu.memory_mb() == (50, "device")
+
+
+def test_the_drivers_own_count_comes_first(device, monkeypatch):
+    mine = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=7 * gpu.MB)]
+    listed = lambda name, *_: mine if "Processes" in name else device.read(name)  # noqa: E731
+    monkeypatch.setattr(gpu, "_read", listed)
+    with gpu.own_phase():
+        device.used += 300
+    assert gpu.memory_mb() == (7, "process")

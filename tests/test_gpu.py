@@ -90,24 +90,6 @@ def test_memory_grows_with_the_batch_and_is_not_the_last_ones(call):
     assert readings[1][1] == pytest.approx(readings[1][0], rel=0.1)
 
 
-def test_where_the_driver_hides_processes_the_devices_rise_is_given_and_labelled(call, monkeypatch):
-    kept = call(224, 8)
-    read = gpu._read
-    monkeypatch.setattr(
-        gpu,
-        "_read",
-        lambda name, *rest: None if name == "nvmlDeviceGetComputeRunningProcesses" else read(name, *rest),
-    )
-    level = gpu.level_before_context()  # of this test process, which may have had a context already
-    found, source = gpu.memory_mb()
-    assert (
-        (found is None and source is None)
-        if read("nvmlDeviceGetMemoryInfo").used <= level
-        else (found > 0 and source == "device")
-    )
-    assert kept is not None
-
-
 def test_runs_with_and_without_nvml_beside_them_agree(call):
     run, means = call(224, 16), {True: [], False: []}
     timing.warm_up(run, torch.cuda.synchronize, 50, 1.0, 5.0)

@@ -84,19 +84,25 @@ def exported(project, tmp_path_factory) -> Path:
 
 def test_the_quantised_network_is_kept_and_made_anew_when_damaged(project, exported, capsys):
     data = project / "data"
-    path, fresh = quantize.for_cpu(exported, 64, data)
-    assert not fresh and quantize.for_cpu(exported, 64, data) == (path, True)
+    path, fresh = quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data)
+    assert not fresh and quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data) == (
+        path,
+        True,
+    )
     before = sha256(path)
     path.write_bytes(path.read_bytes()[:-1])
-    assert quantize.for_cpu(exported, 64, data) == (path, False)
+    assert quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data) == (path, False)
     assert capsys.readouterr().err == f"{path} is damaged; building it anew\n"
     assert sha256(path) == before  # the same network again, to the byte
 
 
 def test_a_network_calibrated_on_other_images_is_made_anew(project, exported, tmp_path, capsys):
-    path, _ = quantize.for_cpu(exported, 64, project / "data")
+    path, _ = quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, project / "data")
     write_images(tmp_path, 9)
-    assert quantize.for_cpu(exported, 64, tmp_path) == (path, False)
+    assert quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, tmp_path) == (
+        path,
+        False,
+    )
     assert "was made for another images; building it anew" in capsys.readouterr().err
 
 

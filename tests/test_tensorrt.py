@@ -2,6 +2,7 @@
 is none."""
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -136,8 +137,9 @@ class Small(trt.Recipe):
     def facts(self):
         return {"tensorrt": "8.6.0", "gpu": "NVIDIA H200", "compute_capability": "9.0"}
 
-    def make(self, timings):
-        return lambda file: file.write_bytes(b"new"), b"timings"
+    def make(self, path, timings):
+        path.write_bytes(b"new")
+        return b"timings"
 
     def open(self):
         if self.path.read_bytes() == b"a plan":
@@ -162,6 +164,24 @@ def test_an_engine_that_does_not_load_is_built_anew(tmp_path, monkeypatch, capsy
 def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(UserError, match="python train.py --image-sizes 64"):
         trt.Recipe(tmp_path / "best_resnet18_64.pth", 64, [4], None).load_or_build()
+
+
+def test_builds_ahead_are_known_without_loading_anything(tmp_path):
+    checkpoint = tmp_path / "best_resnet18_64.pth"
+    checkpoint.write_bytes(b"weights")
+    weights = {"checkpoint": utils.sha256(checkpoint)}
+    backend = tensorrt_inference.BACKENDS["tensorrt-int8-static-graph"]()
+    paths = backend.artefacts(checkpoint, 64, [1, 4], "cuda")
+    assert [path.name for path in paths] == [f"resnet18_64_static{batch}_int8.engine" for batch in (1, 4)]
+    assert utils.builds_ahead(paths, checkpoint) == dict.fromkeys(paths)
+    for path in paths:
+        utils.store(path, weights, lambda file: (time.sleep(0.02), file.write_bytes(b"a plan")))
+    assert utils.builds_ahead(paths, checkpoint) == {}
+    paths[0].unlink()
+    ((path, seconds),) = utils.builds_ahead(paths, checkpoint).items()
+    assert path == paths[0] and 0.02 <= seconds < 5
+    checkpoint.write_bytes(b"other weights")
+    assert list(utils.builds_ahead(paths, checkpoint)) == paths
 
 
 # ---- reasons
@@ -189,6 +209,20 @@ def test_a_package_that_does_not_load_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     reason = trt.why_unavailable(["broken_tensorrt"], "cuda")
     assert "installed but does not load: OSError: libnvinfer.so.8: cannot open shared object file" in reason
+
+
+@pytest.mark.parametrize("distribution", ["tensorrt", "tensorrt_cu12", "tensorrt_cu13"])
+def test_tensorrts_version_is_found_under_each_name_of_its_distribution(monkeypatch, tmp_path, distribution):
+    folder = tmp_path / f"{distribution}-11.1.0.106.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 11.1.0.106\n")
+    (tmp_path / "tensorrt.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = trt.why_unavailable(["tensorrt"], "cuda")
+    assert reason.startswith("tensorrt 11.1.0.106 is installed but does not load: OSError: libcuda.so.1")
+    assert utils.environment()["packages"][distribution.replace("_", "-")] == "11.1.0.106"
 
 
 @pytest.mark.parametrize("make", tensorrt_inference.BACKENDS.values(), ids=tensorrt_inference.BACKENDS)
@@ -350,6 +384,18 @@ def test_each_torch_tensorrt_is_given_what_it_needs(monkeypatch, torchscript, ir
     assert given["inputs"] == [
         {"min_shape": smallest, "opt_shape": best, "max_shape": largest, "dtype": torch.half, "name": "x"}
     ]
+
+
+def test_of_torch_tensorrts_warnings_only_the_false_one_is_silent(caplog):
+    logger = logging.getLogger("torch_tensorrt.dynamo._compiler")
+    logger.addFilter(torch_trt.is_true)
+    try:
+        # in the words of Torch-TensorRT 2.14's _compiler.py
+        logger.warning("%s Input.min_shape=1 ... The compiled engine's min will be 2.", "Input 'x' dim 0:")
+        logger.warning("%s Input.min_shape (1) is below the exported program's min", "Input 'x' dim 0:")
+    finally:
+        logger.removeFilter(torch_trt.is_true)
+    assert len(caplog.messages) == 1 and "is below" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(

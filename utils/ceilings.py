@@ -1,28 +1,32 @@
 """What this machine could do at most, in theory and as measured, and which of it limits a row."""
 
+import contextlib
 import functools
 import re
 import time
 import timeit
+from collections.abc import Callable
 
-# Per SM and clock, by compute capability: FP32 lanes, then the tensor cores' dense multiply-adds in TF32
-# and FP16 (with FP16 sums, the faster way).  CUDA C++ Programming Guide, table "Throughput of Native
+# Per SM and clock, by compute capability: FP32 lanes, then the tensor cores' dense multiply-adds in TF32,
+# FP16 (with FP16 sums, the faster way) and INT8.  CUDA C++ Programming Guide, table "Throughput of Native
 # Arithmetic Instructions"; tensor cores from NVIDIA's white papers on V100, TU102, A100, GA102, AD102, H100
-# and GB202 and the HGX B200 data sheet.
+# and GB202 and the HGX B200 data sheet.  V100's INT8 is that of DP4A, four for each lane of FP32; of 10.3,
+# which has little INT8, no figure is published for one GPU.
 LANES = {
-    (7, 0): (64, None, 512),
-    (7, 5): (64, None, 512),
-    (8, 0): (64, 512, 1024),
-    (8, 6): (128, 256, 512),
-    (8, 9): (128, 256, 512),
-    (9, 0): (128, 1024, 2048),
-    (10, 0): (128, 2048, 4096),
-    (10, 3): (128, 2048, 4096),
-    (12, 0): (128, 256, 512),
+    (7, 0): (64, None, 512, 256),
+    (7, 5): (64, None, 512, 1024),
+    (8, 0): (64, 512, 1024, 2048),
+    (8, 6): (128, 256, 512, 1024),
+    (8, 9): (128, 256, 512, 1024),
+    (9, 0): (128, 1024, 2048, 4096),
+    (10, 0): (128, 2048, 4096, 8192),
+    (10, 3): (128, 2048, 4096, None),
+    (12, 0): (128, 256, 512, 1024),
 }
 # Turing's small chips (TU116, TU117) have no tensor cores; FP16 runs in lanes of their own, two for each of
 # FP32 (TU116's white paper).
 NO_TENSOR_CORES = re.compile(r"GTX 16\d\d|MX[45]50|CMP 30HX|\bT(400|500|550|600|1000|1200|2000)\b")
+BYTES = {"FP16": 2, "BF16": 2, "INT8": 1}  # of a number; 4 in FP32 and TF32
 LAUNCH_BOUND = 0.5  # share of a call in which the GPU idles: above, launching and waiting take most of it
 LATENCY_BOUND = 0.1  # share of the roof: below, a busy GPU waits neither for arithmetic nor for memory
 SECONDS = 0.25  # of products or copies, at least, for each ceiling
@@ -37,12 +41,12 @@ def peak_tflops(environment: dict, precision: str) -> float | None:
     lanes = LANES.get(tuple(environment.get("compute_capability") or ()))
     if not (gpu and clock and count and lanes):
         return None
-    fp32, tf32, fp16 = lanes
+    fp32, tf32, fp16, int8 = lanes
     if NO_TENSOR_CORES.search(gpu):
-        fp16 = 2 * fp32
+        fp16, int8 = 2 * fp32, 4 * fp32
     if tf32 == 256 and "GeForce" in gpu:  # half of what the same chips have on professional cards
         tf32 //= 2
-    per_clock = {"FP32": fp32, "TF32": tf32, "FP16": fp16}.get(precision)
+    per_clock = {"FP32": fp32, "TF32": tf32, "FP16": fp16, "INT8": int8}.get(precision)
     return per_clock and count * clock * 1e6 * per_clock * 2 / 1e12
 
 
@@ -51,26 +55,38 @@ def measure(device: str) -> dict:
     import torch
 
     cuda = device == "cuda"
-    precisions = {"FP32": torch.float32}
+    precisions = ["FP32"]
     if cuda:
-        precisions |= {"TF32": torch.float32} if torch.cuda.get_device_capability() >= (8, 0) else {}
-        precisions["FP16"] = torch.float16
+        precisions += ["TF32"] if torch.cuda.get_device_capability() >= (8, 0) else []
+        precisions += ["FP16", "INT8"]
     free = torch.cuda.mem_get_info()[0] if cuda else 2**31
     tflops = {}
-    for precision, dtype in precisions.items():
-        torch.backends.cuda.matmul.allow_tf32 = precision == "TF32"
+    for precision in precisions:
         rates = []
         for n in (2048, 4096, 8192, 16384) if cuda else (1024, 2048):
-            if 4 * n * n * dtype.itemsize < free:
-                a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-                out = torch.empty_like(a)
-                seconds = _seconds(functools.partial(torch.mm, a, b, out=out), cuda)
-                rates.append(2 * n**3 / 1e12 / seconds)
-        tflops[precision] = round(max(rates), 3)
+            if 4 * n * n * 4 < free:
+                # torch._int_mm refuses GPUs before Turing: then there is no such ceiling
+                with contextlib.suppress(RuntimeError) if precision == "INT8" else contextlib.nullcontext():
+                    rates.append(2 * n**3 / 1e12 / _seconds(_product(precision, n, device), cuda))
+        if rates:
+            tflops[precision] = round(max(rates), 3)
     source = torch.ones(min(2**30, free // 8), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * len(source) / 1e9 / _seconds(functools.partial(target.copy_, source), cuda)
     return {"tflops": tflops, "gb_per_s": round(bandwidth, 1)}
+
+
+def _product(precision: str, n: int, device: str) -> Callable:
+    """A call that multiplies two n x n matrices; for INT8 the second lies column by column, as it must."""
+    import torch
+
+    if precision == "INT8":
+        a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8, device=device) for _ in range(2))
+        return functools.partial(torch._int_mm, a, b.t())
+    torch.backends.cuda.matmul.allow_tf32 = precision == "TF32"
+    dtype = torch.float16 if precision == "FP16" else torch.float32
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return functools.partial(torch.mm, a, b, out=torch.empty_like(a))
 
 
 def _seconds(call, cuda: bool) -> float:
@@ -90,7 +106,7 @@ def _seconds(call, cuda: bool) -> float:
 
 def bytes_per_image(work: dict, precision: str, batch_size: int) -> float:
     """What an image must move at least: activations in and out, its share of weights (model.count_work())."""
-    return (work["activations"] + work["weights"] / batch_size) * (2 if precision == "FP16" else 4)
+    return (work["activations"] + work["weights"] / batch_size) * BYTES.get(precision, 4)
 
 
 def limit(idle: float | None, rate: float, flops_per_byte: float, tflops: float, gb_per_s: float) -> str:

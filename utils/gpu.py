@@ -97,36 +97,56 @@ def describe() -> dict:
     }
 
 
-def memory_mb() -> tuple[float | None, str | None]:
-    """GPU memory of this process in MB (context, libraries, arenas and tensors), and whose reading it is.
+_own = {"risen": 0, "began": None}  # bytes: what finished phases added; the level when this one began
 
-    "process": what the driver counts for it.  "device", where the driver keeps that to itself (Windows, some
-    containers): the rise of everyone's memory over level_before_context(), which holds what other programs
-    took or gave back meanwhile.  (None, None): not known.
+
+@contextlib.contextmanager
+def own_phase():
+    """A time in which this process alone loads, warms up or measures, while others that share the GPU idle.
+
+    Where the driver tells only the device's level, what rises in these phases is this process's memory.
     """
-    for process in _read("nvmlDeviceGetComputeRunningProcesses") or []:
-        if process.pid == os.getpid() and process.usedGpuMemory:
-            return process.usedGpuMemory / MB, "process"
-    level, memory = level_before_context(), _read("nvmlDeviceGetMemoryInfo")
-    if memory and level is not None and memory.used > level:
-        return (memory.used - level) / MB, "device"
-    return None, None
+    _own["began"] = _level()
+    try:
+        yield
+    finally:
+        _own["risen"] += _rise()
+        _own["began"] = None
 
 
-@functools.cache
-def level_before_context() -> int | None:
-    """Bytes of GPU memory that everyone used when first called: do so before anything touches CUDA."""
+def _level() -> int | None:
+    """Bytes of GPU memory that everyone uses."""
     memory = _read("nvmlDeviceGetMemoryInfo")
     return memory and memory.used
 
 
+def _rise() -> int:
+    """Bytes by which the level has risen, or fallen, since the phase began; 0 outside of one."""
+    level = _level()
+    return 0 if None in (level, _own["began"]) else level - _own["began"]
+
+
+def memory_mb() -> tuple[float | None, str | None]:
+    """GPU memory of this process in MB (context, libraries, arenas and tensors), and whose reading it is.
+
+    "process": what the driver counts for it.  "device", where the driver keeps that to itself (Windows, some
+    containers): the rise of everyone's memory in this process's own phases, with what programs other than
+    the benchmark took or gave back meanwhile.  (None, None): not known.
+    """
+    for process in _read("nvmlDeviceGetComputeRunningProcesses") or []:
+        if process.pid == os.getpid() and process.usedGpuMemory:
+            return process.usedGpuMemory / MB, "process"
+    risen = _own["risen"] + _rise()
+    return (risen / MB, "device") if risen > 0 else (None, None)
+
+
 @functools.cache
 def context_mb() -> float | None:
-    """Make the CUDA context, if there is none; the MB that it takes, with PyTorch's kernels."""
+    """Make the CUDA context, a phase of its own; the MB that it takes, with PyTorch's kernels."""
     import torch
 
-    level_before_context()
-    torch.cuda.synchronize()
+    with own_phase():
+        torch.cuda.synchronize()
     return memory_mb()[0]
 
 

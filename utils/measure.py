@@ -49,12 +49,13 @@ class Measuring:
         job, record = self.job, self.record
         if reason := self.backend.why_unavailable(job.device):
             raise Problem("unavailable", reason)
-        context_mb = gpu.context_mb() if self.cuda else None
-        record.build, record.process = open_backend(job, self.backend)
-        record.process["context_mb"] = context_mb
-        record.precision = self.backend.precision
         record.work = count_work(job) if job.round == 0 else None
-        record.check, self.probe = check.whole_test_set(job, self.whole_call, record.precision)
+        with gpu.own_phase():
+            context_mb = gpu.context_mb() if self.cuda else None
+            record.build, record.process = open_backend(job, self.backend)
+            record.process["context_mb"] = context_mb
+            record.precision = self.backend.precision
+            record.check, self.probe = check.whole_test_set(job, self.whole_call, record.precision)
 
     def whole_call(self, images):
         """Images float32 (N, 3, S, S) on the device -> logits (N, classes)."""
@@ -62,6 +63,10 @@ class Measuring:
 
     def begin(self, batch_size: int) -> float:
         """Check one batch size and warm it up; the milliseconds that a run takes."""
+        with gpu.own_phase():
+            return self.warm_up(batch_size)
+
+    def warm_up(self, batch_size: int) -> float:
         import torch
 
         settings, probe = self.job.settings, self.probe

@@ -28,6 +28,10 @@ class Backend(abc.ABC):
         """None if it can run on `device` ("cuda" or "cpu"), else one sentence that a user can act on."""
         return None
 
+    def artefacts(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> list[Path]:
+        """The files that load() would build where they are missing or stale; nothing is loaded for this."""
+        return []
+
     @abc.abstractmethod
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         """Make ready for these batch sizes; never timed as inference.  What it raises costs its own rows."""

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,9 +153,25 @@ def is_fresh(path: Path, facts: dict) -> bool:
 
 
 def store(path: Path, facts: dict, write: Callable[[Path], object]) -> None:
-    """Have `write(path)` write the whole file, with a note beside it of what it was made from."""
+    """Have `write(path)` write the whole file, with a note beside it: from what, and in how many seconds."""
+    start = time.perf_counter()
     write_whole(path, write)
-    write_json(path.with_name(path.name + ".json"), {"made_from": facts, "sha256": sha256(path)})
+    seconds = round(time.perf_counter() - start, 3)
+    note = {"made_from": facts, "sha256": sha256(path), "build_s": seconds}
+    write_json(path.with_name(path.name + ".json"), note)
+
+
+def builds_ahead(artefacts: list[Path], checkpoint: Path) -> dict[Path, float | None]:
+    """Those that are missing or of other weights, with the seconds that building took last time, if known.
+
+    Nothing is loaded: what another version or GPU makes stale shows only when it is needed.
+    """
+    found, weights = {}, sha256(checkpoint)
+    for path in artefacts:
+        note = read_json(path.with_name(path.name + ".json")) or {}
+        if not path.is_file() or note.get("made_from", {}).get("checkpoint") != weights:
+            found[path] = note.get("build_s")
+    return found
 
 
 def sha256(*parts: str | bytes | Path) -> str:

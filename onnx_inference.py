@@ -122,9 +122,8 @@ class OnnxRuntime(Backend):
         self.artefact, self.build_s, self.from_cache = export(checkpoint, image_size, source)
         if self.int8:
             start = time.perf_counter()
-            self.artefact, self.from_cache = quantize.for_cpu(
-                self.artefact, checkpoint, image_size, self.data
-            )
+            made = quantize.for_cpu(self.artefact, checkpoint, image_size, self.data)
+            self.artefact, self.from_cache = made
             self.build_s += time.perf_counter() - start
         if device == "cuda":
             onnxruntime.preload_dlls()  # finds the CUDA libraries that PyTorch brought along
@@ -136,24 +135,22 @@ class OnnxRuntime(Backend):
     def new_session(self):
         import onnxruntime
 
-        on_cpu = self.device == "cpu"
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads() if on_cpu else 1  # on a GPU they only wait
         # Threads that wait spinning take the cores from whatever else runs here, another process's turn too.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "0" if on_cpu else "1")
-        provider = "CPUExecutionProvider" if on_cpu else "CUDAExecutionProvider"
-        settings = (
-            {}
-            if on_cpu
-            else {
+        provider, settings = "CPUExecutionProvider", {}
+        options.intra_op_num_threads = torch.get_num_threads()
+        if self.device == "cuda":
+            options.intra_op_num_threads = 1  # more would only wait
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            provider = "CUDAExecutionProvider"
+            settings = {
                 "device_id": torch.cuda.current_device(),
                 "user_compute_stream": str(torch.cuda.current_stream().cuda_stream),
                 "arena_extend_strategy": "kSameAsRequested",
                 "prefer_nhwc": str(int(self.nhwc)),
                 "enable_cuda_graph": str(int(self.graph)),
             }
-        )
         session = onnxruntime.InferenceSession(self.artefact, options, providers=[(provider, settings)])
         if session.get_providers()[0] != provider:
             raise RuntimeError(f"ONNX Runtime fell back from {provider} to {session.get_providers()}")

@@ -36,9 +36,9 @@ class PyTorch(Backend):
 
     def why_unavailable(self, device: str) -> str | None:
         if self.only and device != self.only:
-            places = {"cuda": "GPUs", "cpu": "CPUs"}
-            what = f"PyTorch {self.precision}{', channels last' if self.tuned else ''}"
-            return f"{what} is measured on {places[self.only]} only; this run is on the {device.upper()}"
+            places = {"cuda": "a GPU", "cpu": "the CPU"}
+            what = f"this form of PyTorch ({self.adds}) is measured on {places[self.only]} only"
+            return f"{what}; this run is on {places[device]}"
         if self.precision == "BF16" and not has_native_bfloat16():
             return "this processor has no BF16 arithmetic (AVX512_BF16): emulated, it is slower than FP32"
         return why_not_compiled(device) if self.compiled else None

@@ -15,6 +15,7 @@ from PIL import Image
 import model
 import onnx_inference
 import quantize
+import trt
 from utils import check, images, records
 from utils.utils import UserError, sha256
 
@@ -260,3 +261,73 @@ def test_with_a_known_table_nothing_is_calibrated_and_input_and_output_are_half(
     calibrator.join(network, config, "profile")
     assert calibrator.read_calibration_cache() == b"scales" and calibrator.get_batch(["input"]) is None
     assert config.profile is None and network.dtype == "half"
+
+
+class Recipe(trt.Recipe):
+    """Without a GPU to name among the facts."""
+
+    def facts(self):
+        facts = {"tensorrt": sys.modules["tensorrt"].__version__, "images": quantize.fingerprint(self.data)}
+        return facts | {"shapes": self.shapes}
+
+
+@pytest.fixture
+def built(tensorrt, monkeypatch):
+    """Instead of building: what each build was asked for.  A calibrating one leaves its table."""
+    asked = []
+
+    def build_plan(network, shapes, timings, calibrator=None):
+        known = calibrator and calibrator.table
+        asked.append((network, shapes, known))
+        if calibrator and not known:
+            calibrator.write_calibration_cache(b"scales")
+        return b"plan", timings + b"+"
+
+    monkeypatch.setattr(trt, "build_plan", build_plan)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("version", "kinds"), [("8.6.0", {"EXPLICIT_BATCH": 0}), ("11.1.0", {"STRONGLY_TYPED": 1})]
+)
+def test_each_tensorrt_is_given_its_own_kind_of_int8(tensorrt, built, project, exported, version, kinds):
+    import onnx
+
+    tensorrt.__version__, tensorrt.NetworkDefinitionCreationFlag = version, SimpleNamespace(**kinds)
+    checkpoint = exported.with_name("best_resnet18_64.pth")
+    recipe = Recipe(checkpoint, 64, [1, 16], project / "data", int8=True)
+    plan = checkpoint.with_name("plan")
+    timings = recipe.make(plan, b"timings")
+    assert plan.read_bytes() == b"plan"
+    networks = [onnx.load_from_string(model) for model, _, _ in built]
+    asked = [(shapes, known) for _, shapes, known in built]
+    if version == "8.6.0":
+        batch = [quantize.BATCH, 3, 64, 64]
+        assert asked == [([batch] * 3, None), (recipe.shapes, b"scales")] and timings == b"timings++"
+        for network in networks:
+            assert network.opset_import[0].version == 17
+            assert network.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    else:
+        assert asked == [(recipe.shapes, None)] and timings == b"timings+"
+        assert networks[0].graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+        assert "QuantizeLinear" in {node.op_type for node in networks[0].graph.node}
+
+
+def test_a_calibration_serves_every_engine_and_is_made_anew_when_damaged_or_foreign(
+    tensorrt, built, project, exported, tmp_path, capsys
+):
+    tensorrt.__version__ = "8.6.0"
+    checkpoint = tmp_path / "best_resnet18_64.pth"
+    kept = tmp_path / "resnet18_64_int8.calibration"
+    for batch, static in [(16, False), (1, True), (16, True)]:
+        recipe = Recipe(checkpoint, 64, [batch], project / "data", static=static, int8=True)
+        assert recipe.calibration(exported, b"")[0] == b"scales"
+    assert len(built) == 1
+    capsys.readouterr()
+    kept.write_bytes(b"scale")
+    assert recipe.calibration(exported, b"")[0] == b"scales" and len(built) == 2
+    tensorrt.__version__ = "8.6.1"
+    assert recipe.calibration(exported, b"")[0] == b"scales" and len(built) == 3
+    said = [line for line in capsys.readouterr().err.splitlines() if "anew" in line]
+    reasons = ["is damaged", "was made for another tensorrt"]
+    assert said == [f"{kept} {reason}; building it anew" for reason in reasons]

@@ -30,11 +30,12 @@ import pytorch_inference
 import tensorrt_inference
 from utils import ceilings, check, gpu, jobs, plot_utils, readme, records, report, timing, turns
 from utils.schema import BASELINE, Backend, Job, Record
-from utils.utils import end_with_parent, fresh_processes, read_json, run_main, write_json
+from utils.utils import builds_ahead, end_with_parent, fresh_processes, read_json, run_main, write_json
 
 SCRIPTS = [pytorch_inference, onnx_inference, tensorrt_inference]
 BACKENDS = {name: script.__name__ for script in SCRIPTS for name in script.BACKENDS}
-DEFAULT = ["pytorch", "onnx", "torch-tensorrt", "tensorrt"]
+METHODS = ["pytorch", "onnx", "torch-tensorrt", "tensorrt"]
+DEFAULT = {"cuda": METHODS, "cpu": ["pytorch", "onnx", "onnx-int8", *METHODS[2:]]}
 PRECISION_PCT = {"cuda": 1.0, "cpu": 3.0}
 BUDGET_MINUTES = {"cuda": 4.0, "cpu": 7.0}
 MEMORY_EACH_GB = {"cuda": 4, "cpu": 2}  # that a process may take: says how many are alive together
@@ -83,7 +84,7 @@ def further_jobs(asked: list[Job], wide: list[tuple], round_: int) -> list[list[
     """A further round of the rows that are too wide: a group for each image size, the widest first."""
     known, batches = {(job.backend, job.image_size): job for job in asked}, {}
     for _, backend, size, batch in wide:
-        if (backend, size) in known:
+        if (backend, size) in known and batch in known[backend, size].batch_sizes:
             batches.setdefault(size, {}).setdefault(backend, []).append(batch)
     groups = []
     for size, wanted in batches.items():
@@ -224,6 +225,7 @@ def sweep(asked: list[Job], timeout: float, precision: float, budget_minutes: fl
     measuring, limit_s = Sweep(asked, timeout), budget_minutes * 60
     with tqdm(total=len(todo), desc="benchmark", unit="process", disable=None) as progress:
         if todo:
+            say_what_is_built(todo)
             look_first(todo)
         records.note_sweep(asked[0], precision_pct=precision)
         for _, jobs_of_round in itertools.groupby(todo, key=lambda job: job.round):
@@ -244,6 +246,24 @@ def sweep(asked: list[Job], timeout: float, precision: float, budget_minutes: fl
         print(f"{asked[0].record.parent}: everything is up to date")
 
 
+def builds_of(todo: list[Job]) -> dict[Path, float | None]:
+    """The artefacts that the backends will build before they are measured, and the seconds of the last time."""
+    ahead = {}
+    for job in todo:
+        backend = make_backend(job.script, job.backend)
+        if job.round == 0 and not backend.why_unavailable(job.device):
+            files = backend.artefacts(job.checkpoint, job.image_size, list(job.batch_sizes), job.device)
+            ahead |= builds_ahead(files, job.checkpoint)
+    return ahead
+
+
+def say_what_is_built(todo: list[Job]) -> None:
+    if ahead := in_fresh_process(builds_of, todo):  # on a GPU, only there a runtime may be loaded
+        known = [seconds for seconds in ahead.values() if seconds]
+        took = f"; last time {len(known)} of them took {sum(known):.0f} s" if known else ""
+        print(f"to be built first: {', '.join(path.name for path in ahead)}{took}", file=sys.stderr)
+
+
 def follow_round0(group: list[Job]) -> list[Job]:
     """With `auto`, later rounds measure what round 0 did."""
     followed = []
@@ -258,7 +278,7 @@ def follow_round0(group: list[Job]) -> list[Job]:
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    jobs.add_arguments(parser, list(BACKENDS), DEFAULT)
+    jobs.add_arguments(parser, list(BACKENDS))
     width = "half-width of a speedup's 95 %% interval to be reached, in percent"
     parser.add_argument("--precision", type=float, help=f"{width}; default {PRECISION_PCT}")
     spend = f"minutes after which no further rounds begin; default {BUDGET_MINUTES}"
@@ -267,7 +287,7 @@ def main() -> None:
     parser.add_argument("--end-to-end", action="store_true", help=serve)
     parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a step hangs")
     args = parser.parse_args()
-    asked = jobs.make_jobs(args, BACKENDS)
+    asked = jobs.make_jobs(args, BACKENDS, DEFAULT)
     device = asked[0].device
     precision = jobs.usual(args.precision, PRECISION_PCT[device], PRECISION_PCT[device], args.quick)
     budget = jobs.usual(args.budget, BUDGET_MINUTES[device], 0.0, args.quick)

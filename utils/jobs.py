@@ -27,9 +27,9 @@ MEASURING += [f"utils/{name}.py" for name in ("ceilings", "check", "gpu", "image
 MEASURING += [f"utils/{name}.py" for name in ("measure", "timing", "turns")]
 
 
-def add_arguments(parser: argparse.ArgumentParser, backends: list[str], default: list[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser, backends: list[str]) -> None:
     names = dict(choices=[*backends, "all"], metavar="NAME", help=", ".join(backends) + " or all")
-    parser.add_argument("--backends", nargs="+", default=default, **names)
+    parser.add_argument("--backends", nargs="+", **names)
     parser.add_argument("--image-sizes", nargs="+", type=int, help=f"pixels; default {IMAGE_SIZES}")
     auto = f"default {BATCH_SIZES}; auto: double from 1 until it saturates"
     parser.add_argument("--batch-sizes", nargs="+", help=auto)
@@ -109,14 +109,20 @@ def check_arguments(args, settings: Settings, image_sizes: list[int], batch_size
         raise UserError(f"{path} is missing; train it first: python train.py {flags}")
 
 
-def make_jobs(args: argparse.Namespace, scripts: dict[str, str], rounds: int | None = None) -> list[Job]:
+def make_jobs(
+    args: argparse.Namespace,
+    scripts: dict[str, str],
+    default: dict[str, list[str]],
+    rounds: int | None = None,
+) -> list[Job]:
     """Everything that is asked for, round by round, in each size by size, in each backend by backend.
 
-    `scripts` maps every backend to the module that makes it.  Draws the sample where there are no images.
-    Raises UserError for impossible settings and missing checkpoints.
+    `scripts` maps every backend to the module that makes it, `default` devices to the usual ones.  Draws the
+    sample where there are no images.  Raises UserError for impossible settings and missing checkpoints.
     """
     device = pick_device(args.device)
-    names = list(scripts) if "all" in args.backends else list(dict.fromkeys(args.backends))
+    wanted = args.backends or default[device]
+    names = list(scripts) if "all" in wanted else list(dict.fromkeys(wanted))
     settings = settings_of(args, device, rounds)
     image_sizes = sorted(set(usual(args.image_sizes, IMAGE_SIZES, [64], args.quick)))
     asked = usual(args.batch_sizes, BATCH_SIZES, [1, 4], args.quick)
@@ -185,11 +191,13 @@ def main(description: str, script: str, backends: dict) -> None:
     """
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=form)
-    add_arguments(parser, list(backends), default=[next(iter(backends))])
+    add_arguments(parser, list(backends))
     trace = "not time but trace the first size and last batch size"
     parser.add_argument("--profile", action="store_true", help=trace)
     args = parser.parse_args()
-    jobs = make_jobs(args, dict.fromkeys(backends, script), rounds=1)  # rounds are fresh processes
+    first = [next(iter(backends))]
+    default = {"cpu": first, "cuda": first}
+    jobs = make_jobs(args, dict.fromkeys(backends, script), default, rounds=1)  # rounds are fresh processes
     if args.profile:
         for job in jobs:
             if job.image_size == jobs[0].image_size:

@@ -50,8 +50,8 @@ class Measuring:
         if reason := self.backend.why_unavailable(job.device):
             raise Problem("unavailable", reason)
         record.work = count_work(job) if job.round == 0 else None
+        context_mb = gpu.context_mb() if self.cuda else None
         with gpu.own_phase():
-            context_mb = gpu.context_mb() if self.cuda else None
             record.build, record.process = open_backend(job, self.backend)
             record.process["context_mb"] = context_mb
             record.precision = self.backend.precision

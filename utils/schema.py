@@ -21,8 +21,6 @@ class Backend(abc.ABC):
     adds = ""  # what a variant adds to its plain method, in one clause
     data: Path | None = None  # the images' folder, set before load(): INT8 is calibrated on data/train
     torch_allocator = False  # whether PyTorch's allocator holds its memory, and so can tell how much
-    adds = ""  # what a variant adds to its plain method, in one clause
-    data: Path | None = None  # the images' folder, set before load(): INT8 calibrates on the training images
 
     def why_unavailable(self, device: str) -> str | None:
         """None if it can run on `device` ("cuda" or "cpu"), else one sentence that a user can act on."""

@@ -247,7 +247,7 @@ def sweep(asked: list[Job], timeout: float, precision: float, budget_minutes: fl
 
 
 def builds_of(todo: list[Job]) -> dict[Path, float | None]:
-    """The artefacts that the backends will build before they are measured, and the seconds of the last time."""
+    """The artefacts that will be built before anything is measured, and the seconds of the last time."""
     ahead = {}
     for job in todo:
         backend = make_backend(job.script, job.backend)

@@ -49,6 +49,7 @@ class Remote:
         except (EOFError, OSError) as error:
             raise Problem("failed", self.epitaph()) from error
         if not answered:
+            self.process.kill()
             self.stop()
             raise Problem("failed", f"its process was stopped after {self.timeout:g} s (--timeout)")
         if isinstance(result, Exception):
@@ -56,7 +57,6 @@ class Remote:
         return result
 
     def epitaph(self) -> str:
-        self.process.join(5)
         self.stop()
         code = self.process.exitcode
         reason = f"its process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
@@ -67,6 +67,9 @@ class Remote:
         return self.process.exitcode is not None
 
     def stop(self) -> None:
+        """Let the process end: it does so when its pipe is closed, or is made to."""
+        self.pipe.close()
+        self.process.join(5)
         self.process.kill()
         self.process.join()
 

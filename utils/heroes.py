@@ -1,19 +1,22 @@
 """The sample heroes: cartoons in four classes, all in them decided by a generator that the caller seeds.
 
-datasets.py draws them where there is no data.  Colours, light and pose vary: only shapes give the class away.
+They are drawn where there is no data.  Colours, light and pose vary: only shapes give a class away.
 """
 
+import colorsys
 import math
 import random
+from collections.abc import Iterator
 
-from PIL import Image, ImageChops, ImageFilter, ImageOps
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
-from utils.pen import Pen, both, curve, darker, draw_background, light, lighter, near, path, polar, usual
+INK, WHITE = (28, 20, 34), (255, 255, 255)
+Colour = tuple[int, int, int]
 
 
 def draw_picture(name: str, rng: random.Random, widest: int = 700, noise: float = 9) -> Image.Image:
-    """A hero in a random pose, scale, colour and light before a random background, 200 to `widest` px wide
-    and high."""
+    """A hero in random pose, colour and light before a random background, 200 to `widest` px wide."""
     width = rng.randint(200, widest)
     height = min(max(round(width * rng.uniform(0.8, 1.25)), 200), widest)
     picture = draw_background(width, height, rng)
@@ -21,329 +24,305 @@ def draw_picture(name: str, rng: random.Random, widest: int = 700, noise: float 
     hero = draw_hero(name, side, rng)
     x = (width - side) // 2 + round(width * rng.uniform(-0.09, 0.09))
     y = (height - side) // 2 + round(height * rng.uniform(-0.05, 0.07))
-    blurred = hero.getchannel("A").filter(ImageFilter.GaussianBlur(side / 40))
-    shadow = blurred.point(lambda alpha: alpha * 0.45)
+    shadow = hero.getchannel("A").filter(ImageFilter.GaussianBlur(side / 40)).point(lambda a: a * 0.45)
     picture.paste((10, 10, 25), (x + side // 40, y + side // 30), shadow)
     picture.paste(hero, (x, y), hero)
     return light(picture, rng, noise)
 
 
 def draw_hero(name: str, side: int, rng: random.Random) -> Image.Image:
-    """The hero alone on a transparent square: drawn twice as large, shaded from above, turned and mirrored
-    at random."""
+    """The hero alone on a transparent square: drawn twice as large, shaded, turned and mirrored at random."""
     pen = Pen(2 * side)
-    tilt = HEROES[name](pen, rng)
+    HEROES[name](pen, rng)
     hero = pen.image.resize((side, side), Image.Resampling.BOX)
     alpha = hero.getchannel("A")
-    away = ImageChops.offset(alpha, -side // 28, -side // 22).filter(ImageFilter.GaussianBlur(side / 45))
-    rim = ImageChops.multiply(alpha, ImageChops.invert(away)).point(lambda value: value * 0.5)
+    lit = ImageChops.offset(alpha, -side // 28, -side // 22).filter(ImageFilter.GaussianBlur(side / 45))
+    rim = ImageChops.multiply(alpha, ImageChops.invert(lit)).point(lambda value: value * 0.5)
     hero.paste((15, 5, 45), (0, 0), rim)  # the side turned away from the light
     hero.putalpha(alpha)
     if rng.random() < 0.5:
         hero = ImageOps.mirror(hero)
-    return hero.rotate(tilt + rng.uniform(-12, 12), Image.Resampling.BILINEAR)
+    return hero.rotate(rng.uniform(-16, 16), Image.Resampling.BILINEAR)
 
 
-def draw_pudge(pen: Pen, rng: random.Random) -> float:
-    """Pudge of Dota: a mountain of stitched flesh, a small head, the hook on its chain and a cleaver."""
+# ---- the pen
+
+
+def near(rng: random.Random, hue: float, saturation: float, value: float, spread: float = 0.04) -> Colour:
+    """A colour around this one: a hero's costume comes in many shades."""
+    saturation, value = saturation + rng.uniform(-0.12, 0.12), value + rng.uniform(-0.12, 0.08)
+    return hsv(hue + rng.uniform(-spread, spread), saturation, value)
+
+
+def usual(rng: random.Random, hue: float) -> float:
+    """The hue that a costume is known for; one in six is of another."""
+    return hue if rng.random() < 5 / 6 else rng.random()
+
+
+def hsv(hue: float, saturation: float, value: float) -> Colour:
+    channels = colorsys.hsv_to_rgb(hue % 1, min(max(saturation, 0), 1), min(max(value, 0), 1))
+    return tuple(round(255 * channel) for channel in channels)
+
+
+def mix(colour: Colour, share: float, other: Colour = WHITE) -> Colour:
+    return tuple(round(a + (b - a) * share) for a, b in zip(colour, other, strict=True))
+
+
+def path(text: str) -> list[tuple[float, float]]:
+    """The points written as "x y, x y"."""
+    return [tuple(map(float, pair.split())) for pair in text.split(",")]
+
+
+def curve(points: list, closed: bool = False, steps: int = 10) -> list[tuple[float, float]]:
+    """A smooth line through the points (Catmull-Rom)."""
+    ends = [points[-1], *points, *points[:2]] if closed else [points[0], *points, points[-1]]
+    smooth = []
+    for a, b, c, d in zip(*(np.array(ends[k : len(ends) - 3 + k]) for k in range(4)), strict=True):
+        for t in np.arange(steps) / steps:
+            cubic = (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3
+            smooth.append(tuple((0.5 * (2 * b + (c - a) * t + cubic)).tolist()))
+    return smooth if closed else [*smooth, points[-1]]
+
+
+class Pen:
+    """Cartoon shapes with dark outlines on a transparent square.
+
+    Points are texts as for path(); they, radii and widths are hundredths of the side, y downwards.
+    """
+
+    def __init__(self, side: int):
+        self.unit, self.flip = side / 100, 1
+        self.image = Image.new("RGBA", (side, side))
+        self.canvas = ImageDraw.Draw(self.image)
+
+    def sides(self) -> Iterator[int]:
+        """For a loop whose body is drawn twice: mirrored at the middle line, then as it is."""
+        for self.flip in (-1, 1):
+            yield self.flip
+
+    def to_pixels(self, points) -> list[tuple[float, float]]:
+        return [((50 + self.flip * (x - 50)) * self.unit, y * self.unit) for x, y in points]
+
+    def shape(self, points: str | list, fill: Colour, ink: float = 0.8) -> None:
+        """A polygon; half of the outline lies outside."""
+        points = self.to_pixels(path(points) if isinstance(points, str) else points)
+        if ink:
+            self.canvas.line([*points, *points[:2]], INK, max(1, round(2 * ink * self.unit)), "curve")
+        self.canvas.polygon(points, fill)
+
+    def blob(self, points: str, fill: Colour, ink: float = 0.8) -> None:
+        self.shape(curve(path(points), closed=True), fill, ink)
+
+    def body(self, half: str, fill: Colour, ink: float = 0.8) -> None:
+        """A blob that is its own mirror image; `half` is its right half, from the top down."""
+        right = path(half)
+        self.shape(curve(right + [(100 - x, y) for x, y in right[::-1] if x != 50], closed=True), fill, ink)
+
+    def oval(self, at: str, rx: float, ry: float, fill: Colour, ink: float = 0.8) -> None:
+        ((x, y),), turn = path(at), 2 * math.pi / 48
+        steps = range(48)
+        self.shape([(x + rx * math.cos(k * turn), y + ry * math.sin(k * turn)) for k in steps], fill, ink)
+
+    def line(self, points: str, width: float, fill: Colour = INK) -> None:
+        self.limb(points, width, width, fill, 0)
+
+    def limb(self, points: str, start: float, end: float, fill: Colour, ink: float = 0.8) -> None:
+        """A smooth tube that tapers from `start` to `end` (widths)."""
+        smooth = self.to_pixels(curve(path(points), steps=24))
+        for extra, colour in ((2 * ink, INK), (0, fill)) if ink else ((0, fill),):
+            for (x, y), width in zip(smooth, np.linspace(start, end, len(smooth)).tolist(), strict=True):
+                radius = (width + extra) * self.unit / 2
+                self.canvas.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+
+
+def eyes(pen: Pen, at: str, size: float, white: Colour, iris: Colour) -> None:
+    for _ in pen.sides():
+        pen.oval(at, size, size, white, 0.6)
+        pen.oval(at, size * 0.6, size * 0.75, iris, 0)
+        pen.oval(at, size * 0.3, size * 0.4, INK, 0)
+
+
+# ---- the heroes
+
+
+def draw_pudge(pen: Pen, rng: random.Random) -> None:
+    """Pudge of Dota: a mountain of stitched flesh with a small head, a hook on a chain and a cleaver."""
     skin, apron = near(rng, 0.03, 0.38, 0.78, 0.08), near(rng, rng.random(), 0.45, 0.5)
-    steel = near(rng, 0.6, 0.1, 0.75)
-    gore, leather = near(rng, 0.99, 0.75, 0.6, 0.03), near(rng, 0.08, 0.5, 0.35)
-    lift, swing = rng.uniform(-10, 8), rng.uniform(-6, 6)
-    for x, out in ((38, -3), (62, 3)):
-        pen.limb([(x, 78), (x + out, 92)], 15, 12, skin)
-        pen.oval(x + 1.5 * out, 95, 8, 3.5, leather)
-    # the hook: its chain hangs from the fist at the right
-    fist = (87 + swing / 3, 58 + lift)
-    pen.limb([(72, 42), (86, 46 + lift / 2), fist], 17, 12, skin)
-    links = curve([fist, (93, 65 + lift), (92 + swing / 2, 74 + lift / 2)], steps=3)
-    for step, (x, y) in enumerate(links):
-        pen.oval(x, y, 2.6 if step % 2 else 1.3, 1.9, steel, 80, 0.6)
-    x, y = links[-1]
-    hook = [(x, y), (x + 2, y + 7), (x - 1, y + 15), (x - 9, y + 17), (x - 15, y + 12), (x - 14, y + 6)]
-    pen.limb(hook, 5, 1.2, steel)
-    pen.shape([(x - 17, y + 9), (x - 13.6, y + 3.5), (x - 11.5, y + 9.5)], steel)
-    pen.oval(*fist, 6.5, 6, skin)
-    # the cleaver, raised or lowered, at the left
-    hand = (13 - swing / 3, 56 - lift)
-    pen.limb([(28, 42), (14, 47 - lift / 2), hand], 17, 12, skin)
-    turn = rng.uniform(-25, 25)
-    cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
-
-    def held(points):
-        return [(hand[0] + px * cos - py * sin, hand[1] + px * sin + py * cos) for px, py in points]
-
-    pen.line(held([(0, 8), (0, -6)]), 4.6)
-    pen.line(held([(0, 8), (0, -6)]), 3, leather)
-    pen.shape(held([(-9, -30), (6, -32), (7, -7), (-7, -7)]), steel)
-    pen.shape(held([(-9, -30), (-6.4, -30.3), (-4.6, -7), (-7, -7)]), lighter(steel), 0)
-    pen.shape(held([(-9, -30), (-3, -31), (-6, -23), (-5.5, -17), (-8, -14)]), gore, 0)
-    pen.oval(*held([(3, -27)])[0], 1.4, 1.4, Pen.INK)
-    pen.oval(*hand, 6.5, 6, skin)
-    # the body
-    pen.blob(both("0 31, 18 34, 30 50, 32 70, 20 85, 0 88", 50), skin, 1)
-    pen.blob(both("0 79, 26 73, 24 88, 12 84, 0 93", 50), apron)
-    pen.line(curve([(21, 71), (50, 79), (79, 71)]), 5.2)
-    pen.line(curve([(21, 71), (50, 79), (79, 71)]), 3.6, leather)
-    pen.oval(50, 78.5, 5, 4.2, steel)
-    pen.line(curve([(27, 42), (50, 60), (75, 68)]), 4.8)
-    pen.line(curve([(27, 42), (50, 60), (75, 68)]), 3.2, leather)
-    pen.blob([(54, 47), (62, 44), (69, 49), (66, 56), (58, 57)], gore)  # the torn side shows the ribs
-    for y in (47.5, 50.5, 53.5):
-        pen.line(curve([(56.5, y + 1), (61, y), (66, y + 1)]), 1.3, (240, 228, 205))
-    stitches(pen, curve([(30, 52), (36, 61), (34, 69)]))
-    stitches(pen, curve([(44, 41), (50, 45), (57, 41)]))
-    pudge_head(pen, rng, skin)
-    return 0
+    steel, leather, gore = near(rng, 0.6, 0.1, 0.75), near(rng, 0.08, 0.5, 0.35), near(rng, 0.99, 0.75, 0.6)
+    lift, white, mouth = rng.uniform(-8, 8), (245, 235, 200), (70, 20, 30)
+    for side in pen.sides():
+        pen.limb("62 78, 65 92", 15, 12, skin)
+        pen.oval("66.5 95", 8, 3.5, leather)
+        pen.limb(f"72 42, 86 {46 + side * lift / 2}, 87 {58 + side * lift}", 17, 12, skin)
+    for link in range(5):  # the hook's chain hangs from the right fist
+        pen.oval(f"{88 + link} {63 + lift + 3 * link}", 2.2 - link % 2, 2.2, steel, 0.6)
+    y = 76 + lift
+    pen.limb(f"92 {y}, 94 {y + 7}, 91 {y + 14}, 83 {y + 15}, 78 {y + 10}, 79 {y + 4}", 5, 1.2, steel)
+    x, y, turn = 13, 58 - lift, rng.uniform(-6, 6)  # the cleaver, in the left
+    pen.limb(f"{x} {y + 9}, {x} {y - 6}", 4, 4, leather)
+    edge = f"{x + turn + 6} {y - 34}, {x + 7} {y - 7}, {x - 7} {y - 7}"
+    pen.shape(f"{x + turn - 9} {y - 32}, {edge}", steel)
+    for side in pen.sides():
+        pen.oval(f"87 {58 + side * lift}", 6.5, 6, skin)
+    pen.body("50 31, 68 34, 80 50, 82 70, 70 85, 50 88", skin, 1)
+    pen.body("50 79, 76 73, 74 88, 62 84, 50 93", apron)
+    pen.limb("21 71, 50 79, 79 71", 3.6, 3.6, leather)
+    pen.oval("50 78.5", 5, 4.2, steel)
+    pen.blob("54 47, 62 44, 69 49, 66 56, 58 57", gore)  # the torn side shows the ribs
+    for y in (48, 51, 54):
+        pen.line(f"56.5 {y + 1}, 61 {y}, 66 {y + 1}", 1.3, white)
+    for stitch in ("30 52, 36 61, 34 69", "31 58, 38 55", "32 63, 39 61", "31 67, 38 67"):
+        pen.line(stitch, 0.9)
+    pen.body("50 13, 59 18, 61 29, 63 36, 50 41", mix(skin, 0.12))  # the head
+    pen.body("50 30.5, 59 32, 57 37, 50 38.5", mouth)
+    pen.shape("43 31.5, 45 34.5, 47 31.5, 49 34.5, 51 31.5, 53 34.5, 55 31.5, 56 34, 57 31.5", white, 0)
+    eyes(pen, "54.5 25.5", 2.2, white, near(rng, 0.14, 0.5, 1))
 
 
-def pudge_head(pen: Pen, rng: random.Random, skin) -> None:
-    x, y = 50 + rng.uniform(-3, 3), 29 + rng.uniform(-1, 2)
-    pen.blob(both("0 -16, 9 -11, 11 0, 13 7, 0 12", x, y), lighter(skin, 0.12))
-    pen.blob(both("0 1.5, 9 3, 7 8, 0 9.5", x, y), (70, 20, 30))
-    for step in range(6):
-        left = x - 7.2 + 2.5 * step
-        pen.shape([(left, y + 2.6), (left + 2.1, y + 2.6), (left + 1.2, y + 5.4)], (245, 235, 200), 0)
-        pen.shape([(left + 0.4, y + 8.4), (left + 2.3, y + 8.4), (left + 1.3, y + 6)], (245, 235, 200), 0)
-    eye = near(rng, 0.14, 0.5, 1)
-    pen.oval(x - 4.5, y - 3.5, 2.7, 2.3, eye)
-    pen.oval(x - 4.2, y - 3.2, 0.9, 0.9, Pen.INK, ink=0)
-    pen.oval(x + 4.6, y - 3.8, 1.7, 1.4, eye)
-    pen.oval(x + 4.6, y - 3.6, 0.7, 0.7, Pen.INK, ink=0)
-    pen.line([(x - 8, y - 7.5), (x - 2, y - 5.5)], 1.5)
-    pen.line([(x + 8, y - 7), (x + 2.5, y - 5.5)], 1.5)
-    stitches(pen, curve([(x - 1, y - 15.5), (x + 2, y - 11), (x, y - 7)]))
-
-
-def stitches(pen: Pen, line) -> None:
-    pen.line(line, 0.9)
-    for (x0, y0), (x1, y1) in list(zip(line, line[1:], strict=False))[2::4]:
-        length = math.hypot(x1 - x0, y1 - y0) or 1
-        nx, ny = -(y1 - y0) / length * 2, (x1 - x0) / length * 2
-        pen.line([(x0 - nx, y0 - ny), (x0 + nx, y0 + ny)], 0.8)
-
-
-CURLS = [(19, -4, 6.5), (23, 5, 6), (17, 11, 5.5), (20, -13, 6.5), (12, -20, 6.5), (4, -23, 6)]
-
-
-def draw_tatsumaki(pen: Pen, rng: random.Random) -> float:
-    """Tatsumaki: a small girl in a black dress, her green curls aflare in her power's light, among stones."""
+def draw_tatsumaki(pen: Pen, rng: random.Random) -> None:
+    """Tatsumaki: a small girl in a black dress, green curls aflare, stones afloat in her power's light."""
     hair, skin = near(rng, 0.36, 0.72, 0.62, 0.06), near(rng, 0.07, 0.22, 0.95, 0.02)
-    dress, aura = near(rng, rng.random(), 0.3, 0.17), near(rng, rng.choice([0.36, 0.45, 0.55, 0.75]), 0.5, 1)
-    sway, spread = rng.uniform(-4, 4), rng.uniform(0.85, 1.15)
-    pen.glow(50, 50, 38, 42, aura, rng.uniform(0.35, 0.7))
-    for _ in range(rng.randint(3, 5)):
-        float_stone(pen, rng)
-    x, y = 50 + sway / 2, 33
-    for side in (-1, 1):  # the curls behind the head, from the lowest to the crown
-        for out, up, size in CURLS:
-            curl(pen, (x + side * 7, y - 2), (x + side * out * spread, y - 2 + up), side, size, hair)
-    for side in (-1, 1):
-        foot = (50 + side * rng.uniform(3, 8), 94)
-        pen.limb([(50 + side * 4, 70), (50 + side * 5, 82), foot], 5.5, 3.4, skin)
-        pen.oval(foot[0] + side, 95.5, 3.6, 2, Pen.INK)
-    raised = rng.random() < 0.55
-    for side in (-1, 1):
-        if raised:
-            elbow = (50 + side * 18, 57 + rng.uniform(-3, 3))
-            arm = [(50 + side * 7, 53), elbow, (50 + side * 26, 47 + rng.uniform(-6, 8))]
-        else:  # hands on her hips
-            arm = [(50 + side * 7, 53), (50 + side * 18, 60), (50 + side * 9, 66)]
-        pen.limb(arm, 6, 5, dress)
-        pen.oval(*arm[-1], 3, 2.8, skin)
-        if raised:
-            pen.glow(*arm[-1], 7, 7, aura, 0.5)
-    left, right = path("44 49, 42 58, 43 62, 36 70, 26 78"), path("74 78, 64 70, 57 62, 58 58, 56 49")
-    hem = path("30 84, 36 79, 42 86, 50 80, 58 86, 64 79, 70 84")
-    pen.shape([*curve(left), *hem, *curve(right)], dress)
-    for side in (-1, 1):  # the slits
-        pen.shape([(50 + side * 8, 69), (50 + side * 12, 81), (50 + side * 6, 82)], skin, 0.4)
-    pen.shape([(45, 47), (55, 47), (58, 52), (50, 55), (42, 52)], lighter(dress, 0.14))
-    tatsumaki_head(pen, rng, (x, y), skin, hair)
-    return rng.uniform(-6, 6)
+    dress = near(rng, rng.random(), 0.3, 0.17)
+    for _ in range(rng.randint(3, 6)):
+        angle, size = rng.uniform(0, 2 * math.pi), rng.uniform(2, 4)
+        at = f"{50 + 43 * math.cos(angle)} {52 + 40 * math.sin(angle)}"
+        pen.oval(at, size, size * rng.uniform(0.6, 1), near(rng, 0.08, 0.15, 0.55), 0.6)
+    flare, raised, wide = rng.uniform(-3, 3), rng.random() < 0.55, rng.uniform(-3, 3)
+    for _ in pen.sides():  # the curls behind the head, from the lowest to the crown
+        for x, y, size in ((72, 40, 8), (76, 30, 8), (74, 20, 8), (68, 12, 8), (58, 8, 8)):
+            x, y = x + flare, y + flare / 2
+            tip = f"{x} {y}, {x + 4} {y - 1}, {x + 5} {y - 5}, {x + 1} {y - 6}, {x} {y - 3}"
+            pen.limb(f"54 30, {(x + 54) / 2} {y + 4}, {tip}", size, 2, hair)
+            pen.line(f"{(x + 54) / 2} {y + 3}, {x} {y - 0.5}, {x + 3} {y - 2}", 1, mix(hair, 0.3))
+        pen.limb(f"54 70, 55 82, {56 + wide / 2} 94", 5.5, 3.4, skin)
+        pen.oval(f"{57 + wide / 2} 95.5", 3.6, 2, INK)
+        arm = f"68 {57 + wide}, {76 + wide / 2} {46 + wide}" if raised else "68 60, 59 66"  # or on her hips
+        pen.limb(f"57 53, {arm}", 6, 5, dress)
+        pen.oval(arm.split(", ")[1], 3, 2.8, skin)
+    hem = "26 78, 30 84, 36 79, 42 86, 50 80, 58 86, 64 79, 70 84, 74 78"
+    pen.shape(f"44 49, 42 58, 43 62, 36 70, {hem}, 64 70, 57 62, 58 58, 56 49", dress)
+    pen.body("50 20, 62 29, 60 39, 50 46", skin)  # the head
+    eyes(pen, "55 35", 3.2, WHITE, near(rng, 0.38, 0.8, 0.65))
+    pen.line("47.8 41.6, 50 40.8, 52.2 41.6", 0.9)
+    locks = "36.5 35, 40.5 28.5, 43 31.5, 46.5 27.5, 50.5 31.5, 54 27.5, 57.5 31.2, 59.8 28.2, 63.5 35"
+    pen.shape(f"{locks}, 64.5 27, 58 18, 50 15.5, 42 18, 35.5 27", hair)  # pointed locks under a cap
+    for _ in pen.sides():
+        pen.limb("62 27, 66 34, 65 42, 69 44, 70 40", 6, 2, hair)  # the curls at her cheeks
 
 
-def tatsumaki_head(pen: Pen, rng: random.Random, at, skin, hair) -> None:
-    x, y = at
-    pen.blob(both("0 -13, 12 -4, 10 6, 0 13", x, y), skin)
-    iris = near(rng, 0.38, 0.8, 0.65)
-    for side in (-1, 1):
-        pen.oval(x + side * 5.2, y + 2, 2.9, 3.4, "white", side * 8)
-        pen.oval(x + side * 4.9, y + 2.3, 1.8, 2.5, iris, ink=0.2)
-        pen.oval(x + side * 4.9, y + 2.5, 0.8, 1.2, Pen.INK, ink=0)
-        pen.oval(x + side * 4.9 - 0.6, y + 1.2, 0.6, 0.7, "white", ink=0)
-        pen.line([(x + side * 8.6, y - 2.6), (x + side * 2.2, y - 0.6)], 1.3, darker(hair, 0.5))
-    pen.line(curve([(x - 2.2, y + 8.6), (x, y + 7.8), (x + 2.2, y + 8.6)]), 0.9)
-    # the fringe: pointed locks over a cap
-    locks = "-13.5 2, -9.5 -4.5, -7 -1.5, -3.5 -5.5, 0.5 -1.5, 4 -5.5, 7.5 -1.8, 9.8 -4.8, 13.5 2"
-    pen.shape([*path(locks, x, y), *curve(path("14.5 -6, 8 -15, 0 -17.5, -8 -15, -14.5 -6", x, y))], hair)
-    pen.line(curve([(x - 9, y - 9), (x - 4, y - 13), (x + 2, y - 13.8)]), 1.2, lighter(hair))
-    for side in (-1, 1):  # the curls at her cheeks
-        curl(pen, (x + side * 11, y - 4), (x + side * 15, y + 9), side, 5, hair)
-
-
-def curl(pen: Pen, root, tip, side: int, size: float, fill) -> None:
-    """A lock from root to tip that rolls up at its end."""
-    (x0, y0), (x1, y1) = root, tip
-    heading = math.atan2(y1 - y0, x1 - x0)
-    bend = (x0 + (x1 - x0) * 0.55 - side * (y1 - y0) * 0.1, y0 + (y1 - y0) * 0.55 + side * (x1 - x0) * 0.1)
-    centre = polar(x1, y1, size * 0.7, heading - side * math.pi / 2)
-    turns = [(0.7 - 0.07 * step, heading + side * math.pi * (0.5 - step / 4)) for step in range(7)]
-    roll = [polar(*centre, size * radius, angle) for radius, angle in turns]
-    pen.limb([root, bend, *roll], size * 1.5, size * 0.35, fill)
-    pen.line(curve([bend, *roll[:3]]), size * 0.16, lighter(fill, 0.3))
-
-
-def float_stone(pen: Pen, rng: random.Random) -> None:
-    angle, radius, grey = rng.uniform(0, 2 * math.pi), rng.uniform(36, 44), near(rng, 0.08, 0.15, 0.55)
-    centre, size = polar(50, 52, radius, angle), rng.uniform(2, 4.5)
-    corners = [polar(*centre, size * rng.uniform(0.7, 1.2), math.pi * step / 3) for step in range(6)]
-    pen.shape(corners, grey, 0.6)
-
-
-def draw_saitama(pen: Pen, rng: random.Random) -> float:
+def draw_saitama(pen: Pen, rng: random.Random) -> None:
     """Saitama: an egg of a bald head, a blank face, a plain suit with gloves and boots, a white cape."""
     suit, glove = near(rng, usual(rng, 0.14), 0.65, 0.93), near(rng, usual(rng, 0.0), 0.75, 0.8)
     skin, cape = near(rng, 0.075, 0.28, 0.96, 0.02), near(rng, rng.random(), 0.08, 0.93)
-    wind, punch = rng.uniform(-10, 10), rng.random() < 0.45
-    flying = path("75 72, 80 91, 64 88, 50 92, 34 88, 20 91, 25 70", wind)
-    pen.blob(path("37 42, 50 39, 63 42") + flying, cape)
-    for x in (33, 67):
-        fold = curve([(44 + (x - 50) / 3, 50), (x + wind / 2, 70), (x + wind, 86)])
-        pen.line(fold, 0.7, darker(cape, 0.75))
-    step = rng.uniform(0, 4)
-    for side in (-1, 1):
-        leg = [(50 + side * 4.5, 66), (50 + side * (6 + step), 80), (50 + side * (6.5 + step), 90)]
-        pen.limb(leg, 10.5, 8, suit)
-        pen.limb([(50 + side * (6.3 + step), 83), (50 + side * (6.5 + step), 92)], 9.5, 9, glove)
-        pen.oval(50 + side * (8 + step), 95, 6.5, 3, glove)
-    arms = [[(38, 47), (30, 57), (31, 68)], [(62, 47), (70, 57), (69, 68)]]
-    if rng.random() < 0.3:  # a fist on the hip
-        arms[0] = [(38, 47), (26, 57), (36, 65)]
-    if punch:
-        arms.pop()
-    for arm in arms:
-        pen.limb(arm, 9, 7.5, suit)
-        pen.limb([((arm[1][0] + arm[2][0]) / 2, (arm[1][1] + arm[2][1]) / 2), arm[2]], 9, 9, glove)
-        pen.oval(*arm[-1], 5, 5.2, glove)
-    pen.blob(both("0 42, 14 45, 11 57, 9 69, 0 71", 50), suit)
-    pen.line([(50, 48), (50, 66)], 0.8, darker(suit))
-    pen.line(curve([(43, 55), (46, 57.5), (49.2, 56)]), 0.7, darker(suit))
-    pen.line(curve([(57, 55), (54, 57.5), (50.8, 56)]), 0.7, darker(suit))
-    pen.line([(41, 66), (59, 66)], 4.2)
-    pen.line([(41, 66), (59, 66)], 2.8, (45, 40, 45))
-    pen.oval(50, 66, 3.4, 2.6, near(rng, 0.13, 0.7, 0.9))
-    pen.blob(both("0 42, 10 39, 14 43, 6 45.5, 0 47.5", 50), cape)
-    for x in (41, 59):
-        pen.oval(x, 44.4, 1.7, 1.7, lighter(suit, 0.2))
-    saitama_head(pen, rng, skin)
-    if punch:
-        serious_punch(pen, rng, suit, glove)
-    return 0
+    wind, step, punch, belt = rng.uniform(-10, 10), rng.uniform(0, 4), rng.random() < 0.45, (45, 40, 45)
+    low = f"{75 + wind} 72, {80 + wind} 91, {64 + wind} 88, {50 + wind} 92, {34 + wind} 88, {20 + wind} 91"
+    pen.blob(f"37 42, 50 39, 63 42, {low}, {25 + wind} 70", cape)
+    for _ in pen.sides():
+        pen.limb(f"54.5 66, {56 + step} 80, {56.5 + step} 90", 10.5, 8, suit)
+        pen.limb(f"{56.3 + step} 83, {56.5 + step} 92", 9.5, 9, glove)
+        pen.oval(f"{58 + step} 95", 6.5, 3, glove)
+    for side in pen.sides():
+        if side < 0 or not punch:
+            pen.limb("62 47, 70 57, 69 68", 9, 7.5, suit)
+            pen.limb("69.5 62, 69 68", 9, 9, glove)
+            pen.oval("69 68", 5, 5.2, glove)
+    pen.body("50 42, 64 45, 61 57, 59 69, 50 71", suit)
+    pen.limb("41 66, 59 66", 2.8, 2.8, belt)
+    pen.oval("50 66", 3.4, 2.6, near(rng, 0.13, 0.7, 0.9))
+    pen.body("50 42, 60 39, 64 43, 56 45.5, 50 47.5", cape)
+    for _ in pen.sides():
+        pen.oval("59 44.4", 1.7, 1.7, mix(suit, 0.2))
+        pen.oval("63 28.5", 2.5, 4, skin)
+    pen.body("50 6, 60.5 12, 63.2 24, 61 35, 55 41, 50 42.3", skin)  # the head
+    pen.oval("45.5 13", 4.2, 2.2, mix(skin, 0.9), 0)  # the gloss
+    eyes(pen, "55.6 27", 2.8, WHITE, WHITE)
+    pen.line("46 36, 54 36", 1)
+    if punch:  # straight at the viewer
+        x, y, size = 66 + rng.uniform(-3, 3), 58 + rng.uniform(-6, 4), rng.uniform(12, 16)
+        pen.limb(f"62 47, {(66 + x) / 2} {(47 + y) / 2}, {x} {y}", 9, 13, suit)
+        pen.oval(f"{x} {y}", size, size * 0.92, glove)
+        for finger in (-0.58, -0.19, 0.2, 0.59):
+            pen.oval(f"{x + finger * size} {y - 1}", size * 0.24, size * 0.42, mix(glove, 0.1), 0.6)
 
 
-def saitama_head(pen: Pen, rng: random.Random, skin) -> None:
-    x, y = 50 + rng.uniform(-1.5, 1.5), 25 + rng.uniform(-1, 1)
-    for side in (-1, 1):
-        pen.oval(x + side * 13, y + 3.5, 2.5, 4, skin)
-    pen.blob(both("0 -19, 10.5 -13, 13.2 -1, 11 10, 5 16, 0 17.3", x, y), skin)
-    pen.oval(x - 4.5, y - 12, 4.2, 2.4, lighter(skin, 0.9), -28, 0)  # the gloss
-    pen.oval(x - 8.8, y - 7.6, 1.1, 1.5, lighter(skin, 0.9), 20, 0)
-    for side in (-1, 1):
-        pen.oval(x + side * 5.6, y + 2, 3.3, 2.3, "white", ink=0.55)
-        pen.oval(x + side * 5.4, y + 2.1, 0.9, 0.9, Pen.INK, ink=0)
-        pen.line([(x + side * 8.8, y - 3.2), (x + side * 2.6, y - 3)], 0.9)
-    pen.line([(x, y + 5), (x - 0.8, y + 7)], 0.7)
-    pen.line([(x - 4, y + 11), (x + 4, y + 11)], 1)
-
-
-def serious_punch(pen: Pen, rng: random.Random, suit, glove) -> None:
-    """Straight at the viewer."""
-    fx, fy, size = 66 + rng.uniform(-3, 3), 58 + rng.uniform(-6, 4), rng.uniform(12, 16)
-    pen.limb([(62, 47), ((62 + fx) / 2 + 2, (47 + fy) / 2), (fx, fy)], 9, 13, suit)
-    pen.oval(fx, fy, size, size * 0.92, glove)
-    light_glove = lighter(glove, 0.1)
-    for finger in range(4):
-        middle = (fx - size * 0.58 + finger * size * 0.39, fy - size * 0.1)
-        pen.oval(*middle, size * 0.24, size * 0.42, light_glove, ink=0.6)
-    thumb = [(fx - size * 0.6, fy + size * 0.5), (fx + size * 0.2, fy + size * 0.36)]
-    pen.limb(thumb, size * 0.36, size * 0.36, light_glove)
-
-
-def draw_parovozov(pen: Pen, rng: random.Random) -> float:
+def draw_parovozov(pen: Pen, rng: random.Random) -> None:
     """Arkady Parovozov: a hero under steam, fist first: moustache, goggles, chimney, a wheel on the belt."""
     suit, cape = near(rng, usual(rng, 0.6), 0.65, 0.75), near(rng, usual(rng, 0.99), 0.8, 0.8)
     skin, hair = near(rng, 0.06, 0.35, 0.93, 0.02), near(rng, 0.07, 0.55, rng.choice([0.2, 0.3, 0.45]))
-    brass, wind = near(rng, 0.12, 0.65, 0.9), rng.uniform(-7, 7)
-    # steam from the chimney on his back
-    puff = near(rng, 0.6, 0.05, 0.97)
-    for x, y, size in ((70, 20, 3.4), (75.5, 15.5, 4.6), (81, 9.5, 5.6)):
-        x, y = x + rng.uniform(-1, 1), y + rng.uniform(-1, 1)
-        lobes = [polar(x, y, size * 0.55, angle) for angle in (0.5, 1.9, 3.1, 4.3, 5.6)]
-        for ink in (0.7, 0):  # all the outlines first, so that the lobes become one cloud
-            for lobe_x, lobe_y in lobes:
-                pen.oval(lobe_x, lobe_y, size * 0.62, size * 0.56, puff, ink=ink)
-    flying = path("74 66", wind / 2) + path("70 89, 58 95, 46 88, 34 94", wind) + path("25 66", wind / 2)
-    pen.blob(path("38 42, 62 42") + flying, cape)
-    pen.line(curve([(42, 60), (42 + wind / 2, 76), (46 + wind, 86)]), 0.8, darker(cape))
-    pen.line(curve([(60, 60), (62 + wind / 2, 76), (58 + wind, 92)]), 0.8, darker(cape))
-    iron = near(rng, 0.6, 0.15, 0.28)
-    pen.shape([(61, 50), (69, 50), (72, 28), (64, 28)], iron)
-    pen.shape([(62, 28.5), (74.5, 28.5), (75.5, 23.5), (61.5, 23.5)], lighter(iron, 0.15))
-    pen.line([(64, 40), (70, 40)], 1.6, brass)
-    for side in (-1, 1):
-        pen.limb([(50 + side * 4, 66), (50 + side * 5, 79), (50 + side * 4.6, 88)], 10, 7, suit)
-        pen.limb([(50 + side * 4.8, 80), (50 + side * 4.5, 91)], 8.5, 7.5, cape)
-        pen.oval(50 + side * 5.5, 94, 5.2, 3.2, cape)
-    hip = [(61, 48), (72, 56), (62, 64)]
-    pen.limb(hip, 10, 7.5, suit)
-    pen.oval(*hip[-1], 4.6, 4.4, cape)
-    pen.blob(both("0 42, 16 46, 12 56, 8 68, 0 70", 50), suit)
-    # the letter in its badge
-    pen.oval(50, 53.5, 7, 6.4, brass)
-    pen.line([(46.4, 57.4), (50, 49), (53.6, 57.4)], 1.7, darker(cape, 0.85))
-    pen.line([(47.8, 54.8), (52.2, 54.8)], 1.5, darker(cape, 0.85))
-    # a locomotive's wheel on the belt
-    pen.line([(42, 66.5), (58, 66.5)], 4.6)
-    pen.line([(42, 66.5), (58, 66.5)], 3.2, brass)
-    pen.oval(50, 66.5, 5.4, 5.4, (190, 45, 40))
-    for turn in range(4):
-        angle = math.pi * turn / 4 + wind
-        dx, dy = 4.6 * math.cos(angle), 4.6 * math.sin(angle)
-        pen.line([(50 - dx, 66.5 - dy), (50 + dx, 66.5 + dy)], 0.9, (250, 240, 225))
-    pen.oval(50, 66.5, 1.6, 1.6, brass, ink=0.4)
-    parovozov_head(pen, rng, skin, hair, brass)
-    # the fist ahead
-    arm = [(38, 48), (25, 38 + rng.uniform(-2, 2)), (21 + rng.uniform(-4, 4), 17 + rng.uniform(-3, 5))]
-    pen.limb(arm, 10, 9, suit)
-    pen.limb([((arm[1][0] + arm[2][0]) / 2, (arm[1][1] + arm[2][1]) / 2), arm[2]], 10, 10.5, cape)
-    fx, fy = arm[-1]
-    pen.oval(fx, fy, 7, 6.4, cape)
-    for finger in range(3):
-        pen.line([(fx - 3 + 3 * finger, fy - 5.4), (fx - 3 + 3 * finger, fy - 1)], 0.8)
-    return rng.uniform(-38, 5)
-
-
-def parovozov_head(pen: Pen, rng: random.Random, skin, hair, brass) -> None:
-    """A square jaw, a moustache, goggles, a quiff."""
-    x, y = 50 + rng.uniform(-1.5, 1.5), 29
-    for side in (-1, 1):
-        pen.oval(x + side * 11.3, y + 1, 2.2, 3.2, skin)
-    pen.blob(both("0 -13, 10 -10, 11 2, 10 11, 4 15.5", x, y), skin)
-    pen.blob(path("-11.5 -4, -12 -12, -5 -18, 6 -20, 14 -15, 9 -13, 11.5 -4, 7 -9, -4 -8", x, y), hair)
-    pen.line(curve([(x - 7, y - 12), (x, y - 16), (x + 7, y - 17)]), 1, lighter(hair, 0.3))
-    pen.line([(x - 11.5, y - 1.5), (x + 11.5, y - 1.5)], 3.4)
-    pen.line([(x - 11.5, y - 1.5), (x + 11.5, y - 1.5)], 2.2, (95, 60, 40))
-    glass = near(rng, 0.53, 0.35, 0.95, 0.08)
-    for side in (-1, 1):
-        pen.oval(x + side * 5, y - 1.2, 4.7, 4.5, brass)
-        pen.oval(x + side * 5, y - 1.2, 3.2, 3, glass, ink=0.4)
-        pen.oval(x + side * 4.6, y - 0.8, 1.1, 1.3, Pen.INK, ink=0)
-        pen.oval(x + side * 5 - 1.4, y - 2.4, 0.8, 0.8, "white", ink=0)
-    pen.blob(both("0 5, 4 4.6, 9 7.5, 12.5 5, 10 10, 4 9.5, 0 7.6", x, y), hair, 0.6)
-    pen.oval(x, y + 4, 1.9, 1.7, lighter(skin, 0.1), ink=0.5)
-    pen.line(curve([(x - 2.6, y + 11.2), (x, y + 12), (x + 2.6, y + 11.2)]), 0.8)
+    brass, iron, puff = near(rng, 0.12, 0.65, 0.9), near(rng, 0.6, 0.15, 0.28), near(rng, 0.6, 0.05, 0.97)
+    wind, reach = rng.uniform(-7, 7), rng.uniform(-4, 4)
+    for ink in (0.7, 0):  # all the outlines first, so that the lobes become one cloud
+        for x, y, size in ((69, 20, 4), (74, 18, 4), (75, 12, 5), (81, 13, 4.5), (84, 7, 5.5)):
+            pen.oval(f"{x} {y + wind / 4}", size, size * 0.9, puff, ink)
+    low = f"{70 + wind} 89, {58 + wind} 95, {46 + wind} 88, {34 + wind} 94"
+    pen.blob(f"38 42, 62 42, {74 + wind / 2} 66, {low}, {25 + wind / 2} 66", cape)
+    pen.shape("61 50, 69 50, 72 28, 64 28", iron)  # the chimney on his back
+    pen.shape("62 28.5, 74.5 28.5, 75.5 23.5, 61.5 23.5", mix(iron, 0.15))
+    for _ in pen.sides():
+        pen.limb("54 66, 55 79, 54.6 88", 10, 7, suit)
+        pen.limb("54.8 80, 54.5 91", 8.5, 7.5, cape)
+        pen.oval("55.5 94", 5.2, 3.2, cape)
+    pen.limb("61 48, 72 56, 62 64", 10, 7.5, suit)
+    pen.oval("62 64", 4.6, 4.4, cape)
+    pen.body("50 42, 66 46, 62 56, 58 68, 50 70", suit)
+    pen.oval("50 53.5", 7, 6.4, brass)  # a letter in its badge
+    pen.shape("46 57.5, 50 48.5, 54 57.5, 52 57.5, 50 53, 48 57.5", mix(cape, 0.15, INK), 0)
+    pen.limb("42 66.5, 58 66.5", 3.2, 3.2, brass)
+    pen.oval("50 66.5", 5.4, 5.4, (190, 45, 40))  # a locomotive's wheel on the belt
+    for spoke in ("50 62, 50 71", "45.5 66.5, 54.5 66.5", "47 63.5, 53 69.5", "47 69.5, 53 63.5"):
+        pen.line(spoke, 0.9, WHITE)
+    for _ in pen.sides():
+        pen.oval("61.3 30", 2.2, 3.2, skin)
+    pen.body("50 16, 60 19, 61 31, 60 40, 54 44.5", skin)  # the head
+    pen.blob("38.5 25, 38 17, 45 11, 56 9, 64 14, 59 16, 61.5 25, 57 20, 46 21", hair)
+    pen.line("38.5 27.5, 61.5 27.5", 2.6)
+    eyes(pen, "55 27.8", 4.6, brass, WHITE)
+    pen.body("50 34, 54 33.6, 59 36.5, 62.5 34, 60 39, 54 38.5, 50 36.6", hair, 0.6)  # the moustache
+    x, y = 21 + reach, 18 - reach  # the fist ahead
+    pen.limb(f"38 48, 25 38, {x} {y}", 10, 9, suit)
+    pen.limb(f"{(25 + x) / 2} {(38 + y) / 2}, {x} {y}", 10, 10.5, cape)
+    pen.oval(f"{x} {y}", 7, 6.4, cape)
 
 
 HEROES = {"Пудж": draw_pudge, "Тацумаки": draw_tatsumaki, "Сайтама": draw_saitama}
 HEROES["АркадийПаровозов"] = draw_parovozov
+
+# ---- around them
+
+
+def draw_background(width: int, height: int, rng: random.Random) -> Image.Image:
+    """A gradient of two random colours; before it hills, rays, bubbles or nothing."""
+    ends = [hsv(rng.random(), rng.uniform(0.15, 0.75), rng.uniform(0.3, 1)) for _ in range(2)]
+    gradient = ImageOps.colorize(Image.linear_gradient("L").rotate(rng.choice([0, 90, 180])), *ends)
+    picture = gradient.resize((width, height)).convert("RGB")
+    canvas, hue, kind = ImageDraw.Draw(picture), rng.random(), rng.choice(["hills", "rays", "bubbles", ""])
+    if kind == "hills":
+        for layer in range(3):
+            heights = [height * (0.5 + 0.15 * layer + rng.uniform(-0.1, 0.1)) for _ in range(5)]
+            line = curve([(width * step / 4, y) for step, y in enumerate(heights)])
+            canvas.polygon([*line, (width, height), (0, height)], hsv(hue, 0.5, 0.75 - 0.15 * layer))
+    elif kind == "rays":
+        x, y, far = width * rng.uniform(0.3, 0.7), height * rng.uniform(0.3, 0.7), 2 * max(width, height)
+        for degrees in range(0, 360, rng.choice([24, 30, 40])):
+            box = (x - far, y - far, x + far, y + far)
+            canvas.pieslice(box, degrees, degrees + 15, hsv(hue, 0.4, 0.95))
+    elif kind == "bubbles":
+        for _ in range(rng.randint(8, 22)):
+            x, y, size = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(0.03, 0.18) * width
+            colour = hsv(hue + rng.uniform(-0.15, 0.15), rng.uniform(0.2, 0.7), rng.uniform(0.35, 1))
+            canvas.ellipse((x - size, y - size, x + size, y + size), colour)
+    return picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.008) * width))
+
+
+def light(picture: Image.Image, rng: random.Random, noise: float) -> Image.Image:
+    """Coloured light falling off to one side, and a camera's noise of up to `noise` grey levels."""
+    numbers = np.random.default_rng(rng.getrandbits(64))
+    pixels = np.asarray(picture, dtype=np.float32)
+    height, width, _ = pixels.shape
+    angle, fall = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.35)
+    ramp = np.linspace(-1, 1, width)[None, :, None] * math.cos(angle)
+    ramp = ramp + np.linspace(-1, 1, height)[:, None, None] * math.sin(angle)
+    lamp = np.array(hsv(rng.random(), rng.uniform(0, 0.18), 1)) / 255 * rng.uniform(0.8, 1.15)
+    grain = numbers.normal(0, rng.uniform(0, noise), (height, width, 1))
+    pixels = pixels * (1 + fall * ramp) * lamp + grain
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

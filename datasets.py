@@ -8,31 +8,28 @@ Writes only to draw the sample into a folder without images; data/SAMPLE.txt the
 """
 
 import argparse
+import itertools
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from utils.images import (
     LAYOUT,
     SPLITS,
     all_images,
-    class_folders,
     content_hashes,
     draw_sample,
     fingerprint,
     has_data,
     in_threads,
-    is_image,
     is_sample,
     list_images,
-    nfc,
     unfinished_sample,
     visible_files,
 )
@@ -44,12 +41,12 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, for RGB 
 def check_folders(data: Path) -> None:
     """Raise UserError unless every class has images and every test class was trained; decodes nothing."""
     listed = list_images(data)
-    for split in SPLITS:
-        if not listed[split]:
-            raise UserError(f"{data / split} holds no class folders; {LAYOUT.format(data=data)}")
     again = "then: python datasets.py"
-    for split in SPLITS:
-        empty = [str(data / split / name) for name, images in listed[split].items() if not images]
+    for split, classes in listed.items():
+        if not classes:
+            raise UserError(f"{data / split} holds no class folders; {LAYOUT.format(data=data)}")
+    for split, classes in listed.items():
+        empty = [str(data / split / name) for name, images in classes.items() if not images]
         if empty:
             raise UserError(f"no images in {', '.join(empty)}; put some there or remove the folder, {again}")
     unknown = [str(data / "test" / name) for name in listed["test"] if name not in listed["train"]]
@@ -128,21 +125,23 @@ def train_transform(image_size: int):
     return v2.Compose([crop, v2.RandomHorizontalFlip(), *to_normalised()])
 
 
-class HeroFolder(ImageFolder):
-    """torchvision's ImageFolder: class names in NFC, labels by a given list, read by load_rgb()."""
+class Pictures(Dataset):
+    """One split as (float32 (3, S, S), label), the label by the class's place in `classes`."""
 
-    def __init__(self, root: Path, transform, classes: list[str] | None = None):
-        self.known = classes
-        super().__init__(str(root), transform=transform, loader=load_rgb, is_valid_file=is_image)
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        folders = [folder.name for folder in class_folders(Path(directory))]
-        classes = self.known or sorted({nfc(name) for name in folders})
-        unknown = [name for name in folders if nfc(name) not in classes]
-        if unknown:
+    def __init__(self, data: Path, split: str, classes: list[str], transform):
+        listed = list_images(data)[split]
+        if unknown := sorted(set(listed) - set(classes)):
             mend = "remove it or train again: python train.py"
-            raise UserError(f"{Path(directory, unknown[0])} is a class the network never saw; {mend}")
-        return classes, {name: classes.index(nfc(name)) for name in folders}
+            raise UserError(f"{data / split / unknown[0]} is a class the network never saw; {mend}")
+        self.transform = transform
+        self.files = [(path, classes.index(name)) for name, images in listed.items() for path in images]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path, label = self.files[index]
+        return self.transform(load_rgb(path)), label
 
 
 def make_loaders(
@@ -162,15 +161,16 @@ def make_loaders(
     (DistributedSampler repeats some), of the test images every one exactly once.
     """
     check_folders(data)
-    train = HeroFolder(data / "train", train_transform(image_size))
-    test = HeroFolder(data / "test", test_transform(image_size), train.classes)
+    classes = sorted(list_images(data)["train"])
+    train = Pictures(data, "train", classes, train_transform(image_size))
+    test = Pictures(data, "test", classes, test_transform(image_size))
     sampler = DistributedSampler(train, world_size, rank, shuffle=True, seed=seed)
     # A last batch of one image has no variance for batch norm: it is left out, another one in every epoch.
     drop_last = len(sampler) > batch_size and len(sampler) % batch_size == 1
     common = {"seed": seed, "pin_memory": pin_memory}
     train_loader = loader(train, batch_size, num_workers, sampler=sampler, drop_last=drop_last, **common)
     test_loader = loader(test, batch_size, num_workers, sampler=range(rank, len(test), world_size), **common)
-    return train_loader, test_loader, train.classes
+    return train_loader, test_loader, classes
 
 
 def loader(dataset, batch_size: int, num_workers: int, seed: int, **options) -> DataLoader:
@@ -187,7 +187,7 @@ def make_test_loader(data: Path, image_size: int, batch_size: int, classes: list
     Raises UserError.
     """
     check_folders(data)
-    test = HeroFolder(data / "test", test_transform(image_size), classes)
+    test = Pictures(data, "test", classes, test_transform(image_size))
     return loader(test, batch_size, num_workers, seed=0)
 
 
@@ -212,14 +212,11 @@ def print_overview(data: Path) -> None:
 
 
 def oddities(data: Path, listed: dict[str, dict[str, list[Path]]]) -> list[str]:
-    found = []
-    for name in listed["train"]:
-        if name not in listed["test"]:
-            where = data / "test" / name
-            found.append(f"{where} has no images: the accuracy says nothing about this class")
+    untested = [data / "test" / name for name in listed["train"] if name not in listed["test"]]
+    found = [f"{path} has no images: the accuracy says nothing about this class" for path in untested]
     images = all_images(data)
-    other = sorted({path for split in SPLITS for path in visible_files(data / split)} - set(images))
-    if other:
+    visible = itertools.chain(*(visible_files(data / split) for split in SPLITS))
+    if other := sorted(set(visible) - set(images)):
         why = "being no images in a class folder by their names"
         found.append(f"{len(other)} files aren't used, {why}: {', '.join(map(str, other[:5]))}")
     first = {}

@@ -12,8 +12,7 @@ from utils.utils import UserError, write_atomic
 
 
 def build(num_classes: int, pretrained: bool = False) -> torch.nn.Module:
-    """torchvision's ResNet-18 with `num_classes` outputs; random weights, or ImageNet's for all but the
-    last layer.
+    """torchvision's ResNet-18 with `num_classes` outputs; random weights, or ImageNet's but for the last.
 
     Raises UserError when the ImageNet weights can't be downloaded.
     """
@@ -23,17 +22,16 @@ def build(num_classes: int, pretrained: bool = False) -> torch.nn.Module:
     try:
         model = torchvision.models.resnet18(weights=weights)
     except OSError as error:  # URLError, time-outs and refused connections are all OSError
+        mend = "connect this machine to the internet, or train from random weights: python train.py"
         raise UserError(
-            f"the ImageNet weights can't be downloaded from {weights.url} ({error}); "
-            "connect this machine to the internet, or train from random weights: python train.py"
+            f"ImageNet's weights can't be downloaded from {weights.url} ({error}); {mend}"
         ) from error
     model.fc = torch.nn.Linear(model.fc.in_features, num_classes)
     return model
 
 
 def save(path: Path, model: torch.nn.Module, **facts) -> None:
-    """Write weights and `facts` (classes, image_size, epoch, settings, ...: plain values), whole or not at
-    all."""
+    """Write weights and `facts` (plain values: classes, image_size, settings, ...), whole or not at all."""
     buffer = io.BytesIO()
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     torch.save({"model": weights, **facts}, buffer)
@@ -83,43 +81,26 @@ def fold_batch_norm(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def count_work(image_size: int, num_classes: int = 1000) -> dict[str, int]:
-    """What ResNet-18 does for one image of image_size x image_size pixels; the network is walked through,
-    nothing is computed.
+    """What ResNet-18 does for one square image, found by walking through it on the meta device.
 
-    flops        floating-point operations of convolutions and matrix products, 2 per multiply-add
-    (torch.utils.flop_counter) activations  numbers that its layers read and write, batch norm, ReLU and
-    residual sums counted as part of their convolution weights      numbers read once per batch
+    flops: of convolutions and matrix products, 2 per multiply-add; activations: numbers that layers read
+    and write, batch norm, ReLU and residual sums being part of their convolution; weights: numbers.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     activations = []
 
     def note(module, inputs, output):
-        activations.append(
-            output.numel() if isinstance(module, BasicBlock) else inputs[0].numel() + output.numel()
-        )
+        read = 0 if isinstance(module, BasicBlock) else inputs[0].numel()
+        activations.append(read + output.numel())  # of a block the residual, which its last convolution reads
 
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.device("meta"),
-        FlopCounterMode(display=False) as counter,
-    ):
+    nn, counter = torch.nn, FlopCounterMode(display=False)
+    counted = nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AdaptiveAvgPool2d, BasicBlock
+    with torch.inference_mode(False), torch.no_grad(), torch.device("meta"), counter:
         network = build(num_classes).eval()
         for module in network.modules():
-            if isinstance(
-                module,
-                (
-                    torch.nn.Conv2d,
-                    torch.nn.Linear,
-                    torch.nn.MaxPool2d,
-                    torch.nn.AdaptiveAvgPool2d,
-                    BasicBlock,
-                ),
-            ):
-                module.register_forward_hook(
-                    note
-                )  # of a block only the residual, which its last convolution reads
+            if isinstance(module, counted):
+                module.register_forward_hook(note)
         network(torch.empty(1, 3, image_size, image_size))
     weights = sum(parameter.numel() for parameter in network.parameters())
     return {"flops": counter.get_total_flops(), "activations": sum(activations), "weights": weights}

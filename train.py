@@ -11,7 +11,6 @@ goes on after its last whole epoch.
 
 import argparse
 import contextlib
-import functools
 import io
 import math
 import time
@@ -27,16 +26,8 @@ from tqdm import tqdm
 
 import datasets
 import model as networks
-from utils.devices import (
-    average_statistics,
-    choose_precision,
-    hardware,
-    rank,
-    say,
-    start_processes,
-    sum_over_ranks,
-    wait_for_all,
-)
+from utils import devices
+from utils.devices import rank, say
 from utils.utils import (
     IMAGE_SIZES,
     UserError,
@@ -51,9 +42,7 @@ from utils.utils import (
 EPOCHS, BATCH_SIZE = 5, 8  # 8 learns from 18 sample heroes a class what 16 does from 24
 LEARNING_RATE = 5e-4  # AdamW's peak; the best of 3e-4 to 4e-3, and better than SGD, on the sample heroes
 WEIGHT_DECAY = 0.05
-MOMENTUM = (
-    0.2  # of batch norm's statistics; torch's 0.1 lags behind in so few steps (95 instead of 98 % right)
-)
+MOMENTUM = 0.2  # of batch norm's statistics; torch's 0.1 lags behind in so few steps (95, not 98 % right)
 WARMUP = 0.2  # share of all steps in which the learning rate rises; then it falls to 0 along a cosine
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's
 
@@ -89,7 +78,9 @@ def train_one_epoch(model, batches, optimizer, scaler, precision, device, rate_a
         loss_sum += loss.detach() * len(labels)  # on the device: to read it each step makes the GPU wait
         correct += (logits.detach().argmax(1) == labels).sum()
         count += len(labels)
-    loss_sum, correct, count = sum_over_ranks(loss_sum, correct, count, device=device)  # waits for the device
+    loss_sum, correct, count = devices.sum_over_ranks(
+        loss_sum, correct, count, device=device
+    )  # waits for the device
     seconds = time.perf_counter() - start
     row = {"train_loss": loss_sum / count, "train_accuracy": correct / count}
     return row | {"seconds": seconds, "images_per_s": count / seconds}
@@ -106,7 +97,7 @@ def evaluate(network, batches, device) -> dict[str, float]:
         loss_sum += cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
         count += len(labels)
-    loss_sum, correct, count = sum_over_ranks(loss_sum, correct, count, device=device)
+    loss_sum, correct, count = devices.sum_over_ranks(loss_sum, correct, count, device=device)
     return {"test_loss": loss_sum / count, "test_accuracy": correct / count, "test_images": round(count)}
 
 
@@ -157,13 +148,12 @@ class Training:
         """Add an epoch; keep its weights if it is the best so far."""
         data = {"data": self.images["fingerprint"], "sample": self.images["sample"]}
         self.history.append({**row, "train_images": self.images["train_images"], **data})
-        rank_of_row = row["test_accuracy"], -row["test_loss"]
-        if self.best is None or rank_of_row > (self.best["accuracy"], -self.best["loss"]):
+        epoch, accuracy, loss = row["epoch"], row["test_accuracy"], row["test_loss"]
+        if self.best is None or (accuracy, -loss) > (self.best["accuracy"], -self.best["loss"]):
             weights = {
-                name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()
+                name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()
             }
-            self.best = {"epoch": row["epoch"], "accuracy": row["test_accuracy"], "loss": row["test_loss"]}
-            self.best["model"] = weights
+            self.best = {"epoch": epoch, "accuracy": accuracy, "loss": loss, "model": weights}
 
     def save(self, path: Path) -> None:
         """Write all that resume() needs."""
@@ -176,44 +166,38 @@ class Training:
         networks.save(path, self.network, **self.facts, **found, history=self.history)
 
 
-def train_size(
-    settings: dict, data: Path, weights: Path, images: dict, device, precision, workers: int
-) -> list:
-    """Train one network, write its best epoch; a row per epoch.  Goes on where it was interrupted.
-
-    Raises UserError if it diverges.
-    """
+def train_size(settings: dict, data: Path, weights: Path, images: dict, device, precision, workers) -> list:
+    """Train one network or go on with it, write its best epoch; its rows.  UserError if it diverges."""
     size, epochs, peak = settings["image_size"], settings["epochs"], settings["learning_rate"]
     best_path, last_path = checkpoint_path(weights, size), weights / f"last_resnet18_{size}.pth"
     processes = dist.get_world_size() if dist.is_initialized() else 1
     batch_size = max(1, settings["batch_size"] // processes)  # that of all processes stays the same
     share = settings["seed"], rank(), processes, device.type == "cuda"
-    loaders = datasets.make_loaders(data, size, batch_size, workers, *share)
-    train_loader, test_loader, classes = loaders
+    train_loader, test_loader, classes = datasets.make_loaders(data, size, batch_size, workers, *share)
     state = Training(settings, images, classes, device, precision)
     state.resume(last_path)
     model = DistributedDataParallel(state.network) if dist.is_initialized() else state.network
-    kind = str(precision).removeprefix("torch.")
-    made_by = {"device": hardware(device), "precision": kind, "processes": processes}
+    made_by = {"device": devices.hardware(device), "precision": named(precision), "processes": processes}
     for epoch in range(len(state.history) + 1, epochs + 1):
         train_loader.sampler.set_epoch(epoch)
         label = f"{size} px, epoch {epoch}/{epochs}"
         bar = tqdm(train_loader, label, leave=False, unit="batch", disable=True if rank() else None)
-        rate_at = functools.partial(
-            lambda done, share: learning_rate_at((done + share) / epochs, peak), epoch - 1
-        )
+
+        def rate_at(share: float, done=epoch - 1) -> float:
+            return learning_rate_at((done + share) / epochs, peak)
+
         trained = train_one_epoch(model, bar, state.optimizer, state.scaler, precision, device, rate_at)
         if state.has_diverged(trained["train_loss"]):
             if precision == torch.float16:  # some GPUs of the GTX 16 series are known to compute NaN in FP16
                 say(f"{size} px: FP16 gives no finite numbers on this GPU; starting this size again in FP32")
-                wait_for_all()
+                devices.wait_for_all()
                 last_path.unlink(missing_ok=True)
                 return train_size(settings, data, weights, images, device, torch.float32, workers)
             mend = f"lower the rate: python train.py --learning-rate {peak / 4:.1g}"
             raise UserError(f"training at {size} px diverged; {mend}")
-        average_statistics(state.network)
-        row = {"image_size": size, "epoch": epoch, **trained}
-        row |= {**evaluate(state.network, test_loader, device), **made_by}
+        devices.average_statistics(state.network)
+        tested = evaluate(state.network, test_loader, device)
+        row = {"image_size": size, "epoch": epoch, **trained, **tested, **made_by}
         state.note(row)
         if rank() == 0:
             state.save(last_path)
@@ -224,6 +208,10 @@ def train_size(
     accuracy = f"test accuracy {state.best['accuracy']:.1%} of {images['test_images']} images"
     say(f"{size} px: best epoch {state.best['epoch']}, {accuracy} -> {best_path}")
     return state.history
+
+
+def named(precision: torch.dtype) -> str:
+    return str(precision).removeprefix("torch.")
 
 
 def described(row: dict) -> str:
@@ -257,8 +245,7 @@ def draw_chart(table: pd.DataFrame) -> Figure:
     accuracy.set_ylim(0, 102)
     loss.set_ylim(0, None)
     for axis, quantity, unit in ((loss, "loss", "nats"), (accuracy, "accuracy", "%")):
-        axis.set_xticks(range(1, epochs + 1))
-        axis.set(xlabel="epoch", ylabel=f"{quantity} ({unit})")
+        axis.set(xticks=range(1, epochs + 1), xlabel="epoch", ylabel=f"{quantity} ({unit})")
         axis.set_title(f"{quantity}: test set solid, training dotted")
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside right center", frameon=False)
@@ -266,32 +253,27 @@ def draw_chart(table: pd.DataFrame) -> Figure:
     span = " to ".join(dict.fromkeys([f"{best.min():.0f}", f"{best.max():.0f}"]))
     title = f"ResNet-18 classifies up to {span} % of the test images right within {epochs} epochs"
     figure.suptitle(title, fontsize=14)
-    made = {}
-    for row in table.itertuples():
-        images = f"{row.train_images} training and {row.test_images} test images"
-        made[f"{row.device}, {row.precision}; {images}"] = None
+    made = table[["device", "precision", "train_images", "test_images"]].drop_duplicates().values
+    texts = [f"{on}, {kind}; {train} training and {test} test images" for on, kind, train, test in made]
     sample = " · sample data (drawn heroes)" if table["sample"].any() else ""
-    figure.supxlabel("; ".join(made) + sample, fontsize=8, x=0.01, ha="left")
+    figure.supxlabel("; ".join(texts) + sample, fontsize=8, x=0.01, ha="left")
     return figure
 
 
 def arguments() -> argparse.Namespace:
     """What was asked for.  Raises UserError where it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--image-sizes", type=int, nargs="+", help=f"pixels, square (default: {IMAGE_SIZES})")
-    parser.add_argument("--epochs", type=int, help=f"per size (default: {EPOCHS})")
-    together = "images per step, of all processes together"
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=together)
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="its peak")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    readers = "processes that read images; 0: the training process reads them itself"
-    parser.add_argument("--workers", type=int, default=4, help=readers)
-    parser.add_argument("--seed", type=int, default=0)
-    weights = "start from ImageNet's weights (a download)"
-    parser.add_argument("--pretrained", action="store_true", help=weights)
-    parser.add_argument("--force", action="store_true", help="train again what is already trained")
-    quick = "try everything out: 64 px, 1 epoch, into <results>/quick"
-    parser.add_argument("--quick", action="store_true", help=quick)
+    add, flag = parser.add_argument, {"action": "store_true"}
+    add("--image-sizes", type=int, nargs="+", help=f"pixels, square (default: {IMAGE_SIZES})")
+    add("--epochs", type=int, help=f"per size (default: {EPOCHS})")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images per step, of all processes together")
+    add("--learning-rate", type=float, default=LEARNING_RATE, help="its peak")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--workers", type=int, default=4, help="processes that read images; 0: none but the training's")
+    add("--seed", type=int, default=0)
+    add("--pretrained", help="start from ImageNet's weights (a download)", **flag)
+    add("--force", help="train again what is already trained", **flag)
+    add("--quick", help="try everything out: 64 px, 1 epoch, into <results>/quick", **flag)
     add_path_arguments(parser)
     args = parser.parse_args()
     args.image_sizes = args.image_sizes or ([64] if args.quick else IMAGE_SIZES)
@@ -305,19 +287,18 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    device = start_processes(args.device)
+    device = devices.start_processes(args.device)
     if rank() == 0:
         datasets.ensure_data(args.data, args.seed)
         datasets.check_images(args.data)
-    wait_for_all()
-    images = {}
-    for split, classes in datasets.list_images(args.data).items():
-        images[f"{split}_images"] = sum(map(len, classes.values()))
+    devices.wait_for_all()
+    listed = datasets.list_images(args.data)
+    images = {f"{split}_images": sum(map(len, classes.values())) for split, classes in listed.items()}
     images |= {"fingerprint": datasets.fingerprint(args.data), "sample": datasets.is_sample(args.data)}
-    precision = choose_precision(device)
+    precision = devices.choose_precision(device)
     counts = f"{images['train_images']} training and {images['test_images']} test images"
     sample = " (sample data)" if images["sample"] else ""
-    say(f"{hardware(device)}, {str(precision).removeprefix('torch.')}, {counts}{sample}")
+    say(f"{devices.hardware(device)}, {named(precision)}, {counts}{sample}")
     names = "epochs", "batch_size", "learning_rate", "seed", "pretrained"
     common = {name: getattr(args, name) for name in names}
     requests = [{"image_size": size, **common} for size in dict.fromkeys(args.image_sizes)]
@@ -330,7 +311,7 @@ def main() -> None:
         size, done = settings["image_size"], None
         if settings not in forced:
             done = matching(checkpoint_path(args.weights, size), settings, images)
-        wait_for_all()
+        devices.wait_for_all()
         if done:
             say(f"{size} px: already trained, test accuracy {done['accuracy']:.1%} (--force trains again)")
             rows = done["history"]

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -17,10 +18,7 @@ from utils.utils import UserError, sha256, write_atomic
 
 SPLITS = ["train", "test"]
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows but can't decode everywhere
-SAMPLE_IMAGES = {
-    "train": 18,
-    "test": 25,
-}  # per class; 5 epochs at 224 to 512 px take 12 minutes on 2 slow cores
+SAMPLE_IMAGES = {"train": 18, "test": 25}  # per class; 5 epochs at 224 to 512 px: 12 minutes on 2 slow cores
 LAYOUT = "put images into {data}/train/<class>/ and {data}/test/<class>/, or name another folder with --data"
 
 
@@ -31,43 +29,31 @@ def nfc(text: str) -> str:
 
 @functools.lru_cache
 def image_suffixes() -> set[str]:
-    Image.init()
-    return {
-        suffix
-        for suffix, name in Image.registered_extensions().items()
-        if name in Image.OPEN and name not in STUBS
-    }
+    formats = Image.registered_extensions().items()
+    return {suffix for suffix, name in formats if name in Image.OPEN and name not in STUBS}
 
 
-def is_image(path: str) -> bool:
+def is_image(path: Path) -> bool:
     """By the name alone; hidden files and folders (.DS_Store, ._x.jpg, .ipynb_checkpoints) are none."""
-    path = Path(path)
-    return (
-        path.suffix.lower() in image_suffixes()
-        and not path.name.startswith(".")
-        and not path.parent.name.startswith(".")
-    )
+    hidden = path.name.startswith(".") or path.parent.name.startswith(".")
+    return path.suffix.lower() in image_suffixes() and not hidden
 
 
 def class_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
 
 
 def visible_files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".") and path.is_file()]
+    return sorted(path for path in folder.rglob("[!.]*") if path.is_file())
 
 
 def list_images(data: Path) -> dict[str, dict[str, list[Path]]]:
     """split -> class (NFC) -> files; folders whose names differ only in their normal form are one class."""
     listed = {split: {} for split in SPLITS}
-    for split in SPLITS:
+    for split, classes in listed.items():
         for folder in class_folders(data / split):
-            images = [
-                Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names
-            ]
-            listed[split].setdefault(nfc(folder.name), []).extend(
-                sorted(path for path in images if is_image(str(path)))
-            )
+            found = [Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names]
+            classes.setdefault(nfc(folder.name), []).extend(sorted(filter(is_image, found)))
     return listed
 
 
@@ -97,13 +83,8 @@ def content_hashes(paths: list[Path]) -> list[str]:
 def fingerprint(data: Path) -> str:
     """16 hex digits over all images' relative names (NFC) and contents: the same on every system."""
     images = sorted(all_images(data), key=lambda path: relative_name(data, path))
-    return sha256("\n".join(named_hashes(data, images)))[:16]
-
-
-def named_hashes(folder: Path, paths: list[Path]) -> list[str]:
-    """ "name digest" of each file, the name relative to `folder`."""
-    digests = content_hashes(paths)
-    return [f"{relative_name(folder, path)} {digest}" for path, digest in zip(paths, digests, strict=True)]
+    named = zip(images, content_hashes(images), strict=True)
+    return sha256("\n".join(f"{relative_name(data, path)} {digest}" for path, digest in named))[:16]
 
 
 def is_sample(data: Path) -> bool:
@@ -112,8 +93,7 @@ def is_sample(data: Path) -> bool:
     if not marker.is_file():
         return False
     drawn = {line.split(" ", 1)[0] for line in marker.read_text(encoding="utf-8").splitlines()}
-    images = all_images(data)
-    return any(set(content_hashes(images[start : start + 64])) & drawn for start in range(0, len(images), 64))
+    return not drawn.isdisjoint(content_hashes(all_images(data)))
 
 
 # ---- sample heroes
@@ -134,28 +114,25 @@ def unfinished_sample(data: Path) -> bool:
 def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = SAMPLE_IMAGES) -> None:
     """Draw the sample heroes into `data`, the same ones for the same seed.
 
-    They are drawn in data/sample.part; the marker SAMPLE.txt is written when all are there, and only then
-    they are moved into place.  An interruption before the marker leaves no data set, one after
-    it is made good by the next call.  Raises UserError rather than touch a user's images.
+    They are drawn in data/sample.part, then the marker SAMPLE.txt is written, then they are moved into place:
+    an interruption before the marker leaves no data set, one after it is made good by the next call.
+    Raises UserError rather than touch a user's images.
     """
     part, marker = data / "sample.part", data / "SAMPLE.txt"
     if not unfinished_sample(data):
         if has_data(data):
-            elsewhere = "python datasets.py --draw-sample --data sample"
-            mend = f"the sample is not mixed with them; draw it elsewhere: {elsewhere}"
-            raise UserError(f"{data} already holds images, {mend}")
+            mend = "draw the sample elsewhere: python datasets.py --draw-sample --data sample"
+            raise UserError(f"{data} already holds images, which are not mixed with drawn ones; {mend}")
         shutil.rmtree(part, ignore_errors=True)
         marker.unlink(missing_ok=True)  # of a sample that was deleted since
-        jobs = []
-        for split in SPLITS:
-            for name in HEROES:
-                where, key = part / split / name, f"{seed}/{split}/{name}"
-                jobs += [(where, key, index) for index in range(counts[split])]
-        files = in_threads(lambda job: draw_file(*job), jobs, "drawing the sample heroes")
-        lines = [" ".join(reversed(line.rsplit(" ", 1))) for line in named_hashes(part, files)]
-        head = f"Sample data drawn by datasets.py (seed {seed}). "
-        head += "What is made with any of these images is marked as sample data."
-        write_atomic(marker, "\n".join([head, "", *lines]) + "\n")
+        kinds = itertools.product(SPLITS, HEROES)
+        drawn = [(split, name, index) for split, name in kinds for index in range(counts[split])]
+        draw = functools.partial(draw_file, part, seed)
+        files = in_threads(draw, drawn, "drawing the sample heroes")
+        named = zip(content_hashes(files), files, strict=True)
+        text = f"Drawn by datasets.py (seed {seed}). What is made with these is marked as sample data.\n\n"
+        lines = [f"{digest} {relative_name(part, path)}\n" for digest, path in named]
+        write_atomic(marker, text + "".join(lines))
     for path in visible_files(part):
         target = data / path.relative_to(part)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -163,13 +140,13 @@ def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = SAMPLE_IMAGE
     shutil.rmtree(part)
 
 
-def draw_file(folder: Path, key: str, index: int) -> Path:
-    """Draw one picture, everything in it decided by (key, index) alone: JPEG mostly, every fourth one PNG."""
-    rng = random.Random(f"{key}/{index}")  # seeds by the text's SHA-512: the same on every system
-    name = nfc(folder.name)
+def draw_file(folder: Path, seed: int, what: tuple[str, str, int]) -> Path:
+    """Draw one picture, decided by (seed, split, class, index) alone: JPEG, every fourth one PNG."""
+    split, name, index = what
+    rng = random.Random(f"{seed}/{split}/{name}/{index}")  # by the text's SHA-512: the same on every system
     png = index % 4 == 3
     image = draw_picture(name, rng, *((400, 0) if png else (700, 9)))  # a large PNG takes long to read
-    path = folder / f"{name} {index + 1:02d}.{'png' if png else 'jpg'}"
-    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / split / name / f"{name} {index + 1:02d}.{'png' if png else 'jpg'}"
+    path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, **({} if png else {"quality": rng.randint(75, 95)}))
     return path

@@ -1,5 +1,4 @@
-"""What two or more scripts share: arguments, user errors, whole files, hashes, what is fresh, the
-environment."""
+"""What scripts share: arguments, user errors, whole files, hashes, what is fresh, the environment."""
 
 import argparse
 import datetime
@@ -32,10 +31,7 @@ PACKAGES += [
     "pillow",
     "nvidia-ml-py",
 ]
-MADE = [
-    ":(top,exclude)results",
-    ":(top,exclude)README.md",
-]  # what runs write: with it the tree is still clean
+MADE = [":(top,exclude)results", ":(top,exclude)README.md"]  # by runs: with it the tree is still clean
 LARGE = ["torch", "torchvision", "torchvision.transforms.v2", "torch.utils.flop_counter", "pandas"]
 
 
@@ -44,8 +40,7 @@ class UserError(Exception):
 
 
 def run_main(main: Callable) -> None:
-    """Run a script's main(): a UserError is one sentence on stderr and exit code 2, Ctrl-C is exit code
-    130."""
+    """Run a script's main(): a UserError is one sentence and exit code 2, Ctrl-C is exit code 130."""
     for stream in (sys.stdout, sys.stderr):  # Windows consoles default to a code page without Cyrillic
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -62,8 +57,8 @@ def run_main(main: Callable) -> None:
 def fresh_processes():
     """multiprocessing's means to start clean processes.
 
-    On Linux they are forked from a server that has imported the large libraries and done nothing else, which
-    saves each the seconds of importing them; elsewhere each starts from nothing.
+    On Linux they are forked from a server that has only imported the large libraries, which saves each
+    seconds; elsewhere each starts from nothing.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
@@ -83,13 +78,12 @@ def end_with_parent() -> None:
 
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:
-    paths = {
-        "data": "folder with train/<class>/ and test/<class>/",
-        "weights": "folder of checkpoints, exports and engines",
-        "results": "folder of records, tables and charts",
-    }
-    for name, text in paths.items():
-        parser.add_argument(f"--{name}", type=Path, default=Path(name), help=text)
+    for name, holds in (
+        ("data", "train/<class>/ and test/<class>/"),
+        ("weights", "checkpoints, exports and engines"),
+        ("results", "records, tables and charts"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, default=Path(name), help=f"folder of {holds}")
 
 
 def checkpoint_path(weights: Path, image_size: int) -> Path:
@@ -132,8 +126,7 @@ def write_json(path: Path, value) -> None:
 
 
 def is_fresh(path: Path, facts: dict) -> bool:
-    """Whether `path` is whole and was made from exactly `facts`; if it is there but not that, stderr says
-    why."""
+    """Whether `path` is whole and made from exactly `facts`; if it is there but not that, stderr says why."""
     if not path.is_file():
         return False
     try:
@@ -196,8 +189,7 @@ def package_version(name: str) -> str | None:
 
 
 def environment() -> dict:
-    """What a figure depends on besides the code: machine, driver, packages; the commit and command that
-    made it."""
+    """What a figure depends on besides the code: machine, driver, packages; its commit and command."""
     return {
         "gpu": None,
         **gpu.describe(),

@@ -8,13 +8,14 @@ Writes only to draw the sample into a folder without images; data/SAMPLE.txt the
 """
 
 import argparse
+import contextlib
 import itertools
+import signal
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import v2
@@ -23,18 +24,24 @@ from utils.images import (
     LAYOUT,
     SPLITS,
     all_images,
+    check_nothing_else,
     content_hashes,
     draw_sample,
     fingerprint,
     has_data,
+    image_or_problem,
     in_threads,
     is_sample,
     list_images,
     unfinished_sample,
     visible_files,
 )
-from utils.utils import UserError, run_main
+from utils.images import (
+    load_rgb as load_rgb,
+)
+from utils.utils import UserError, alone, check_folder, run_main
 
+DEFAULT = Path("data")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, for RGB in 0..1
 
 
@@ -60,10 +67,8 @@ def check_folders(data: Path) -> None:
 
 def image_size_of(path: Path) -> tuple[int, int] | str:
     """(width, height) after really decoding the file, or what is wrong with it."""
-    try:
-        return load_rgb(path).size
-    except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
-        return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    found = image_or_problem(path)
+    return found if isinstance(found, str) else found.size
 
 
 def check_images(data: Path) -> dict[Path, tuple[int, int]]:
@@ -79,31 +84,35 @@ def check_images(data: Path) -> dict[Path, tuple[int, int]]:
 
 
 def ensure_data(data: Path, seed: int = 0) -> None:
-    """Draw the sample where there is no data at all, otherwise check the folders.  Raises UserError."""
-    if not has_data(data) or unfinished_sample(data):
-        where = f"your own: {LAYOUT.format(data=data)}"
-        print(f"no images in {data}: drawing the sample heroes ({where})", flush=True)
-        draw_sample(data, seed)
+    """Check the folders; draw the sample if the default one holds nothing at all.  Raises UserError."""
+    if unfinished_sample(data) or not has_data(data):
+        if data != DEFAULT and not unfinished_sample(data):
+            what = "holds no images" if data.exists() else "does not exist"
+            draw = f"or draw the sample there: python datasets.py --draw-sample --data {data}"
+            raise UserError(f"{data} {what}; {LAYOUT.format(data=data)}, {draw}")
+        draw_once(data, seed)
     check_folders(data)
 
 
+def draw_once(data: Path, seed: int) -> None:
+    """Draw the sample, or wait for another process that is drawing it.  Raises UserError."""
+    check_folder(data, room_mb=50)
+    check_nothing_else(data)
+    with alone(data / ".draw.lock", "drawing the sample", patience=300):
+        if unfinished_sample(data) or not has_data(data):
+            where = f"your own: {LAYOUT.format(data=data)}"
+            print(f"no images in {data}: drawing the sample heroes ({where})", flush=True)
+            draw_sample(data, seed)
+
+
+def describe(data: Path) -> dict:
+    """What a checkpoint says of the images it was trained on."""
+    listed = list_images(data)
+    counts = {f"{split}_images": sum(map(len, classes.values())) for split, classes in listed.items()}
+    return counts | {"fingerprint": fingerprint(data), "sample": is_sample(data)}
+
+
 # ---- pictures -> tensors
-
-
-def load_rgb(path: str | Path) -> Image.Image:
-    """The picture as RGB, 8 bits: upright (EXIF), transparency on white, 16-bit grey scaled, not clipped."""
-    with Image.open(path) as image:
-        image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey opens as I;16 or I, by Pillow's version
-        values = np.asarray(image, dtype=np.float32)
-        scales = [full for full in (1, 255, 65535) if image.mode == "F" and values.max() <= full]
-        grey = values / (scales or [max(65535, values.max())])[0] * 255
-        return Image.fromarray(grey.clip(0, 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_normalised() -> list:
@@ -126,22 +135,38 @@ def train_transform(image_size: int):
 
 
 class Pictures(Dataset):
-    """One split as (float32 (3, S, S), label), the label by the class's place in `classes`."""
+    """One split as (float32 (3, S, S), label), the label by the class's place in `classes`.
 
-    def __init__(self, data: Path, split: str, classes: list[str], transform):
+    With a seed, chance is decided by it and the number asked for: epoch * len + index.  So a training that
+    was interrupted sees the same pictures as one that was not, with any number of workers.
+    """
+
+    def __init__(self, data: Path, split: str, classes: list[str], transform, seed: int | None = None):
         listed = list_images(data)[split]
         if unknown := sorted(set(listed) - set(classes)):
             mend = "remove it or train again: python train.py"
             raise UserError(f"{data / split / unknown[0]} is a class the network never saw; {mend}")
-        self.transform = transform
+        self.transform, self.seed = transform, seed
         self.files = [(path, classes.index(name)) for name, images in listed.items() for path in images]
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        path, label = self.files[index]
-        return self.transform(load_rgb(path)), label
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
+        path, label = self.files[number % len(self.files)]
+        if self.seed is not None:
+            torch.default_generator.manual_seed((self.seed * 1_000_003 + number) % 2**32)
+        if isinstance(image := image_or_problem(path), str):
+            again = "put it back, then run the same command again"
+            raise UserError(f"{path} can't be read any more ({image}); {again}")
+        return self.transform(image), label
+
+
+class EpochSampler(DistributedSampler):
+    """Numbers that tell the epoch, too: see Pictures."""
+
+    def __iter__(self) -> Iterator[int]:
+        return (self.epoch * len(self.dataset) + index for index in super().__iter__())
 
 
 def make_loaders(
@@ -162,9 +187,9 @@ def make_loaders(
     """
     check_folders(data)
     classes = sorted(list_images(data)["train"])
-    train = Pictures(data, "train", classes, train_transform(image_size))
+    train = Pictures(data, "train", classes, train_transform(image_size), seed)
     test = Pictures(data, "test", classes, test_transform(image_size))
-    sampler = DistributedSampler(train, world_size, rank, shuffle=True, seed=seed)
+    sampler = EpochSampler(train, world_size, rank, shuffle=True, seed=seed)
     # A last batch of one image has no variance for batch norm: it is left out, another one in every epoch.
     drop_last = len(sampler) > batch_size and len(sampler) % batch_size == 1
     common = {"seed": seed, "pin_memory": pin_memory}
@@ -178,7 +203,26 @@ def loader(dataset, batch_size: int, num_workers: int, seed: int, **options) -> 
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     options["generator"] = torch.Generator().manual_seed(seed)
     options["persistent_workers"] = num_workers > 0  # starting them anew costs seconds on Windows and macOS
-    return DataLoader(dataset, batch_size, num_workers=num_workers, **options)
+    return DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=ignore_ctrl_c, **options)
+
+
+def ignore_ctrl_c(worker: int) -> None:
+    """The main process hears it, too, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """Around the use of a loader: what went wrong in a worker process becomes one sentence, a UserError."""
+    try:
+        yield
+    except UserError as error:  # torch wraps it into the worker's traceback
+        raise UserError(str(error).rstrip().splitlines()[-1].rpartition("UserError: ")[2]) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        mend = "perhaps for want of memory; use fewer, --workers 1, then run the same command again"
+        raise UserError(f"a process that reads images was killed, {mend}") from error
 
 
 def make_test_loader(data: Path, image_size: int, batch_size: int, classes: list[str], num_workers=0):
@@ -236,8 +280,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the drawn sample")
     args = parser.parse_args()
     if unfinished_sample(args.data) or (args.draw_sample and not is_sample(args.data)):
-        draw_sample(args.data, args.seed)
+        check_folder(args.data, room_mb=50)
+        with alone(args.data / ".draw.lock", "drawing the sample"):
+            draw_sample(args.data, args.seed)
     if not has_data(args.data):
+        check_nothing_else(args.data)
         draw = "or draw the sample: python datasets.py --draw-sample"
         raise UserError(f"no images in {args.data}; {LAYOUT.format(data=args.data)}, {draw}")
     print_overview(args.data)

@@ -41,18 +41,36 @@ def save(path: Path, model: torch.nn.Module, **facts) -> None:
 def read(path: Path, **options) -> dict:
     """The checkpoint as a dict: `model` (the weights, on the CPU) and the facts that save() was given.
 
-    Raises UserError where the file is missing or is not a checkpoint.
+    No code in it is run.  Raises UserError where the file is missing, is no checkpoint, or was trained at
+    another image size than its name says.
     """
     size = path.stem.rpartition("_")[2]
     if not path.is_file():
         raise UserError(f"{path} is missing; train it first: python train.py --image-sizes {size}")
+    again = f"train again: python train.py --force --image-sizes {size}"
     try:
         checkpoint = torch.load(str(path), map_location="cpu", weights_only=True, **options)
-        checkpoint["model"], checkpoint["classes"], checkpoint["image_size"]
+        trained_at, classes = checkpoint["image_size"], checkpoint["classes"]
+        whole = len(checkpoint["model"]["fc.bias"]) == len(classes) and {*map(type, classes)} == {str}
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError on a damaged file
-        again = f"python train.py --force --image-sizes {size}"
-        raise UserError(f"{path} is not a checkpoint of train.py; train again: {again}") from error
+        raise UserError(f"{path} is not a checkpoint of train.py; {again}") from error
+    if not whole:
+        raise UserError(f"{path} is no checkpoint of train.py: classes and weights do not fit; {again}")
+    if size.isdigit() and trained_at != int(size):
+        raise UserError(f"{path} was trained at {trained_at} px; give it its old name back, or {again}")
     return checkpoint
+
+
+def why_to_keep(path: Path, fingerprint: str) -> str | None:
+    """Why training on the images with this fingerprint could not make the file at `path` again, if so."""
+    if not path.exists():
+        return None
+    try:
+        data = load_facts(path).get("data")
+    except UserError:
+        return "is not a checkpoint of train.py for this image size"
+    known = data.get("fingerprint") if isinstance(data, dict) else None
+    return None if known == fingerprint else "was trained on other images"
 
 
 def load_facts(path: Path) -> dict:
@@ -66,7 +84,11 @@ def load(path: Path, device: torch.device | str) -> tuple[torch.nn.Module, dict]
     """The checkpoint's network in FP32 and evaluation mode on `device`, and its facts.  Raises UserError."""
     facts = read(path)
     model = build(len(facts["classes"]))
-    model.load_state_dict(facts.pop("model"))
+    try:
+        model.load_state_dict(facts.pop("model"))
+    except RuntimeError as error:
+        again = f"train again: python train.py --force --image-sizes {facts['image_size']}"
+        raise UserError(f"{path} does not hold a ResNet-18; {again}") from error
     return model.eval().to(device), facts
 
 

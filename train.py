@@ -11,31 +11,31 @@ goes on after its last whole epoch.
 
 import argparse
 import contextlib
-import io
 import math
 import time
 from pathlib import Path
 
-import pandas as pd
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import datasets
 import model as networks
-from utils import devices
+from utils import curves, devices
 from utils.devices import rank, say
 from utils.utils import (
     IMAGE_SIZES,
     UserError,
     add_path_arguments,
+    alone,
+    check_folder,
     checkpoint_path,
     read_json,
+    remove_leftovers,
     run_main,
-    write_atomic,
+    set_aside,
     write_json,
 )
 
@@ -44,7 +44,16 @@ LEARNING_RATE = 5e-4  # AdamW's peak; the best of 3e-4 to 4e-3, and better than 
 WEIGHT_DECAY = 0.05
 MOMENTUM = 0.2  # of batch norm's statistics; torch's 0.1 lags behind in so few steps (95, not 98 % right)
 WARMUP = 0.2  # share of all steps in which the learning rate rises; then it falls to 0 along a cosine
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's
+LIMITS = {  # least and most of each argument; batch norm needs two images
+    "image_sizes": (32, 4096),
+    "epochs": (1, 10_000),
+    "batch_size": (2, 65_536),
+    "learning_rate": (1e-9, 10.0),
+    "workers": (0, 256),
+    "seed": (0, 2**32 - 1),
+}
+REQUEST = ["epochs", "batch_size", "learning_rate", "seed", "pretrained"]  # what a checkpoint is made by
+BEST_MB, LAST_MB = 45, 135  # a network; with the optimizer's state and the best epoch so far
 
 
 def learning_rate_at(progress: float, peak: float) -> float:
@@ -78,9 +87,8 @@ def train_one_epoch(model, batches, optimizer, scaler, precision, device, rate_a
         loss_sum += loss.detach() * len(labels)  # on the device: to read it each step makes the GPU wait
         correct += (logits.detach().argmax(1) == labels).sum()
         count += len(labels)
-    loss_sum, correct, count = devices.sum_over_ranks(
-        loss_sum, correct, count, device=device
-    )  # waits for the device
+    # This waits for the device, so the clock stops when all is done.
+    loss_sum, correct, count = devices.sum_over_ranks(loss_sum, correct, count, device=device)
     seconds = time.perf_counter() - start
     row = {"train_loss": loss_sum / count, "train_accuracy": correct / count}
     return row | {"seconds": seconds, "images_per_s": count / seconds}
@@ -127,8 +135,8 @@ class Training:
         make_scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
         self.scaler = make_scaler(enabled=precision == torch.float16)
         self.settings, self.images = settings, images
-        self.facts = {"classes": classes, "image_size": settings["image_size"]}
-        self.facts |= {"settings": settings, "data": images}
+        size = settings["image_size"]
+        self.facts = dict(classes=classes, image_size=size, settings=settings, data=images)
         self.history, self.best = [], None
 
     def resume(self, path: Path) -> None:
@@ -150,9 +158,7 @@ class Training:
         self.history.append({**row, "train_images": self.images["train_images"], **data})
         epoch, accuracy, loss = row["epoch"], row["test_accuracy"], row["test_loss"]
         if self.best is None or (accuracy, -loss) > (self.best["accuracy"], -self.best["loss"]):
-            weights = {
-                name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()
-            }
+            weights = {name: value.cpu().clone() for name, value in self.network.state_dict().items()}
             self.best = {"epoch": epoch, "accuracy": accuracy, "loss": loss, "model": weights}
 
     def save(self, path: Path) -> None:
@@ -166,18 +172,47 @@ class Training:
         networks.save(path, self.network, **self.facts, **found, history=self.history)
 
 
-def train_size(settings: dict, data: Path, weights: Path, images: dict, device, precision, workers) -> list:
+def train_size(
+    settings: dict, data: Path, weights: Path, images: dict, device, precision, workers, batch_size=None
+) -> list:
+    """train_network() with what this machine can do: FP32 where FP16 fails, a batch that fits into memory."""
+    size, batch_size = settings["image_size"], batch_size or settings["batch_size"]
+    try:
+        with datasets.readable_errors():
+            return train_network(settings, data, weights, images, device, precision, workers, batch_size)
+    except FloatingPointError:  # some GPUs of the GTX 16 series are known to compute NaN in FP16
+        say(f"{size} px: FP16 gives no finite numbers on this GPU; starting this size again in FP32")
+        devices.wait_for_all()
+        checkpoint_path(weights, size, "last").unlink(missing_ok=True)
+        precision = torch.float32
+    except (MemoryError, RuntimeError) as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        smaller = max(batch_size // 2, 2)
+        if smaller == batch_size or dist.is_initialized():  # the other processes wait for this one
+            mend = f"python train.py --image-sizes {size} --batch-size {smaller}, or a smaller size"
+            raise UserError(f"{size} px, batch size {batch_size}: out of memory; try: {mend}") from error
+        say(f"{size} px: out of memory at batch size {batch_size}; going on with {smaller}")
+        batch_size = smaller
+    return train_size(settings, data, weights, images, device, precision, workers, batch_size)
+
+
+def train_network(
+    settings: dict, data: Path, weights: Path, images: dict, device, precision, workers: int, batch_size: int
+) -> list:
     """Train one network or go on with it, write its best epoch; its rows.  UserError if it diverges."""
     size, epochs, peak = settings["image_size"], settings["epochs"], settings["learning_rate"]
-    best_path, last_path = checkpoint_path(weights, size), weights / f"last_resnet18_{size}.pth"
+    best_path, last = checkpoint_path(weights, size), checkpoint_path(weights, size, "last")
     processes = dist.get_world_size() if dist.is_initialized() else 1
-    batch_size = max(1, settings["batch_size"] // processes)  # that of all processes stays the same
+    batch_size = max(2, batch_size // processes)  # that of all processes stays the same
     share = settings["seed"], rank(), processes, device.type == "cuda"
     train_loader, test_loader, classes = datasets.make_loaders(data, size, batch_size, workers, *share)
     state = Training(settings, images, classes, device, precision)
-    state.resume(last_path)
+    if rank() == 0:
+        keep(last, images)
+    state.resume(last)
     model = DistributedDataParallel(state.network) if dist.is_initialized() else state.network
-    made_by = {"device": devices.hardware(device), "precision": named(precision), "processes": processes}
+    made_by = dict(device=devices.hardware(device), precision=devices.named(precision), processes=processes)
     for epoch in range(len(state.history) + 1, epochs + 1):
         train_loader.sampler.set_epoch(epoch)
         label = f"{size} px, epoch {epoch}/{epochs}"
@@ -188,11 +223,8 @@ def train_size(settings: dict, data: Path, weights: Path, images: dict, device, 
 
         trained = train_one_epoch(model, bar, state.optimizer, state.scaler, precision, device, rate_at)
         if state.has_diverged(trained["train_loss"]):
-            if precision == torch.float16:  # some GPUs of the GTX 16 series are known to compute NaN in FP16
-                say(f"{size} px: FP16 gives no finite numbers on this GPU; starting this size again in FP32")
-                devices.wait_for_all()
-                last_path.unlink(missing_ok=True)
-                return train_size(settings, data, weights, images, device, torch.float32, workers)
+            if precision == torch.float16:
+                raise FloatingPointError
             mend = f"lower the rate: python train.py --learning-rate {peak / 4:.1g}"
             raise UserError(f"training at {size} px diverged; {mend}")
         devices.average_statistics(state.network)
@@ -200,68 +232,30 @@ def train_size(settings: dict, data: Path, weights: Path, images: dict, device, 
         row = {"image_size": size, "epoch": epoch, **trained, **tested, **made_by}
         state.note(row)
         if rank() == 0:
-            state.save(last_path)
+            state.save(last)
         say(f"{label}: {described(row)}")  # only once it is saved
     if rank() == 0:
+        keep(best_path, images)
         state.save_best(best_path)
-        last_path.unlink(missing_ok=True)
+        last.unlink(missing_ok=True)
     accuracy = f"test accuracy {state.best['accuracy']:.1%} of {images['test_images']} images"
     say(f"{size} px: best epoch {state.best['epoch']}, {accuracy} -> {best_path}")
     return state.history
 
 
-def named(precision: torch.dtype) -> str:
-    return str(precision).removeprefix("torch.")
+def keep(path: Path, images: dict) -> None:
+    """Rename what is at `path` if these images can't make it again."""
+    if networks.why_to_keep(path, images["fingerprint"]):
+        say(f"what was {path} is kept as {set_aside(path)}")
 
 
 def described(row: dict) -> str:
     losses = f"training loss {row['train_loss']:.3f}, test loss {row['test_loss']:.3f}"
-    speed = f"{row['seconds']:.1f} s, {row['images_per_s']:.1f} images/s"
-    return f"{losses}, test accuracy {row['test_accuracy']:.1%}, {speed}"
-
-
-def write_results(results: Path, rows: list[dict]) -> None:
-    """Merge the rows into training.csv, where other sizes keep theirs, and draw training.png from it."""
-    path, table = results / "training.csv", pd.DataFrame(rows)
-    if path.exists():
-        old = pd.read_csv(path, dtype={"data": str})
-        table = pd.concat([old[~old["image_size"].isin(table["image_size"])], table])
-    table = table.sort_values(["image_size", "epoch"], ignore_index=True)
-    write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    draw_chart(table).savefig(picture := io.BytesIO(), dpi=120)
-    write_atomic(results / "training.png", picture.getvalue())
-
-
-def draw_chart(table: pd.DataFrame) -> Figure:
-    """Loss and accuracy per epoch; one colour per image size, the test set solid, training dotted."""
-    figure, epochs = Figure(figsize=(11, 5), layout="constrained"), table["epoch"].max()
-    loss, accuracy = figure.subplots(1, 2)
-    for index, (size, rows) in enumerate(table.groupby("image_size")):
-        look = {"color": COLOURS[index % len(COLOURS)]}
-        for axis, quantity, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
-            test, trained = scale * rows[f"test_{quantity}"], scale * rows[f"train_{quantity}"]
-            axis.plot(rows["epoch"], test, marker="o", linewidth=2, label=f"{size} px", **look)
-            axis.plot(rows["epoch"], trained, linestyle=":", **look)
-    accuracy.set_ylim(0, 102)
-    loss.set_ylim(0, None)
-    for axis, quantity, unit in ((loss, "loss", "nats"), (accuracy, "accuracy", "%")):
-        axis.set(xticks=range(1, epochs + 1), xlabel="epoch", ylabel=f"{quantity} ({unit})")
-        axis.set_title(f"{quantity}: test set solid, training dotted")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside right center", frameon=False)
-    best = 100 * table.groupby("image_size")["test_accuracy"].max()
-    span = " to ".join(dict.fromkeys([f"{best.min():.0f}", f"{best.max():.0f}"]))
-    title = f"ResNet-18 classifies up to {span} % of the test images right within {epochs} epochs"
-    figure.suptitle(title, fontsize=14)
-    made = table[["device", "precision", "train_images", "test_images"]].drop_duplicates().values
-    texts = [f"{on}, {kind}; {train} training and {test} test images" for on, kind, train, test in made]
-    sample = " · sample data (drawn heroes)" if table["sample"].any() else ""
-    figure.supxlabel("; ".join(texts) + sample, fontsize=8, x=0.01, ha="left")
-    return figure
+    return f"{losses}, test accuracy {row['test_accuracy']:.1%}, {row['images_per_s']:.1f} images/s"
 
 
 def arguments() -> argparse.Namespace:
-    """What was asked for.  Raises UserError where it makes no sense."""
+    """What was asked for.  Raises UserError where it is beyond LIMITS."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add, flag = parser.add_argument, {"action": "store_true"}
     add("--image-sizes", type=int, nargs="+", help=f"pixels, square (default: {IMAGE_SIZES})")
@@ -279,34 +273,62 @@ def arguments() -> argparse.Namespace:
     args.image_sizes = args.image_sizes or ([64] if args.quick else IMAGE_SIZES)
     if args.epochs is None:
         args.epochs = 1 if args.quick else EPOCHS
-    if min(args.image_sizes) < 32 or args.epochs < 1 or args.batch_size < 1 or args.workers < 0:
-        sense = "--image-sizes from 32, --epochs and --batch-size from 1, --workers from 0 make sense"
-        raise UserError(f"{sense}; see: python train.py --help")
+    for name, (least, most) in LIMITS.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if not least <= value <= most:  # so NaN is refused, too
+                flag = f"--{name.replace('_', '-')}"
+                text = f"{flag} goes from {least} to {most}, not {value}"
+                raise UserError(f"{text}; see: python train.py --help")
     return args
+
+
+def look_at_networks(weights: Path, requests: list[dict], images: dict) -> None:
+    """Raise UserError if training would replace what these images can't make again."""
+    for settings in requests:
+        size = settings["image_size"]
+        for path in (checkpoint_path(weights, size), checkpoint_path(weights, size, "last")):
+            if reason := networks.why_to_keep(path, images["fingerprint"]):
+                mend = "to train all the same, and keep it beside the new one, add --force to the command"
+                raise UserError(f"{path} {reason}; {mend}")
 
 
 def main() -> None:
     args = arguments()
     device = devices.start_processes(args.device)
+    results = args.results / "quick" if args.quick else args.results
+    common = {name: getattr(args, name) for name in REQUEST}
+    requests = [{"image_size": size, **common} for size in dict.fromkeys(args.image_sizes)]
     if rank() == 0:
+        check_folder(args.weights, room_mb=len(requests) * BEST_MB + 2 * LAST_MB)
+        check_folder(results, room_mb=5)
+        curves.read_table(results / "training.csv")
         datasets.ensure_data(args.data, args.seed)
         datasets.check_images(args.data)
     devices.wait_for_all()
-    listed = datasets.list_images(args.data)
-    images = {f"{split}_images": sum(map(len, classes.values())) for split, classes in listed.items()}
-    images |= {"fingerprint": datasets.fingerprint(args.data), "sample": datasets.is_sample(args.data)}
+    images = datasets.describe(args.data)
+    if not args.force:
+        look_at_networks(args.weights, requests, images)
+    with alone(args.weights / ".train.lock", "training") if rank() == 0 else contextlib.nullcontext():
+        train_all(requests, images, args, results, device)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def train_all(requests: list[dict], images: dict, args: argparse.Namespace, results: Path, device) -> None:
+    """Train what is not trained yet, one size after another."""
+    if rank() == 0:
+        remove_leftovers(args.weights, results)
     precision = devices.choose_precision(device)
     counts = f"{images['train_images']} training and {images['test_images']} test images"
     sample = " (sample data)" if images["sample"] else ""
-    say(f"{devices.hardware(device)}, {named(precision)}, {counts}{sample}")
-    names = "epochs", "batch_size", "learning_rate", "seed", "pretrained"
-    common = {name: getattr(args, name) for name in names}
-    requests = [{"image_size": size, **common} for size in dict.fromkeys(args.image_sizes)]
+    say(f"{devices.hardware(device)}, {devices.named(precision)}, {counts}{sample}")
     forced_path = args.weights / "forced.json"
     forced = []  # what --force has still to train: it, too, goes on after an interruption
     if args.force:
-        forced = [request for request in read_json(forced_path) or [] if request in requests]
-        forced = forced or list(requests)
+        left = read_json(forced_path)
+        left = [request for request in requests if request in left] if isinstance(left, list) else []
+        forced = left or list(requests)
     for settings in requests:
         size, done = settings["image_size"], None
         if settings not in forced:
@@ -318,12 +340,10 @@ def main() -> None:
         else:
             rows = train_size(settings, args.data, args.weights, images, device, precision, args.workers)
         if rank() == 0:
-            write_results(args.results / "quick" if args.quick else args.results, rows)
+            curves.write_results(results, rows)
             if settings in forced:
                 forced.remove(settings)
                 write_json(forced_path, forced) if forced else forced_path.unlink(missing_ok=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

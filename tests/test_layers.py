@@ -8,7 +8,7 @@ from conftest import ROOT
 LAYERS = [  # from the lowest; files in one layer do not import each other
     ["utils.gpu", "utils.timing", "utils.ceilings", "utils.schema"],
     ["utils.utils", "utils.heroes"],
-    ["utils.images", "utils.devices"],
+    ["utils.images", "utils.devices", "utils.curves"],
     ["model", "datasets"],
     ["utils.check"],
     ["utils.records"],

@@ -117,7 +117,13 @@ def test_other_images_and_force_train_again(folder, run):
     shutil.copy(
         folder / "data" / "test" / "тёмный" / "0.png", folder / "data" / "train" / "тёмный" / "new.png"
     )
-    assert "already trained" not in run("--image-sizes", 32, "--epochs", 1)
+    first = checkpoint_path(folder / "weights", 32)
+    before = first.read_bytes()
+    with pytest.raises(UserError, match="best_resnet18_32.pth was trained on other images.*--force"):
+        run("--image-sizes", 32, "--epochs", 1)
+    assert first.read_bytes() == before
+    assert "epoch 1/1" in run("--image-sizes", 32, "--epochs", 1, "--force")
+    assert first.with_name(f"{first.name}.1").read_bytes() == before != first.read_bytes()
 
 
 def test_an_interrupted_run_goes_on_after_its_last_epoch(folder, run):
@@ -144,14 +150,27 @@ def test_an_interrupted_run_goes_on_after_its_last_epoch(folder, run):
     history = model.load_facts(checkpoint_path(folder / "weights", 64))["history"]
     assert [row["epoch"] for row in history] == list(range(1, 7)) and history[: len(done)] == done
     assert not last.exists() and len(rows_of(folder)) == 6
+    run(
+        *request, "--weights", folder / "again", "--workers", 1
+    )  # in one go; any number of workers sees the same
+    straight = model.load_facts(checkpoint_path(folder / "again", 64))["history"]
+    for name in ("train_loss", "test_loss", "test_accuracy"):
+        assert [row[name] for row in straight] == [row[name] for row in history]
 
 
-def test_a_damaged_or_foreign_state_is_not_gone_on_from(folder, run):
-    (folder / "weights").mkdir()
-    (folder / "weights" / "last_resnet18_32.pth").write_bytes(b"cut short")
-    checkpoint_path(folder / "weights", 32).write_bytes(b"cut short")
-    assert "32 px, epoch 1/1" in run("--image-sizes", 32, "--epochs", 1)
-    assert model.load_facts(checkpoint_path(folder / "weights", 32))["epoch"] == 1
+def test_a_damaged_or_foreign_state_is_kept_and_not_gone_on_from(folder, run):
+    best, last = (checkpoint_path(folder / "weights", 32, which) for which in ("best", "last"))
+    best.parent.mkdir()
+    torch.save({"conv1.weight": torch.zeros(1)}, best)  # somebody's own network
+    last.write_bytes(b"cut short")
+    before = best.read_bytes()
+    with pytest.raises(UserError, match="best_resnet18_32.pth is not a checkpoint of train.py"):
+        run("--image-sizes", 32, "--epochs", 1)
+    assert best.read_bytes() == before and last.read_bytes() == b"cut short"
+    assert "32 px, epoch 1/1" in run("--image-sizes", 32, "--epochs", 1, "--force")
+    assert model.load_facts(best)["epoch"] == 1
+    assert best.with_name(f"{best.name}.1").read_bytes() == before
+    assert last.with_name(f"{last.name}.1").read_bytes() == b"cut short"
 
 
 @pytest.mark.parametrize("batch_size", [9, 3, 1000])
@@ -185,7 +204,7 @@ def test_two_processes_train_one_network(folder):
     assert (logits.argmax(1) == labels).float().mean().item() == pytest.approx(facts["accuracy"])
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     assert loss == pytest.approx(table["test_loss"][facts["epoch"] - 1], rel=1e-3)
-    assert sorted(path.name for path in (folder / "weights").iterdir()) == ["best_resnet18_32.pth"]
+    assert sorted(path.name for path in (folder / "weights").glob("[!.]*")) == ["best_resnet18_32.pth"]
 
 
 def test_the_learning_rate_rises_and_falls_to_zero():

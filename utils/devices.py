@@ -81,3 +81,12 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def named(precision: torch.dtype) -> str:
+    return str(precision).removeprefix("torch.")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    said = "out of memory", "can't allocate memory", "not enough memory"  # on a GPU, on a CPU, on Windows
+    return isinstance(error, MemoryError) or any(text in str(error) for text in said)

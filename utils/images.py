@@ -1,16 +1,20 @@
-"""Image folders as files: what is there, its fingerprint, and the sample drawn where there is nothing."""
+"""Image folders: what is there, its fingerprint, its pictures, and the sample drawn where nothing is."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import os
 import random
 import shutil
+import threading
 import unicodedata
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from utils.heroes import HEROES, draw_picture
@@ -18,6 +22,16 @@ from utils.utils import UserError, sha256, write_atomic
 
 SPLITS = ["train", "test"]
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows but can't decode everywhere
+OURS = {
+    "train",
+    "test",
+    "sample.part",
+    "SAMPLE.txt",
+    "README.md",
+}  # what data/ may hold without being the user's
+# A picture may have twice Pillow's limit, 179 million pixels.  So many in all are decoded at a time, whatever
+# the number of threads: at 4 bytes and about three copies each that is at most 2 GB.
+PIXELS_IN_FLIGHT = 2 * Image.MAX_IMAGE_PIXELS
 SAMPLE_IMAGES = {"train": 18, "test": 25}  # per class; 5 epochs at 224 to 512 px: 12 minutes on 2 slow cores
 LAYOUT = "put images into {data}/train/<class>/ and {data}/test/<class>/, or name another folder with --data"
 
@@ -34,17 +48,33 @@ def image_suffixes() -> set[str]:
 
 
 def is_image(path: Path) -> bool:
-    """By the name alone; hidden files and folders (.DS_Store, ._x.jpg, .ipynb_checkpoints) are none."""
+    """By the name; what is hidden (._x.jpg, .ipynb_checkpoints/) is none, nor is a pipe or a device.
+
+    A link that leads nowhere is one: reading it fails, and that is to be said.
+    """
     hidden = path.name.startswith(".") or path.parent.name.startswith(".")
-    return path.suffix.lower() in image_suffixes() and not hidden
+    named = path.suffix.lower() in image_suffixes() and not hidden
+    return named and (path.is_file() or not path.exists())
 
 
 def class_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All in it and its subfolders but folders; links are followed once, and never to a folder around it."""
+    found, seen = [], set(map(str, folder.resolve().parents))
+    for at, below, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(at)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        found += [Path(at, name) for name in names]
+    return sorted(found)
+
+
 def visible_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+    return [path for path in files_below(folder) if not path.name.startswith(".")]
 
 
 def list_images(data: Path) -> dict[str, dict[str, list[Path]]]:
@@ -52,8 +82,7 @@ def list_images(data: Path) -> dict[str, dict[str, list[Path]]]:
     listed = {split: {} for split in SPLITS}
     for split, classes in listed.items():
         for folder in class_folders(data / split):
-            found = [Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names]
-            classes.setdefault(nfc(folder.name), []).extend(sorted(filter(is_image, found)))
+            classes.setdefault(nfc(folder.name), []).extend(filter(is_image, files_below(folder)))
     return listed
 
 
@@ -77,7 +106,15 @@ def in_threads(function, items: list, label: str | None = None) -> list:
 
 
 def content_hashes(paths: list[Path]) -> list[str]:
-    return in_threads(lambda path: hashlib.sha256(path.read_bytes()).hexdigest(), paths)
+    return in_threads(content_hash, paths)
+
+
+def content_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):  # as many large files as threads need not be in memory whole
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def fingerprint(data: Path) -> str:
@@ -92,8 +129,71 @@ def is_sample(data: Path) -> bool:
     marker = data / "SAMPLE.txt"
     if not marker.is_file():
         return False
-    drawn = {line.split(" ", 1)[0] for line in marker.read_text(encoding="utf-8").splitlines()}
+    drawn = {line.split(" ", 1)[0] for line in marker.read_text("utf-8", "replace").splitlines()}
     return not drawn.isdisjoint(content_hashes(all_images(data)))
+
+
+# ---- files -> pictures
+
+
+class Budget:
+    """So much of something (pixels) may be taken at a time, by all threads together."""
+
+    def __init__(self, total: int):
+        self.total, self.free, self.changed = total, total, threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, amount: int) -> Iterator[None]:
+        amount = min(amount, self.total)
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= amount)
+            self.free -= amount
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += amount
+                self.changed.notify_all()
+
+
+pixels = Budget(PIXELS_IN_FLIGHT)
+
+
+def load_rgb(path: str | Path) -> Image.Image:
+    """The picture as RGB, 8 bits: upright (EXIF), transparency on white, 16-bit grey scaled, not clipped."""
+    with Image.open(path) as image, pixels.take(image.width * image.height):
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey opens as I;16 or I, by Pillow's version
+        return Image.fromarray(to_8_bits(image)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_8_bits(image: Image.Image) -> np.ndarray:
+    """Grey of 16 or 32 bits or float as uint8 (H, W).  NaN is black, infinite white, transparent white."""
+    values = np.asarray(image, dtype=np.float32)
+    highest = values.max(where=np.isfinite(values), initial=0)
+    scales = [full for full in (1, 255, 65535) if image.mode == "F" and highest <= full]
+    grey = values / (scales or [max(65535, highest)])[0] * 255
+    grey = np.nan_to_num(grey, nan=0, posinf=255, neginf=0).clip(0, 255).round()
+    if isinstance(clear := image.info.get("transparency"), int):  # PNG: the grey level that is transparent
+        grey[values == clear] = 255
+    return grey.astype(np.uint8)
+
+
+def image_or_problem(path: Path) -> Image.Image | str:
+    """The picture, or what is wrong with the file."""
+    try:
+        return load_rgb(path)
+    except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
+        return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 # ---- sample heroes
@@ -104,6 +204,14 @@ def has_data(data: Path) -> bool:
     folders = [folder for split in SPLITS for folder in class_folders(data / split)]
     own = [folder for folder in folders if nfc(folder.name) not in HEROES]
     return bool(own) or any(visible_files(data / split) for split in SPLITS)
+
+
+def check_nothing_else(data: Path) -> None:
+    """Raise UserError if `data` holds anything of the user's outside train/ and test/."""
+    others = [path.name for path in sorted(data.glob("[!.]*")) if path.name not in OURS]
+    if others:
+        mend = LAYOUT.format(data=data)
+        raise UserError(f"{data} holds {', '.join(others[:5])}, but no images in train/ and test/; {mend}")
 
 
 def unfinished_sample(data: Path) -> bool:
@@ -120,6 +228,7 @@ def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = SAMPLE_IMAGE
     """
     part, marker = data / "sample.part", data / "SAMPLE.txt"
     if not unfinished_sample(data):
+        check_nothing_else(data)
         if has_data(data):
             mend = "draw the sample elsewhere: python datasets.py --draw-sample --data sample"
             raise UserError(f"{data} already holds images, which are not mixed with drawn ones; {mend}")

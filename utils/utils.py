@@ -1,36 +1,37 @@
 """What scripts share: arguments, user errors, whole files, hashes, what is fresh, the environment."""
 
 import argparse
+import contextlib
 import datetime
+import errno
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import platform
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
 
 from utils import gpu
 
 IMAGE_SIZES = [224, 256, 384, 512]  # pixels, square
 BATCH_SIZES = [1, 8, 16]
 PACKAGES = ["torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime"]
-PACKAGES += [
-    "torch-tensorrt",
-    "tensorrt",
-    "tensorrt-cu13",
-    "tensorrt-cu12",
-    "pandas",
-    "pillow",
-    "nvidia-ml-py",
-]
+PACKAGES += ["torch-tensorrt", "tensorrt", "tensorrt-cu13", "tensorrt-cu12"]
+PACKAGES += ["pandas", "pillow", "nvidia-ml-py"]
 MADE = [":(top,exclude)results", ":(top,exclude)README.md"]  # by runs: with it the tree is still clean
 LARGE = ["torch", "torchvision", "torchvision.transforms.v2", "torch.utils.flop_counter", "pandas"]
 
@@ -39,19 +40,91 @@ class UserError(Exception):
     """Something the user can mend: one sentence with the path and the command that repairs it."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what cleans up after Ctrl-C cleans up after it."""
+
+
+# ---- the way out of every script
+
+AGAIN = "then run the same command again"
+DENIED, FILE_THERE = (
+    "access is denied; change its permissions",
+    "a file is where a folder belongs; move it away",
+)
+MENDS = {  # what the system says -> what is wrong with the file; what mends it
+    errno.ENOSPC: "no room is left on the disk; free some",
+    errno.EDQUOT: "the disk quota is used up; free some room",
+    errno.EFBIG: "the file would become larger than is allowed here; raise the limit (ulimit -f)",
+    errno.EACCES: DENIED,
+    errno.EPERM: DENIED,
+    errno.EROFS: "the disk is read-only; name another folder",
+    errno.ENOENT: "there is no such file or folder; put it there or name another one",
+    errno.ENOTDIR: FILE_THERE,
+    errno.EEXIST: FILE_THERE,
+    errno.EISDIR: "a folder is where a file belongs; move it away",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n) or use fewer --workers",
+}
+
+
 def run_main(main: Callable) -> None:
-    """Run a script's main(): a UserError is one sentence and exit code 2, Ctrl-C is exit code 130."""
-    for stream in (sys.stdout, sys.stderr):  # Windows consoles default to a code page without Cyrillic
+    """Run a script's main(); what a user can mend is one sentence on stderr and exit code 2.
+
+    Exit codes of what is quiet: 130 Ctrl-C, 143 SIGTERM, 141 a reader that closed the pipe (`... | head`).
+    A bug stays a traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):  # consoles and LC_ALL=C lack Cyrillic; names may be any bytes
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        leave(2, f"error: {error}")
+    except KeyboardInterrupt as signalled:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+        code = 143 if isinstance(signalled, Terminated) else 130
+        leave(code, "interrupted: run the same command again to go on")
+    except MemoryError:
+        smaller = "use smaller --image-sizes, fewer --workers or smaller batches"
+        leave(2, f"error: this machine's memory does not suffice; {smaller}, {AGAIN}")
+    except UnicodeEncodeError as error:
+        text = f"this system's locale can't write {error.object!r}; set PYTHONUTF8=1"
+        leave(2, f"error: {text}, {AGAIN}")
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and is_closed(sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+            sys.exit(141)
+        if error.errno is None:  # raised by a program, not by the system
+            raise
+        leave(2, f"error: {sentence(error)}")
+
+
+def sentence(error: OSError) -> str:
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{where}{MENDS.get(error.errno, f'{error.strerror}; mend that')}, {AGAIN}"
+
+
+def leave(code: int, text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def is_closed(*streams) -> bool:
+    try:
+        for stream in streams:
+            stream.flush()
+    except OSError:
+        return True
+    return False
+
+
+def terminate(number: int, frame) -> None:
+    raise Terminated
+
+
+# ---- processes
 
 
 def fresh_processes():
@@ -68,13 +141,29 @@ def fresh_processes():
 
 
 def end_with_parent() -> None:
-    """Have this process end when the one that started it does, however that ends."""
+    """In a worker process: end when the process that started it has ended, however that ended."""
+    sentinel = multiprocessing.parent_process().sentinel
 
     def watch() -> None:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        multiprocessing.connection.wait([sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def alone(lock: Path, doing: str, patience: float = 10) -> Iterator[None]:
+    """Hold `lock` against a second process; UserError if another has it for `patience` seconds.
+
+    However a process ends the lock is free again: at once, or when the last process it forked has ended.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(lock, timeout=patience).acquire()
+    except Timeout as error:
+        raise UserError(f"another process is {doing} in {lock.parent}; wait for its end, {AGAIN}") from error
+    with held:
+        yield
 
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,24 +175,62 @@ def add_path_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=Path, default=Path(name), help=f"folder of {holds}")
 
 
-def checkpoint_path(weights: Path, image_size: int) -> Path:
-    return weights / f"best_resnet18_{image_size}.pth"
+def checkpoint_path(weights: Path, image_size: int, which: str = "best") -> Path:
+    """The best epoch's; or the "last", while a training goes on or was interrupted."""
+    return weights / f"{which}_resnet18_{image_size}.pth"
 
 
 # ---- files
 
 
+def check_folder(folder: Path, room_mb: float = 0) -> None:
+    """Raise UserError unless `folder`, made if need be, can take `room_mb` MB of files.  Touches nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(sentence(NotADirectoryError(errno.ENOTDIR, "", str(there))))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(sentence(PermissionError(errno.EACCES, "", str(there))))
+    free_mb = shutil.disk_usage(there).free / 1e6
+    if free_mb < room_mb:
+        raise UserError(f"{there}: {free_mb:.0f} MB are free, {room_mb:.0f} are needed; free some, {AGAIN}")
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove the temporary files of processes that were killed.  To be called before this process writes."""
+    for path in itertools.chain(*(folder.glob("*.tmp*") for folder in folders)):
+        made = re.search(r"\.(\d+)\.tmp(\.\w+)?$", path.name)
+        if made and (int(made[1]) == os.getpid() or not psutil.pid_exists(int(made[1]))):
+            path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename `path` to the first free one of path.1, path.2, ..."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return path.rename(next(name for name in names if not name.exists()))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; UserError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8, {AGAIN}") from error
+
+
 def read_json(path: Path):
-    """The content of a JSON file, or None where it is missing or was cut short."""
+    """The content of a JSON file, or None where it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError, RecursionError):  # ValueError: no JSON, or no UTF-8
         return None
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file or none: a reader never sees half of it, an interruption leaves the old one."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    """Write a whole file or none: a reader never sees half of it, an interruption leaves the old one.
+
+    Names that are no UTF-8 are escaped, in JSON so that they are read back as they were.
+    """
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 
@@ -114,6 +241,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say which file it was
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -173,7 +303,7 @@ def sha256(*parts: str | bytes | Path) -> str:
     for part in parts:
         if isinstance(part, Path):
             part = part.read_bytes()
-        content = part.encode("utf-8") if isinstance(part, str) else part
+        content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         digest.update(str(len(content)).encode() + b":" + content)
     return digest.hexdigest()
 

@@ -50,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data, weights, results = (Path(folder, name) for name in ("data", "weights", "results"))
-        datasets.ensure_data(data, args.seed)
+        datasets.draw_sample(data, args.seed)
         colour = colour_accuracy(data)
         command = [
             sys.executable,

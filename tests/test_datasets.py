@@ -17,9 +17,11 @@ from conftest import ROOT, load_test_images, run_script
 from PIL import Image
 
 import datasets
+from utils import images
 from utils.heroes import HEROES
 from utils.utils import UserError
 
+posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and names of POSIX")
 FEW = {"train": 2, "test": 1}
 NAMES = ["Ёж Герой", "Пудж"]
 
@@ -147,6 +149,26 @@ def test_grey_of_8_and_16_bits(tmp_path):
         assert [pixel(tmp_path / name, (x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
 
 
+def test_what_is_no_number_or_transparent_in_deep_grey(tmp_path):
+    values = np.array([[0.5, np.nan, np.inf, -np.inf, 0, 1]], dtype=np.float32)
+    Image.fromarray(values).save(tmp_path / "f.tif")
+    assert [pixel(tmp_path / "f.tif", (x, 0))[0] for x in range(6)] == [128, 0, 255, 0, 0, 255]
+    Image.fromarray(np.array([[0, 257, 65535]], dtype=np.int32)).save(tmp_path / "t.png", transparency=257)
+    assert [pixel(tmp_path / "t.png", (x, 0))[0] for x in range(3)] == [0, 255, 255]
+
+
+def test_the_pixels_decoded_at_a_time_are_bounded(tmp_path, monkeypatch):
+    paths = [paint(tmp_path / f"{index}.png", size=(300, 300)) for index in range(12)]
+    budget, least = images.Budget(200_000), []
+    monkeypatch.setattr(images, "pixels", budget)
+    really = images.to_rgb
+    monkeypatch.setattr(images, "to_rgb", lambda image: (least.append(budget.free), really(image))[1])
+    assert set(images.in_threads(datasets.image_size_of, paths)) == {(300, 300)}
+    assert len(least) == 12 and min(least) == 200_000 - 2 * 90_000 and budget.free == 200_000
+    large = paint(tmp_path / "large.png", size=(1000, 1000))  # larger than the whole budget: alone
+    assert datasets.image_size_of(large) == (1000, 1000) and budget.free == 200_000
+
+
 def test_cmyk(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "c.tif")
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "c.jpg", quality=95)
@@ -169,7 +191,56 @@ def test_exif_rotation(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# files of every kind
+
+
+@posix
+def test_links_are_followed_once_and_never_round(data, tmp_path_factory):
+    elsewhere = paint(tmp_path_factory.mktemp("photos") / "far.png").parent
+    (elsewhere / "round").symlink_to(elsewhere)
+    before = len(datasets.all_images(data))
+    folder = data / "train" / "Пудж"
+    for number, target in enumerate((".", "..", data, Path("/"), elsewhere, elsewhere)):
+        (folder / f"link {number}").symlink_to(target)
+    assert len(datasets.all_images(data)) == before + 1  # far.png alone, once
+
+
+@posix
+def test_pipes_and_hidden_files_are_no_images_and_nothing_waits_for_them(data):
+    before = datasets.all_images(data)
+    os.mkfifo(data / "train" / "Пудж" / "pipe.png")
+    shutil.copy(before[0], data / "train" / "Пудж" / ".hidden.png")
+    assert datasets.all_images(data) == before
+    datasets.print_overview(data)
+
+
+@posix
+def test_names_may_be_any_bytes(data, capsys):
+    name = os.fsdecode("Кафе".encode("cp1251"))
+    for split in datasets.SPLITS:
+        paint(data / split / name / os.fsdecode(b"\xff.png"))
+    assert name in datasets.list_images(data)["train"] and len(datasets.fingerprint(data)) == 16
+    environment = {**os.environ, "LC_ALL": "C"}
+    command = [sys.executable, ROOT / "datasets.py", "--data", data]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert b"\\udcca\\udce0" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------
 # mistakes
+
+
+def test_an_image_that_vanishes_is_one_sentence_also_from_a_worker_process(data):
+    for workers in (0, 1):
+        loader, _, _ = datasets.make_loaders(data, 32, 2, num_workers=workers)
+        path = data / "train" / "Пудж" / "фото 0.png"
+        content = path.read_bytes()
+        path.unlink()
+        sentence = "^.*фото 0.png can't be read any more.*again$"
+        with pytest.raises(UserError, match=sentence) as raised, datasets.readable_errors():
+            list(loader)
+        assert "\n" not in str(raised.value)
+        path.write_bytes(content)
 
 
 def test_no_class_folders(data):

@@ -1,6 +1,7 @@
 """train.py at small settings: what it writes, what it skips, how it goes on after an interruption, and on
 two processes."""
 
+import functools
 import os
 import shutil
 import signal
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from conftest import ROOT, load_test_images
+from filelock import FileLock
 from PIL import Image
 
 import datasets
@@ -205,6 +208,47 @@ def test_two_processes_train_one_network(folder):
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     assert loss == pytest.approx(table["test_loss"][facts["epoch"] - 1], rel=1e-3)
     assert sorted(path.name for path in (folder / "weights").glob("[!.]*")) == ["best_resnet18_32.pth"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of memory as Linux has it")
+def test_out_of_memory_halves_the_batch(folder):
+    """The process may take 0.6 GB more than it has: ten images at once need more, some of them do not."""
+    code = f"""import sys, resource, psutil
+sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["train.py", *{arguments(folder, "--image-sizes", 256)!r}]
+sys.argv += ["--epochs", "1", "--batch-size", "10"]
+import train, torch, torch.fx.experimental.optimization
+torch.set_num_threads(1); train.devices.choose_precision = lambda device: torch.float32
+most = psutil.Process().memory_info().vms + 600 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+train.run_main(train.main)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "256 px: out of memory at batch size 10; going on with 5" in done.stdout
+    assert model.load_facts(checkpoint_path(folder / "weights", 256))["settings"]["batch_size"] == 10
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_a_killed_reader_is_one_sentence(folder):
+    command = [*arguments(folder, "--image-sizes", 64, "--epochs", 500), "--workers=1"]
+    training = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while b"epoch 1/" not in training.stdout.readline():
+        assert training.poll() is None
+    reader = max(psutil.Process(training.pid).children(), key=lambda process: process.pid)
+    reader.kill()
+    _, errors = training.communicate(timeout=60)
+    assert training.returncode == 2 and b"Traceback" not in errors
+    assert b"a process that reads images was killed" in errors and b"--workers 1" in errors
+
+
+def test_a_second_training_waits_for_the_first_or_says_so(folder, run, monkeypatch):
+    monkeypatch.setattr(train, "alone", functools.partial(train.alone, patience=0.1))
+    (folder / "weights").mkdir()
+    held = FileLock(folder / "weights" / ".train.lock")
+    with held, pytest.raises(UserError, match="another process is training in .*weights"):
+        run("--image-sizes", 32, "--epochs", 1)
+    assert "best epoch" in run("--image-sizes", 32, "--epochs", 1)
 
 
 def test_the_learning_rate_rises_and_falls_to_zero():

@@ -1,6 +1,7 @@
 """Which device and precision training takes, in one process or in several that torchrun started."""
 
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from utils.utils import UserError, cpu_name
 def start_processes(name: str) -> torch.device:
     """The device of this process; joins the others where torchrun started it.  Raises UserError."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several:  # a process that waits for the others inside torch would not hear torchrun's SIGTERM
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,0 +1,196 @@
+"""What every script shares: the way out, locks, temporary files, folders, and helper processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+
+from utils.utils import (
+    UserError,
+    alone,
+    check_folder,
+    read_json,
+    remove_leftovers,
+    set_aside,
+    write_atomic,
+    write_json,
+)
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals, pipes and limits of POSIX")
+HEAD = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from utils.utils import *; from pathlib import Path\n"
+
+
+def start(body: str, environment: dict | None = None, **options) -> subprocess.Popen:
+    """A fresh process whose main() is `body`, run as every script runs its own."""
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    code = f"{HEAD}def main():\n{lines}run_main(main)\n"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **(environment or {})})
+    return subprocess.Popen([sys.executable, "-c", code], **{**pipes, **options})
+
+
+def run(body: str, environment: dict | None = None) -> tuple[int, str, str]:
+    process = start(body, environment)
+    out, errors = process.communicate(timeout=60)
+    return process.returncode, out.decode("utf-8"), errors.decode("utf-8")
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "body, code, said",
+    [
+        ("raise UserError('a.png is broken; delete it')", 2, "error: a.png is broken; delete it"),
+        ("Path('/no/such/file').read_text()", 2, "/no/such/file: there is no such file or folder; "),
+        ("(Path(__import__('os').devnull) / 'x').mkdir()", 2, "a file is where a folder belongs"),
+        ("Path('/').read_bytes()", 2, "error: /: a folder is where a file belongs"),
+        ("raise MemoryError", 2, "memory does not suffice"),
+        ("raise KeyboardInterrupt", 130, "interrupted: run the same command again to go on"),
+        ("raise OSError('a bug')", 1, "Traceback"),
+        ("1 / 0", 1, "ZeroDivisionError"),
+        ("pass", 0, ""),
+    ],
+)
+@posix
+def test_every_end_has_its_code_and_its_sentence(body, code, said):
+    found, _, errors = run(body)
+    assert found == code and said in errors
+    assert code == 1 or ("Traceback" not in errors and errors.count("\n") <= 1)
+
+
+@posix
+def test_a_full_disk_and_a_file_limit_name_the_file(tmp_path):
+    path = tmp_path / "table.csv"
+    write_atomic(path, "old")
+    body = f"""import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+write_atomic(Path({str(path)!r}), "x" * 100_000)"""
+    code, _, errors = run(body)
+    assert code == 2 and f"{path}: the file would become larger" in errors
+    assert path.read_text(encoding="utf-8") == "old" and names_in(tmp_path) == ["table.csv"]
+    if Path("/dev/full").exists():
+        with Path("/dev/full").open("wb") as full:
+            process = start("print('x', flush=True)", stdout=full)
+            assert b"no room is left on the disk" in process.communicate(timeout=60)[1]
+            assert process.returncode == 2
+
+
+@posix
+def test_a_closed_pipe_is_quiet():
+    process = start("for number in range(100_000): print(number)")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 141
+
+
+@posix
+@pytest.mark.parametrize("number, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_signals_end_it_quietly_after_cleaning_up(number, code):
+    process = start("""import time
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+finally:
+    print("cleaned up", flush=True)""")
+    process.stdout.readline()
+    process.send_signal(getattr(signal, number))
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == code and b"cleaned up" in out and b"Traceback" not in errors
+
+
+@posix
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8", "POSIX"])
+def test_names_of_any_bytes_are_printed_and_stored(tmp_path, locale):
+    name = os.fsdecode(b"caf\xe9 \xd0\x9f")
+    (tmp_path / name).touch()
+    body = f"""import os
+names = os.listdir({str(tmp_path)!r})
+print(names[0], sha256(names[0])[:4], flush=True)
+write_json(Path({str(tmp_path / "names.json")!r}), names)"""
+    environment = {"LC_ALL": locale}
+    code, out, errors = run(body, environment)
+    assert code == 0 and "caf" in out, errors
+    assert read_json(tmp_path / "names.json") == [name]
+
+
+@posix
+def test_a_worker_ends_with_its_parent(tmp_path):
+    (tmp_path / "work.py").write_text(
+        f"""{HEAD}
+import multiprocessing, os, time
+def work(path):
+    end_with_parent()
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(600)
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(sys.argv[1],))
+    process.start()
+    process.join()
+""",
+        encoding="utf-8",
+    )
+    told = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, tmp_path / "work.py", told])
+    end = time.monotonic() + 60
+    while not (told.exists() and told.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    worker = psutil.Process(int(told.read_text()))
+    parent.kill()
+    parent.wait()
+    gone, _ = psutil.wait_procs([worker], timeout=10)
+    assert gone or worker.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_lock_keeps_a_second_one_out_and_is_free_again(tmp_path):
+    with alone(tmp_path / ".lock", "training"):
+        process = start(f"with alone(Path({str(tmp_path / '.lock')!r}), 'training', 0.1): pass")
+        assert b"another process is training in" in process.communicate(timeout=60)[1]
+        assert process.returncode == 2
+    with alone(tmp_path / ".lock", "training"):
+        pass
+
+
+def test_only_temporary_files_of_the_dead_are_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    parent = os.getppid()
+    names = [f"best.{dead.pid}.tmp.pth", f"a.{parent}.tmp.csv", f"x.{dead.pid}.tmp", "notes.tmp", "b.pth"]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path, tmp_path / "not there")
+    assert names_in(tmp_path) == sorted([f"a.{parent}.tmp.csv", "notes.tmp", "b.pth"])
+
+
+def test_what_is_set_aside_replaces_nothing(tmp_path):
+    path = tmp_path / "a.pth"
+    for content in ("first", "second"):
+        path.write_text(content)
+        set_aside(path)
+    assert [(tmp_path / f"a.pth.{k}").read_text() for k in (1, 2)] == ["first", "second"]
+
+
+def test_a_folder_is_looked_at_and_not_made(tmp_path):
+    check_folder(tmp_path / "a" / "b", room_mb=0.001)
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: a file is where a folder belongs"):
+        check_folder(tmp_path / "file" / "b")
+    with pytest.raises(UserError, match="MB are free, .* are needed"):
+        check_folder(tmp_path, room_mb=1e12)
+
+
+def test_damaged_json_is_none(tmp_path):
+    path = tmp_path / "a.json"
+    for content in (b"", b'{"a": ', b"\xff\xfe", b"[" * 200_000):
+        path.write_bytes(content)
+        assert read_json(path) is None
+    write_json(path, {"a": [1, 2]})
+    assert read_json(path) == {"a": [1, 2]}

@@ -88,12 +88,14 @@ def run_main(main: Callable) -> None:
     except MemoryError:
         smaller = "use smaller --image-sizes, fewer --workers or smaller batches"
         leave(2, f"error: this machine's memory does not suffice; {smaller}, {AGAIN}")
+    except UnicodeDecodeError as error:
+        near = error.object[max(error.start - 20, 0) : error.start + 9]
+        leave(2, f"error: a file is not UTF-8 text, near {near!r}; save it as UTF-8, {AGAIN}")
     except UnicodeEncodeError as error:
         text = f"this system's locale can't write {error.object!r}; set PYTHONUTF8=1"
         leave(2, f"error: {text}, {AGAIN}")
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and is_closed(sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        if let_go_of_stdout() and isinstance(error, BrokenPipeError):
             sys.exit(141)
         if error.errno is None:  # raised by a program, not by the system
             raise
@@ -111,11 +113,12 @@ def leave(code: int, text: str) -> None:
     sys.exit(code)
 
 
-def is_closed(*streams) -> bool:
+def let_go_of_stdout() -> bool:
+    """Whether it can take no more; then what is left goes nowhere, else Python complains at its end."""
     try:
-        for stream in streams:
-            stream.flush()
+        sys.stdout.flush()
     except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
 

@@ -51,7 +51,8 @@ def read(path: Path, **options) -> dict:
     try:
         checkpoint = torch.load(str(path), map_location="cpu", weights_only=True, **options)
         trained_at, classes = checkpoint["image_size"], checkpoint["classes"]
-        whole = len(checkpoint["model"]["fc.bias"]) == len(classes) and {*map(type, classes)} == {str}
+        shapes = {name: value.shape for name, value in checkpoint["model"].items()}
+        whole = {*map(type, classes)} == {str} and shapes == shapes_of(len(classes))
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError on a damaged file
         raise UserError(f"{path} is not a checkpoint of train.py; {again}") from error
     if not whole:
@@ -59,6 +60,12 @@ def read(path: Path, **options) -> dict:
     if size.isdigit() and trained_at != int(size):
         raise UserError(f"{path} was trained at {trained_at} px; give it its old name back, or {again}")
     return checkpoint
+
+
+def shapes_of(num_classes: int) -> dict[str, torch.Size]:
+    """The shape of every tensor in a checkpoint's `model`; nothing is computed."""
+    with torch.device("meta"):
+        return {name: value.shape for name, value in build(num_classes).state_dict().items()}
 
 
 def why_to_keep(path: Path, fingerprint: str) -> str | None:
@@ -84,11 +91,7 @@ def load(path: Path, device: torch.device | str) -> tuple[torch.nn.Module, dict]
     """The checkpoint's network in FP32 and evaluation mode on `device`, and its facts.  Raises UserError."""
     facts = read(path)
     model = build(len(facts["classes"]))
-    try:
-        model.load_state_dict(facts.pop("model"))
-    except RuntimeError as error:
-        again = f"train again: python train.py --force --image-sizes {facts['image_size']}"
-        raise UserError(f"{path} does not hold a ResNet-18; {again}") from error
+    model.load_state_dict(facts.pop("model"))
     return model.eval().to(device), facts
 
 

@@ -190,8 +190,8 @@ def train_size(
             raise
         smaller = max(batch_size // 2, 2)
         if smaller == batch_size or dist.is_initialized():  # the other processes wait for this one
-            mend = f"python train.py --image-sizes {size} --batch-size {smaller}, or a smaller size"
-            raise UserError(f"{size} px, batch size {batch_size}: out of memory; try: {mend}") from error
+            mend = f"try --batch-size {smaller}, or smaller --image-sizes"
+            raise UserError(f"{size} px, batch size {batch_size}: out of memory; {mend}") from error
         say(f"{size} px: out of memory at batch size {batch_size}; going on with {smaller}")
         batch_size = smaller
     return train_size(settings, data, weights, images, device, precision, workers, batch_size)

@@ -4,10 +4,12 @@ sample."""
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +155,11 @@ def test_what_is_no_number_or_transparent_in_deep_grey(tmp_path):
     values = np.array([[0.5, np.nan, np.inf, -np.inf, 0, 1]], dtype=np.float32)
     Image.fromarray(values).save(tmp_path / "f.tif")
     assert [pixel(tmp_path / "f.tif", (x, 0))[0] for x in range(6)] == [128, 0, 255, 0, 0, 255]
-    Image.fromarray(np.array([[0, 257, 65535]], dtype=np.int32)).save(tmp_path / "t.png", transparency=257)
+    Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16)).save(tmp_path / "t.png")
+    whole = (tmp_path / "t.png").read_bytes()
+    chunk = b"tRNS" + struct.pack(">H", 257)  # the grey level that is transparent, put behind the header
+    chunk = struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "t.png").write_bytes(whole[:33] + chunk + whole[33:])
     assert [pixel(tmp_path / "t.png", (x, 0))[0] for x in range(3)] == [0, 255, 255]
 
 
@@ -162,7 +168,13 @@ def test_the_pixels_decoded_at_a_time_are_bounded(tmp_path, monkeypatch):
     budget, least = images.Budget(200_000), []
     monkeypatch.setattr(images, "pixels", budget)
     really = images.to_rgb
-    monkeypatch.setattr(images, "to_rgb", lambda image: (least.append(budget.free), really(image))[1])
+
+    def slowly(image):
+        least.append(budget.free)
+        time.sleep(0.02)
+        return really(image)
+
+    monkeypatch.setattr(images, "to_rgb", slowly)
     assert set(images.in_threads(datasets.image_size_of, paths)) == {(300, 300)}
     assert len(least) == 12 and min(least) == 200_000 - 2 * 90_000 and budget.free == 200_000
     large = paint(tmp_path / "large.png", size=(1000, 1000))  # larger than the whole budget: alone

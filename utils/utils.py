@@ -53,7 +53,6 @@ DENIED, FILE_THERE = (
 )
 MENDS = {  # what the system says -> what is wrong with the file; what mends it
     errno.ENOSPC: "no room is left on the disk; free some",
-    errno.EDQUOT: "the disk quota is used up; free some room",
     errno.EFBIG: "the file would become larger than is allowed here; raise the limit (ulimit -f)",
     errno.EACCES: DENIED,
     errno.EPERM: DENIED,
@@ -92,10 +91,9 @@ def run_main(main: Callable) -> None:
         near = error.object[max(error.start - 20, 0) : error.start + 9]
         leave(2, f"error: a file is not UTF-8 text, near {near!r}; save it as UTF-8, {AGAIN}")
     except UnicodeEncodeError as error:
-        text = f"this system's locale can't write {error.object!r}; set PYTHONUTF8=1"
-        leave(2, f"error: {text}, {AGAIN}")
+        leave(2, f"error: this locale can't write {error.object!r}; set PYTHONUTF8=1, {AGAIN}")
     except OSError as error:
-        if let_go_of_stdout() and isinstance(error, BrokenPipeError):
+        if let_go_of_stdout(error) and isinstance(error, BrokenPipeError):
             sys.exit(141)
         if error.errno is None:  # raised by a program, not by the system
             raise
@@ -113,10 +111,12 @@ def leave(code: int, text: str) -> None:
     sys.exit(code)
 
 
-def let_go_of_stdout() -> bool:
+def let_go_of_stdout(error: OSError) -> bool:
     """Whether it can take no more; then what is left goes nowhere, else Python complains at its end."""
     try:
         sys.stdout.flush()
+        if isinstance(error, BrokenPipeError):  # whose is it?  A flush that failed does not fail again
+            os.write(sys.stdout.fileno(), b"\n")
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True

@@ -28,10 +28,10 @@ PASSING = ["short", "settings", "packages", "date", "command", "commit", "clean"
 
 def best_lines(rows: pd.DataFrame, max_latency_ms, max_memory_mb, min_accuracy) -> list[str]:
     """Sentences that name the fastest row within the limits, its cost and the runner-up, or why none fits."""
-    fitting, missed = findings.best_within(rows, max_latency_ms, max_memory_mb, min_accuracy)
     total = len(findings.measured(rows))
     if not total:
         return ["No row was measured, so none can be best; see: python compare.py"]
+    fitting, missed = findings.best_within(rows, max_latency_ms, max_memory_mb, min_accuracy)
     if fitting.empty:
         lines, nearest = ["No row fits."], []
         asked = {"p95_ms": max_latency_ms, "gpu_memory_mb": max_memory_mb, "accuracy": min_accuracy}
@@ -55,32 +55,30 @@ def costs(row: pd.Series) -> str:
     return f"{place}: {speed}, {memory}, accuracy {row.accuracy:.1%}; built in {row.build_s:.1f} s"
 
 
+COMPARISON = [
+    ("Method", lambda row: report.label(row.backend, row.precision_after)),
+    *report.HEAD[1:],
+    ("Ratio", lambda row: f"{row.fps_ratio:.3f}"),
+    ("95 %", lambda row: f"{row.fps_ratio_low:.3f}–{row.fps_ratio_high:.3f}"),
+    ("Verdict", lambda row: row.verdict),
+]
+
+
 def comparison(both: pd.DataFrame) -> list[str]:
     """The ratios as aligned lines, and how many configurations agree within their intervals."""
-    lines = []
-    for row in both.itertuples():
-        place = f"{row.image_size:>5} px  batch {row.batch_size:>3}"
-        bounds = f"({row.fps_ratio_low:.3f}–{row.fps_ratio_high:.3f})"
-        name = report.label(row.backend, row.precision_after)
-        lines.append(f"{name:<34}{place}  {row.fps_ratio:6.3f}  {bounds}  {row.verdict}")
     count = int(findings.agrees(both, "fps").sum())
+    lines = [report.aligned(report.lines_of(COMPARISON, both))]
     lines.append(f"Throughput agrees within the 95 % intervals in {count} of {len(both)} configurations.")
     speed = both[(both.backend != BASELINE) & both.speedup_ratio.notna()]
-    if len(speed):
-        count = int(findings.agrees(speed, "speedup").sum())
-        lines.append(f"Speedup over PyTorch FP32 agrees in {count} of {len(speed)}.")
+    count = int(findings.agrees(speed, "speedup").sum())
+    lines += [f"Speedup over PyTorch FP32 agrees in {count} of {len(speed)}."] if len(speed) else []
     return lines
 
 
 def environment_changes(before: dict, after: dict) -> list[str]:
     """One line for each fact of the environment that differs: what was, what is."""
-
-    def flat(known: dict) -> dict:
-        facts = {key: value for key, value in known.items() if key not in PASSING}
-        return facts | known.get("packages", {})
-
-    a, b = flat(before), flat(after)
-    changed = [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+    a, b = (known | known.get("packages", {}) for known in (before, after))
+    changed = [key for key in dict.fromkeys([*a, *b]) if key not in PASSING and a.get(key) != b.get(key)]
     return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in changed]
 
 

@@ -217,7 +217,7 @@ def test_the_summary_has_a_line_a_method_and_a_column_a_size():
     assert lines[0] == "| Method, at its best batch | 64 px | 128 px | Accuracy |"
     assert lines[2] == "| PyTorch FP32 | 100 ± 0.5 %, b1 |  | 90 % |"
     assert lines[3] == "| ONNX Runtime FP32 | 300 ± 0.5 %, b4 | 80 ± 0.5 %, b4 | 90 % |"
-    assert "150 ± 0.5 %, 1.50×, b1" in readme.summary(rows.iloc[:2].assign(rounds=3), {})
+    assert "150 ± 0.5 %, 1.5×, b1" in readme.summary(rows.iloc[:2].assign(rounds=3), {})
     assert "±" not in readme.summary(rows.assign(rounds=1), {}).splitlines()[3]  # one round: no interval
 
 

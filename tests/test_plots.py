@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 
-from utils import plot_utils, report
+from utils import plot_utils
 from utils.plot_utils import CHARTS, draw, draw_all
 from utils.report import figure, label
 from utils.schema import COLUMNS
@@ -41,7 +41,8 @@ def table(backends=BACKENDS, sizes=(224, 512), batches=(1, 16), sweep="a", inter
                 if interval:
                     row |= dict(fps_low=fps * (1 - interval), fps_high=fps * (1 + interval))
                 rows.append({**row, "gpu_memory_mb": memory})
-    return with_speedups(pandas.DataFrame(rows).reindex(columns=COLUMNS))
+    rows = pandas.DataFrame(rows).reindex(columns=COLUMNS)
+    return with_speedups(rows.astype({"gpu_memory_mb": float}))
 
 
 def with_speedups(rows):
@@ -226,12 +227,12 @@ def test_nothing_is_squeezed_or_printed_over_something_else():
 
 
 def test_styles_differ_and_variants_keep_their_backends_colour():
-    assert len(set(map(str, plot_utils.BACKEND_STYLE.values()))) == len(plot_utils.BACKEND_STYLE)
-    for backend in plot_utils.BACKEND_STYLE:
-        assert (
-            plot_utils.style(backend, "fp16")["color"]
-            == plot_utils.style(report.family(backend), "fp16")["color"]
-        )
+    looks = [look[:3] for look in plot_utils.LOOKS]
+    variants = [name for look in plot_utils.LOOKS for name in look[-1]]
+    assert len(set(map(str, looks))) == len(looks) and len(set(variants)) == len(variants)
+    for backend in ("tensorrt-int8-graph", "tensorrt-static", "tensorrt-of-tomorrow"):
+        assert plot_utils.style(backend, "fp16")["color"] == plot_utils.GREEN
+    assert plot_utils.style("torch-tensorrt-graph", "fp16")["marker"] == "D"
     assert plot_utils.style("onnx-new", "fp16")["color"] == plot_utils.ORANGE
 
 
@@ -255,7 +256,8 @@ def test_edge_cases_are_drawn(rows, tmp_path):
 
 
 def test_every_panel_and_text_stays_on_the_sheet():
-    names = [backend for backend in plot_utils.BACKEND_STYLE if backend != "torch-compile"][:12]
+    variants = ["", "-graph", "-static", "-static-graph", "-int8", "-int8-graph"]
+    names = [f"{backend}{variant}" for backend in ("pytorch", "tensorrt") for variant in variants]
     backends = {
         name: ("fp32" if name == "pytorch" else "fp16", 100.0 + 20 * i) for i, name in enumerate(names)
     }

@@ -20,17 +20,15 @@ def ends_of(values: pd.Series, unit: str) -> str:
 
 def leader(block: pd.DataFrame, column: str) -> str:
     """The fastest (or the largest speedup) and where; no winner where the first are level."""
-    lead = findings.leaders(block, column)
+    lead, measured = findings.leaders(block, column), block[block["fps"].notna()]
+    if measured.empty:
+        return "Nothing was measured"
     if lead.empty:
-        return (
-            "No speedups: PyTorch FP32 was not measured"
-            if block["fps"].notna().any()
-            else "Nothing was measured"
-        )
+        return "No speedups: PyTorch FP32 was not measured"
     best, last = lead.iloc[0], lead.iloc[-1]
     where = f"at {best['image_size']} px, batch {best['batch_size']}"
     unit = "x the speed of PyTorch FP32" if column == "speedup" else " images/s"
-    if block.loc[block["fps"].notna(), "label"].nunique() == 1:
+    if measured["label"].nunique() == 1:
         return f"Only {best['label']} was measured: {figure(best['fps'])} images/s {where}"
     if column == "speedup" and BASELINE in set(lead["backend"]):
         return f"Nothing is clearly faster than PyTorch FP32 {where}"
@@ -38,47 +36,44 @@ def leader(block: pd.DataFrame, column: str) -> str:
         verb = "reaches" if column == "speedup" else "is fastest:"
         unsure = " (no interval)" if pd.isna(best["fps_low"]) else ""
         return f"{best['label']} {verb} {figure(best[column])}{unit} {where}{unsure}"
-    names = f"{best['label']} and {last['label'] if len(lead) == 2 else f'{len(lead) - 1} others'}"
+    others = last["label"] if len(lead) == 2 else f"{len(lead) - 1} others"
     between = f"{figure(best[column])} to {figure(last[column])}{unit} {where}"
-    return f"{names} are level: {between} (95 % intervals overlap)"
+    return f"{best['label']} and {others} are level: {between} (95 % intervals overlap)"
 
 
 def batching(block: pd.DataFrame, column: str) -> str:
     """What the largest batch gains over the smallest at the smallest image size."""
     ok = block[block["fps"].notna()]
-    gains = pd.Series(findings.batch_gain(ok), dtype=float)
-    if gains.empty:
+    gains = findings.batch_gain(ok)
+    if not gains:
         return leader(block, column)
-    gains.index = [ok.loc[ok["backend"] == backend, "label"].iloc[0] for backend in gains.index]
-    small, large = ok["batch_size"].min(), ok["batch_size"].max()
-    where = f"batch {small} at {ok['image_size'].min()} px"
-    return f"Batch {large} serves {ends_of(gains, 'x')} the images/s of {where}"
+    labels = dict(zip(ok["backend"], ok["label"], strict=True))
+    gains = pd.Series(gains, dtype=float).rename(labels)
+    where = f"batch {ok['batch_size'].min()} at {ok['image_size'].min()} px"
+    return f"Batch {ok['batch_size'].max()} serves {ends_of(gains, 'x')} the images/s of {where}"
 
 
 def memory(block: pd.DataFrame, column: str) -> str:
     """The least and the most memory at the largest configuration that most backends could hold."""
-    found = block[block[column].notna()]
+    found, keys = block[block[column].notna()], ["image_size", "batch_size"]
     if found.empty:
         return "GPU memory was not read"
-    keys = ["image_size", "batch_size"]
-    found = found.assign(count=found.groupby(keys)[column].transform("size"))
-    most = found.sort_values(["count", "batch_size", "image_size"], kind="stable").iloc[-1]
+    counts = found.groupby(keys).size().rename("count").reset_index()
+    most = counts.sort_values(["count", "batch_size", "image_size"]).iloc[-1]
     same = found[(found[keys] == most[keys]).all(axis=1)].set_index("label")[column]
     return f"GPU memory at {most['image_size']} px, batch {most['batch_size']}: {ends_of(same, ' MB')}"
 
 
 def place(pairs: set, grid: set) -> str:
     """Which part of the grid: nothing for all, ": 512 px, batch 8, 16" for a rectangle, else how many."""
-    sizes, batches = ({pair[i] for pair in pairs} for i in (0, 1))
+    sizes, batches = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
     if pairs == grid:
         return ""
     if len(pairs) < len(sizes) * len(batches):
         return f": {len(pairs)} of {len(grid)} configurations"
-    parts = []
-    if sizes != {size for size, _ in grid}:
-        parts.append(f"{', '.join(map(str, sorted(sizes)))} px")
-    if batches != {batch for _, batch in grid}:
-        parts.append(f"batch {', '.join(map(str, sorted(batches)))}")
+    parts = [f"{', '.join(map(str, sizes))} px"] if set(sizes) != {size for size, _ in grid} else []
+    if set(batches) != {batch for _, batch in grid}:
+        parts.append(f"batch {', '.join(map(str, batches))}")
     return f": {', '.join(parts)}"
 
 
@@ -87,15 +82,12 @@ def not_measured(block: pd.DataFrame, column: str) -> str:
     grid = set(zip(block["image_size"], block["batch_size"], strict=True))
     gaps = []
     for name, own in block.groupby("label", sort=False):
-        parts = {"not run": set(grid)}
-        for row in own.itertuples():
-            pair = row.image_size, row.batch_size
-            parts["not run"].discard(pair)
-            if pd.isna(getattr(row, column)):
-                parts.setdefault(REASON.get(row.status, row.status), set()).add(pair)
+        parts = {"not run": grid - set(zip(own["image_size"], own["batch_size"], strict=True))}
+        for row in own[own[column].isna()].itertuples():
+            reason = REASON.get(row.status, row.status)
+            parts.setdefault(reason, set()).add((row.image_size, row.batch_size))
         texts = [reason + place(pairs, grid) for reason, pairs in parts.items() if pairs]
-        if texts:
-            gaps.append(f"{name} ({'; '.join(texts)})")
+        gaps += [f"{name} ({'; '.join(texts)})"] if texts else []
     return ", ".join(gaps)
 
 
@@ -104,10 +96,9 @@ def roofline_finding(block: pd.DataFrame) -> str:
     best, counts = block.loc[block["pct_measured_peak"].idxmax()], block["limit"].value_counts()
     kinds = [kind for kind in ("launch", "latency", "memory", "compute") if kind in counts]
     limits = ", ".join(f"{counts[kind]} {kind}-bound" for kind in kinds)
-    share = (
-        f"{figure(best['pct_measured_peak'])} % of it at {best['image_size']} px, batch {best['batch_size']}"
-    )
-    return f"{best['label']} comes nearest to the measured ceiling, {share}; rows: {limits}"
+    share = f"{figure(best['pct_measured_peak'])} % of it"
+    where = f"{best['image_size']} px, batch {best['batch_size']}"
+    return f"{best['label']} comes nearest to the measured ceiling, {share} at {where}; rows: {limits}"
 
 
 def feet_of(sweeps: list[str], environments: dict) -> list[str]:

@@ -19,57 +19,61 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from utils import findings
 from utils.captions import batching, feet_of, leader, memory, not_measured, roofline_finding
-from utils.report import NAMES, family, figure, label
+from utils.report import family, figure, label, without_figures
 from utils.schema import BASELINE
 from utils.utils import write_atomic
 
 WIDTH, DPI = 10.0, 150  # inches, dots per inch; shown about 850 pixels wide on GitHub
 INK, GREY = "#222222", "#666666"
 BLUE, SKY, ORANGE, PURPLE, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#009E73"  # Okabe and Ito's
-BACKEND_STYLE = {  # backend: colour, marker, line style; charts list them in this order
-    "pytorch": (BLUE, "o", "-"),
-    "pytorch-tf32": (BLUE, "s", "--"),
-    "pytorch-fp16": (BLUE, "^", "-."),
-    "pytorch-fp16-graph": (BLUE, "D", ":"),
-    "torch-compile": (SKY, "o", "-"),
-    "onnx": (ORANGE, "o", "-"),
-    "onnx-nhwc": (ORANGE, "s", "--"),
-    "onnx-nhwc-graph": (ORANGE, "D", ":"),
-    "torch-tensorrt": (PURPLE, "o", "-"),
-    "torch-tensorrt-graph": (PURPLE, "D", ":"),
-    "tensorrt": (GREEN, "o", "-"),
-    "tensorrt-graph": (GREEN, "D", ":"),
-    "tensorrt-static": (GREEN, "s", "--"),
-    "tensorrt-static-graph": (GREEN, "P", "-."),
-    "tensorrt-int8": (GREEN, "v", (0, (5, 1))),
+BACKEND_COLOUR = {  # charts list them in this order
+    "pytorch": BLUE,
+    "torch-compile": SKY,
+    "onnx": ORANGE,
+    "torch-tensorrt": PURPLE,
+    "tensorrt": GREEN,
 }
-HATCH = dict(zip("s^DPvX", ["//", "\\\\", "..", "xx", "--", "oo"], strict=True))  # of a bar, for the marker
+LOOKS = [  # marker, line style and hatch of a bar, and the variants that have them; the last is any other
+    ("o", "-", None, [""]),
+    ("s", "--", "//", ["tf32", "channels-last", "nhwc", "static"]),
+    ("^", "-.", "\\\\", ["fp16", "bf16"]),
+    ("D", ":", "..", ["graph", "fp16-graph", "nhwc-graph"]),
+    ("P", "-.", "xx", ["static-graph"]),
+    ("v", (0, (5, 1)), "--", ["int8"]),
+    ("<", (0, (3, 1, 1, 1)), "++", ["int8-graph"]),
+    (">", (0, (5, 1, 1, 1)), "**", ["int8-static-graph"]),
+    ("X", (0, (1, 1)), "oo", []),
+]
+HATCH = {marker: hatch for marker, _, hatch, _ in LOOKS}
 AXIS = {"image_size": "image size (px)", "batch_size": "batch size (images)"}
 MARK = {"out_of_memory": "OOM", "mismatch": "wrong", "ok": "no baseline"}
 
 
+def look_of(backend: str) -> int:
+    """Which of LOOKS a backend has."""
+    variant = backend.removeprefix(family(backend)).removeprefix("-")
+    return next((k for k, look in enumerate(LOOKS) if variant in look[-1]), len(LOOKS) - 1)
+
+
 def style(backend: str, precision: str) -> dict:
     """How a line looks; open markers are FP32; an unknown variant takes its backend's colour."""
-    known = BACKEND_STYLE.get(family(backend), (GREY, "X", (0, (1, 1))))
-    colour, marker, dashes = BACKEND_STYLE.get(backend, (known[0], "X", (0, (1, 1))))
+    marker, dashes, *_ = LOOKS[look_of(backend)]
+    colour = BACKEND_COLOUR.get(family(backend), GREY)
     face = "white" if label(backend, precision).split(",")[0].endswith("FP32") else colour
     look = dict(color=colour, marker=marker, linestyle=dashes, markersize=5.5, markerfacecolor=face)
-    return look | {"linewidth": 1.8 if backend in NAMES else 1.2}
+    return look | {"linewidth": 1.8 if marker == "o" else 1.2}
 
 
 # ---- the rows
 
 
 def in_order(rows: pd.DataFrame) -> pd.DataFrame:
-    """With `label`, the figures of every row that is not ok blanked, backends in the charts' order."""
-    rows = rows.reset_index(drop=True)
-    rows["precision"] = rows["precision"].fillna("").astype(str)
-    rows["label"] = [label(*names) for names in zip(rows["backend"], rows["precision"], strict=True)]
-    figures = ["mean_ms", "fps", "fps_low", "fps_high", "gpu_memory_mb"]
-    for column in [*figures, "speedup", "speedup_low", "speedup_high"]:
-        rows[column] = pd.to_numeric(rows[column]).astype(float).where(rows["status"] == "ok")
-    order = {backend: index for index, backend in enumerate(BACKEND_STYLE)}
-    return rows.sort_values("backend", key=lambda names: names.map(order).fillna(len(order)), kind="stable")
+    """With `label`, without the figures of rows that are not ok, backends in the charts' order."""
+    rows = without_figures(rows.reset_index(drop=True))
+    rows["label"] = [label(row.backend, row.precision) for row in rows.itertuples()]
+    families = [*BACKEND_COLOUR, *rows["backend"].map(family)]
+    rank = {backend: (families.index(family(backend)), look_of(backend)) for backend in rows["backend"]}
+    return rows.sort_values("backend", key=lambda names: names.map(rank), kind="stable")
 
 
 def blocks(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -108,45 +112,44 @@ CHARTS = {
 }
 
 
-def errors(own: pd.DataFrame, column: str):
-    """Distances to the ends of the 95 % interval, as matplotlib takes them; none for columns without."""
-    if f"{column}_low" not in own:
-        return None
-    return np.clip([own[column] - own[f"{column}_low"], own[f"{column}_high"] - own[column]], 0, None)
+def series(panel: pd.DataFrame, label: str, chart: Chart, ticks: list[int]) -> tuple[pd.DataFrame, object]:
+    """One backend's rows, one for each tick, and the distances to the ends of their intervals, if any."""
+    own = panel[panel["label"] == label].drop_duplicates(chart.x).set_index(chart.x).reindex(ticks)
+    low, high = f"{chart.column}_low", f"{chart.column}_high"
+    if low not in own:
+        return own, None
+    return own, np.clip([own[chart.column] - own[low], own[high] - own[chart.column]], 0, None)
 
 
 def draw_lines(ax, chart: Chart, panel: pd.DataFrame, looks: dict, ticks: list[int]) -> None:
     """A line per backend with its intervals; a cross at the foot where one was tried and has no value."""
-    crosses = dict.fromkeys(ticks, 0)
+    crosses, places = dict.fromkeys(ticks, 0), range(len(ticks))
     for name, look in looks.items():
-        own = panel[panel["label"] == name].drop_duplicates(chart.x).set_index(chart.x).reindex(ticks)
-        error = errors(own, chart.column)
-        ax.errorbar(
-            range(len(ticks)), own[chart.column], yerr=error, elinewidth=1, capsize=2, label=name, **look
-        )
+        own, error = series(panel, name, chart, ticks)
+        ax.errorbar(places, own[chart.column], yerr=error, elinewidth=1, capsize=2, label=name, **look)
         for i in np.flatnonzero(own[chart.column].isna() & own["status"].notna()):
-            foot_y = 0.05 + 0.08 * crosses[ticks[i]]
+            height = 0.05 + 0.08 * crosses[ticks[i]]
             crosses[ticks[i]] += 1
-            ax.plot(i, foot_y, "x", color=look["color"], transform=ax.get_xaxis_transform(), zorder=5)
+            ax.plot(i, height, "x", color=look["color"], transform=ax.get_xaxis_transform(), zorder=5)
     ax.set_xlim(-0.3, len(ticks) - 0.7)
 
 
 def draw_bars(ax, chart: Chart, panel: pd.DataFrame, looks: dict, ticks: list[int]) -> None:
     """Groups of bars with their values, a line at 1x, and the reason where a bar is missing."""
     step = 0.84 / len(looks)
-    turned = len(ticks) * len(looks) > 12
+    where = dict(xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=9, color=INK)
+    where["rotation"] = 90 if len(ticks) * len(looks) > 12 else 0
     ax.axhline(1, color=INK, linewidth=1, zorder=2)
     for k, (name, look) in enumerate(looks.items()):
-        own = panel[panel["label"] == name].drop_duplicates(chart.x).set_index(chart.x).reindex(ticks)
+        own, error = series(panel, name, chart, ticks)
         at = np.arange(len(ticks)) - 0.42 + step * (k + 0.5)
-        ax.bar(at, own[chart.column], step * 0.92, label=name, **bar_look(look))
-        ax.errorbar(at, own[chart.column], yerr=errors(own, chart.column), fmt="none", ecolor=INK, capsize=2)
-        tops = own["speedup_high"].fillna(own["speedup"]).fillna(0)
-        for x, value, top, status in zip(at, own[chart.column], tops, own["status"], strict=True):
-            text = f"{value:.1f}" if pd.notna(value) else MARK.get(status, status)
+        ax.bar(at, own["speedup"], step * 0.92, label=name, **bar_look(look))
+        ax.errorbar(at, own["speedup"], yerr=error, fmt="none", ecolor=INK, capsize=2)
+        for x, row in zip(at, own.itertuples(), strict=True):
+            top = np.nanmax([0, row.speedup, row.speedup_high])
+            text = f"{row.speedup:.1f}" if pd.notna(row.speedup) else MARK.get(row.status, row.status)
             if isinstance(text, str):  # no text where nothing was tried
-                where = dict(xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=9)
-                ax.annotate(text, (x, top), color=INK, rotation=90 if turned else 0, **where)
+                ax.annotate(text, (x, top), **where)
     ax.set_xlim(-0.5, len(ticks) - 0.5)
 
 
@@ -156,7 +159,7 @@ def bar_look(look: dict) -> dict:
 
 
 def dress(ax, x_label: str, y_label: str) -> None:
-    """What every panel has: units, thousands apart, a light grid."""
+    """What every panel has: units, a light grid."""
     ax.set_xlabel(x_label, color=INK)
     ax.set_ylabel(y_label, color=INK)
     ax.tick_params(labelsize=10, color=GREY, labelcolor=INK)
@@ -174,29 +177,23 @@ def shape(chart: Chart, panels: int) -> tuple[int, int]:
 def draw_block(part, chart: Chart, title: str, block: pd.DataFrame) -> None:
     """One sweep: panels beside each other, the legend to their right, the note under them."""
     shown = block[block["backend"] != BASELINE] if chart.bars else block
-    looks = looks_of(shown, chart.column)
-    values = sorted(block[chart.panel].unique()) if looks else []
-    ticks = sorted(block[chart.x].unique())
+    looks, ticks = looks_of(shown, chart.column), sorted(block[chart.x].unique())
     heading(part, title + chart.finding(block, chart.column))
-    note = not_measured(block, "fps" if chart.bars else chart.column)
     crosses = not chart.bars and block.loc[block["label"].isin(list(looks)), chart.column].isna().any()
-    if note:
-        note = textwrap.fill(f"Not measured{' (×)' if crosses else ''}: {note}", 135)
+    if missing := not_measured(block, "fps" if chart.bars else chart.column):
+        note = textwrap.fill(f"Not measured{' (×)' if crosses else ''}: {missing}", 135)
         part.supxlabel(note, fontsize=9, color=INK, x=0.01, ha="left")
-    if not values:
+    if not looks:
         part.subplots().axis("off")  # without any panel the note would lie over the footer
         return
+    values = sorted(block[chart.panel].unique())
     rows, columns = shape(chart, len(values))
     grid = part.subplots(rows, columns, squeeze=False, sharey=chart.shared)
-    for k, ax in enumerate(grid.flat):
-        if k >= len(values):
-            ax.axis("off")
-            continue
-        panel = block[block[chart.panel] == values[k]]
-        (draw_bars if chart.bars else draw_lines)(ax, chart, panel, looks, ticks)
-        ax.set_title(
-            f"{values[k]} px" if chart.panel == "image_size" else f"batch {values[k]}", fontsize=10.5
-        )
+    for ax in grid.flat[len(values) :]:
+        ax.axis("off")
+    for k, (ax, value) in enumerate(zip(grid.flat, values, strict=False)):
+        (draw_bars if chart.bars else draw_lines)(ax, chart, block[block[chart.panel] == value], looks, ticks)
+        ax.set_title(f"{value} px" if chart.panel == "image_size" else f"batch {value}", fontsize=10.5)
         ax.set_xticks(range(len(ticks)), list(map(str, ticks)))
         ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
@@ -204,7 +201,7 @@ def draw_block(part, chart: Chart, title: str, block: pd.DataFrame) -> None:
         dress(ax, AXIS[chart.x] if last else "", chart.unit if first else "")
     for ax in grid.flat[:1] if chart.shared else grid.flat:  # once all is drawn
         ax.set_ylim(0, ax.get_ylim()[1] * (1.12 if chart.bars else 1))  # above bars stand their values
-    legend(part, looks, shown[shown[chart.column].notna()].groupby("label")[chart.column].max(), chart.bars)
+    legend(part, looks, shown.groupby("label")[chart.column].max(), chart.bars)
 
 
 def heading(part, text: str) -> None:
@@ -215,11 +212,8 @@ def legend(part, looks: dict, peaks: pd.Series, bars: bool) -> None:
     """To the right of the panels: of lines the highest first, of bars in their own order."""
     handles = []
     for name in looks if bars else sorted(looks, key=lambda name: -peaks[name]):
-        text = textwrap.fill(name, 22)
-        handle = (
-            Patch(**bar_look(looks[name]), label=text) if bars else Line2D([], [], **looks[name], label=text)
-        )
-        handles.append(handle)
+        text, look = textwrap.fill(name, 22), looks[name]
+        handles.append(Patch(**bar_look(look), label=text) if bars else Line2D([], [], **look, label=text))
     part.legend(handles=handles, frameon=False, fontsize=10, loc="outside right center")
 
 
@@ -236,10 +230,10 @@ def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Fig
     ordered = in_order(rows)
     parts, heights = blocks(ordered) or [("", ordered)], []
     for _, block in parts:
-        panels = block[chart.panel].nunique() if block[chart.column].notna().any() else 0
-        rows_of_panels, names = shape(chart, panels)[0], 0.36 * len(looks_of(block, chart.column))
-        body = 2.1 * panels if chart.bars else max(2.6 * rows_of_panels, names * (panels > 0))
-        heights.append(1.2 + body)
+        looks = looks_of(block, chart.column)
+        panels = block[chart.panel].nunique() if looks else 0
+        lines = max(2.6 * shape(chart, panels)[0], 0.36 * len(looks))
+        heights.append(1.2 + (2.1 * panels if chart.bars else lines))
     fig, subfigures = sheet(heights, feet_of(list(rows["sweep"].unique()), environments))
     for part, (title, block) in zip(subfigures, parts, strict=True):
         draw_block(part, chart, title, block)
@@ -251,10 +245,9 @@ def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Fig
 
 def draw_roofline(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure | None:
     """Rate of operations against operations per byte, a panel for each sweep; None without ceilings."""
-    rows = in_order(rows)
-    rows = rows[(rows["status"] == "ok") & rows["pct_measured_peak"].notna()]
-    known = {name for name, facts in environments.items() if facts.get("ceilings")}
-    parts = blocks(rows[rows["sweep"].isin(known)])
+    known = [name for name, facts in environments.items() if facts.get("ceilings")]
+    rows = in_order(rows[rows["sweep"].isin(known)])
+    parts = blocks(rows[rows["pct_measured_peak"].notna()])
     if not parts:
         return None
     sweeps = [block["sweep"].iloc[0] for _, block in parts]
@@ -267,41 +260,33 @@ def draw_roofline(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure |
 
 def draw_roof(ax, block: pd.DataFrame, ceilings: dict) -> None:
     """The roofs of one machine and the rows under them; a mark grows with its batch."""
-    used = {name: ceilings["tflops"][name] for name in dict.fromkeys(block["precision"])}
+    used = {name: ceilings["tflops"][name] for name in block["precision"].unique()}
     bandwidth = ceilings["gb_per_s"] / 1000
     left = block["flops_per_byte"].min() / 3
     right = max(block["flops_per_byte"].max(), max(used.values()) / bandwidth) * 1.5
+    roof = dict(color=GREY, linewidth=1.2, zorder=1)
     for name, peak in used.items():
-        ax.plot(
-            [left, peak / bandwidth, right],
-            [left * bandwidth, peak, peak],
-            color=GREY,
-            linewidth=1.2,
-            zorder=1,
-        )
-        at, side = (left, "left") if peak / bandwidth < left else (right, "right")
-        where = dict(xytext=(3 if side == "left" else -3, 3), textcoords="offset points", ha=side, fontsize=9)
+        ax.plot([left, peak / bandwidth, right], [left * bandwidth, peak, peak], **roof)
+        at, side, shift = (left, "left", 3) if peak / bandwidth < left else (right, "right", -3)
+        where = dict(xytext=(shift, 3), textcoords="offset points", ha=side, fontsize=9)
         ax.annotate(f"{name} matrix product: {figure(peak)} TFLOP/s", (at, peak), **where)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
     slope = f"slope: copy at {figure(ceilings['gb_per_s'])} GB/s"
     ax.text(0.02, 0.94, slope, transform=ax.transAxes, fontsize=9, color=INK)
     for name, look in looks_of(block, "tflops").items():
-        look = {**look, "linestyle": "none"}
+        look = look | {"linestyle": "none"}
         for row in block[block["label"] == name].itertuples():
             size = 3.5 + 1.2 * np.log2(row.batch_size)
             ax.plot(row.flops_per_byte, row.tflops, **look | {"markersize": size}, alpha=0.85)
         ax.plot([], [], **look, label=textwrap.fill(name, 22))
-    ax.set_xlim(left, right)
+    ax.set(xscale="log", yscale="log", xlim=(left, right))
     ax.set_ylim(block["tflops"].min() / 2, max(used.values()) * 2)
     dress(ax, "operations per byte (FLOP/B), every layer's input, output and weights moved once", "TFLOP/s")
     for side in (ax.xaxis, ax.yaxis):
         side.set_major_locator(LogLocator(subs=[1, 2, 5]))
         side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         side.set_minor_formatter("")
-    ax.figure.legend(
-        loc="outside right center", frameon=False, title="larger marks: larger batches", title_fontsize=9
-    )
+    sizes = dict(title="larger marks: larger batches", title_fontsize=9)
+    ax.figure.legend(loc="outside right center", frameon=False, **sizes)
 
 
 # ---- files
@@ -334,9 +319,8 @@ def draw_comparison(both: pd.DataFrame, title: str, path: Path) -> None:
     ax, names = fig.add_subplot(), []
     for y, row in enumerate(both.itertuples()):
         look = style(row.backend, row.precision_after) | {"linestyle": "none"}
-        names.append(
-            f"{label(row.backend, row.precision_after)}, {row.image_size} px, batch {row.batch_size}"
-        )
+        who = label(row.backend, row.precision_after)
+        names.append(f"{who}, {row.image_size} px, batch {row.batch_size}")
         ax.plot([row.fps_ratio_low, row.fps_ratio_high], [y, y], color=look["color"], linewidth=2)
         ax.plot(row.fps_ratio, y, **look)
     ax.axvline(1, color=INK, linewidth=1)

@@ -9,20 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils import ceilings, findings
+from utils import ceilings, findings, report
 from utils.records import read_table
-from utils.report import (
-    DEVICE,
-    END_TO_END,
-    answers_of,
-    figure,
-    foot,
-    lines_of,
-    markdown,
-    name,
-    reasons,
-    results_lines,
-)
+from utils.report import figure, foot, markdown, name
 from utils.schema import BASELINE
 from utils.utils import UserError, write_atomic
 
@@ -45,9 +34,9 @@ def headline(rows: pd.DataFrame, environments: dict) -> str:
     if ok.empty:
         return "Nothing to compare with PyTorch FP32 has been measured here yet."
     best = ok.loc[ok.fps.idxmax()]
-    limits = f"{best.speedup_low:.2f}–{best.speedup_high:.2f}"
     sure = "at 95 % confidence" if best.rounds > 1 else "one round, so without what differs between processes"
-    times = f"{best.speedup:.2f} times as fast as PyTorch FP32** ({limits} {sure})"
+    limits = f"({report.between(best.speedup_low, best.speedup_high)} {sure})"
+    times = f"{figure(best.speedup)} times as fast as PyTorch FP32** {limits}"
     where = f"{figure(best.fps)} images/s at {best.image_size} px, batch {best.batch_size}"
     right = f"the same class on {best.agreement:.1%} of the test images"
     hardware = foot(environments.get(best.sweep, {}))
@@ -62,13 +51,14 @@ def summary(rows: pd.DataFrame, environments: dict) -> str:
     columns, several = sorted(best.image_size.unique()), rows.sweep.nunique() > 1
     lines = [["Method, at its best batch", *(f"{size} px" for size in columns), "Accuracy"]]
     for (sweep, _), group in best.groupby(["sweep", "backend"], sort=False):
-        cells = {row.image_size: summary_cell(row) for _, row in group.iterrows()}
+        cells = {row.image_size: summary_cell(row) for row in group.itertuples()}
         who = name(group.iloc[0]) + (f" ({sweep})" if several else "")
-        least, most = group.accuracy.min() * 100, group.accuracy.max() * 100
-        share = "–".join(dict.fromkeys([f"{least:.0f}", f"{most:.0f}"]))
-        lines.append([who, *(cells.get(size, "") for size in columns), f"{share} %"])
+        least, most = (f"{share * 100:.0f}" for share in (group.accuracy.min(), group.accuracy.max()))
+        accuracy = least if least == most else f"{least}–{most}"
+        lines.append([who, *(cells.get(size, "") for size in columns), f"{accuracy} %"])
     notes = ["images/s ± half the 95 % interval, speedup over PyTorch FP32 of the same sweep, b = batch size"]
-    notes += [foot(known) for known in environments.values()] + reasons_only(rows)
+    notes += [foot(known) for known in environments.values()]
+    notes += report.reasons(rows[rows.status != "ok"].assign(notes=""))
     return f"{markdown(lines)}\n\n<sub>{'<br>'.join(notes)}</sub>"
 
 
@@ -76,16 +66,12 @@ def summary_cell(row) -> str:
     """ "51,700 ± 2 %, 6.67×, b16"; a single round has no interval that holds."""
     half = (row.fps_high - row.fps_low) / 2 / row.fps * 100
     half = f" ± {half:.1g} %" if half < 1 else f" ± {half:.0f} %"
-    times = "" if pd.isna(row.speedup) or row.backend == BASELINE else f", {row.speedup:.2f}×"
+    times = "" if pd.isna(row.speedup) or row.backend == BASELINE else f", {figure(row.speedup)}×"
     return f"{figure(row.fps)}{half if row.rounds > 1 else ''}{times}, b{row.batch_size}"
 
 
-def reasons_only(rows: pd.DataFrame) -> list[str]:
-    return reasons(rows[rows.status != "ok"].assign(notes=""))
-
-
 def answers(rows: pd.DataFrame, environments: dict) -> str:
-    return "\n".join(f"- {sentence}" for sentence in answers_of(rows))
+    return "\n".join(f"- {sentence}" for sentence in report.answers_of(rows))
 
 
 PARTS = {"headline": headline, "summary": summary, "answers": answers}
@@ -93,22 +79,26 @@ PARTS = {"headline": headline, "summary": summary, "answers": answers}
 
 def marked(path: Path) -> list[tuple[int, int, str, str]]:
     """README.md's parts: the lines of their markers, kind, folder.  Raises UserError at a broken marker."""
-    found, lines = [], path.read_text(encoding="utf-8").splitlines()
-    start, mend = None, "; mend it, then: python compare.py --write-readme"
-    for k, line in enumerate(lines):
-        if match := BEGIN.fullmatch(line.strip()):
-            if start is not None:
-                raise UserError(f"{path}, line {start + 1}: the generated part has no {END}{mend}")
-            if match[1] not in PARTS:
-                raise UserError(f"{path}, line {k + 1}: {match[1]} is none of {', '.join(PARTS)}{mend}")
-            start, kind, folder = k, *match.groups()
-        elif line.strip() == END and start is not None:
-            found.append((start, k, kind, folder))
-            start = None
-        elif line.strip().startswith(("<!-- begin", "<!-- end")):
-            raise UserError(f"{path}, line {k + 1}: {line.strip()} marks no generated part{mend}")
-    if start is not None:
-        raise UserError(f"{path}, line {start + 1}: the generated part has no {END}{mend}")
+    found, begun = [], None
+
+    def broken(line: int, why: str) -> UserError:
+        return UserError(f"{path}, line {line + 1}: {why}; mend it, then: python compare.py --write-readme")
+
+    for k, line in enumerate(map(str.strip, path.read_text(encoding="utf-8").splitlines())):
+        match = BEGIN.fullmatch(line)
+        if begun and line == END:
+            found.append((begun[0], k, *begun[1:]))
+            begun = None
+        elif begun and match:
+            break
+        elif match and match[1] not in PARTS:
+            raise broken(k, f"{match[1]} is none of {', '.join(PARTS)}")
+        elif match:
+            begun = k, *match.groups()
+        elif line.startswith(("<!-- begin", "<!-- end")):
+            raise broken(k, f"{line} marks no generated part")
+    if begun:
+        raise broken(begun[0], f"the generated part has no {END}")
     return found
 
 
@@ -138,26 +128,25 @@ def folder_readme(folder: Path) -> str:
     rows, environments = read_table(folder)
     parts = ["# Results", "Made by `python benchmark.py`; renewed by `python compare.py --write-readme`."]
     parts += [headline(rows, environments), answers(rows, environments)]
-    for file, text in CHARTS.items():
-        if (folder / file).is_file():
-            parts.append(f"![{text}]({file})")
-    for sweep in rows.sweep.unique():
-        known, part = environments.get(sweep, {}), rows[rows.sweep == sweep]
-        parts += [f"## Sweep {sweep}", f"<sub>{foot(known)}</sub>"]
-        ok = findings.measured(part)
-        parts += by_size(part, results_table)
-        parts += [f"<sub>{line}</sub>" for line in reasons(part)]
-        if len(ok):
-            parts.append("### What the device was doing")
-            parts += by_size(ok, lambda group: markdown(lines_of(DEVICE, group)))
-            parts += [f"<sub>{text}</sub>"] if (text := ceilings_text(known)) else []
-        parts += ["### Environment", environment_table(known)]
+    parts += [f"![{text}]({file})" for file, text in CHARTS.items() if (folder / file).is_file()]
+    for sweep, part in rows.groupby("sweep", sort=False):
+        parts += sweep_parts(sweep, part, environments.get(sweep, {}))
     if (folder / "end_to_end.csv").is_file():
         parts.append("## From files to labels")
         table = pd.read_csv(folder / "end_to_end.csv", dtype={"sweep": str})  # "2.10" is a name
         for sweep, part in table.groupby("sweep", sort=False):
-            parts += [f"Sweep {sweep}:", markdown(lines_of(END_TO_END, part))]
+            parts += [f"Sweep {sweep}:", markdown(report.lines_of(report.END_TO_END, part))]
     return "\n\n".join(parts) + "\n"
+
+
+def sweep_parts(sweep: str, rows: pd.DataFrame, known: dict) -> list[str]:
+    parts = [f"## Sweep {sweep}", f"<sub>{foot(known)}</sub>", *by_size(rows, results_table)]
+    parts += [f"<sub>{line}</sub>" for line in report.reasons(rows)]
+    if len(ok := findings.measured(rows)):
+        parts.append("### What the device was doing")
+        parts += by_size(ok, lambda group: markdown(report.lines_of(report.DEVICE, group)))
+        parts += [f"<sub>{text}</sub>"] if (text := ceilings_text(known)) else []
+    return [*parts, "### Environment", environment_table(known)]
 
 
 def write_folder_readme(folder: Path) -> None:
@@ -175,7 +164,7 @@ def by_size(rows: pd.DataFrame, table: Callable) -> list[str]:
 
 def results_table(rows: pd.DataFrame) -> str:
     """TABLE in Markdown; bold where no other method is level with the fastest."""
-    lines = results_lines(rows)
+    lines = report.results_lines(rows)
     best = findings.fastest(rows)
     if best:
         rivals = findings.fastest(rows[rows.batch_size == best[0].batch_size])

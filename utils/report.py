@@ -1,12 +1,12 @@
 """Rows and findings -> words: names, numbers, tables and the five answers."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pandas as pd
 
 from utils import findings
 from utils.records import VERDICTS
-from utils.schema import BASELINE
 
 NAMES = {
     "pytorch": "PyTorch",
@@ -56,49 +56,30 @@ def span(values) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def between(low: float, high: float) -> str:
+    """ "12–14": an interval; nothing where there is none."""
+    return "" if pd.isna(low) or low == high else f"{figure(low)}–{figure(high)}"
+
+
 def foot(known: dict) -> str:
     """The hardware and versions behind a figure in one line, and whether the network saw sample data only."""
     return known.get("short", "") + (" · sample data (drawn heroes)" if known.get("sample_data") else "")
 
 
-# ---- tables: a list of (header, what it shows of a row)
+# ---- tables: a list of (header, the column or what else it shows of a row)
 
 
-def if_ok(show: Callable) -> Callable:
-    return lambda row: show(row) if row.status == "ok" else ""
+def without_figures(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with figures only where they are ok; agreement and accuracy stay, they tell why not."""
+    kept = ["image_size", "batch_size", "agreement", "accuracy"]
+    figures = rows.select_dtypes("number").columns.difference(kept)
+    return rows.assign(**{column: rows[column].where(rows.status == "ok") for column in figures})
 
 
-def number(column: str) -> Callable:
-    return if_ok(lambda row: figure(row[column]))
-
-
-def bounds(column: str, text: Callable = figure) -> Callable:
-    """ "12–14": the 95 % interval; nothing where there is none."""
-
-    def show(row) -> str:
-        low, high = row[f"{column}_low"], row[f"{column}_high"]
-        return "" if pd.isna(low) or row.backend == BASELINE == column else f"{text(low)}–{text(high)}"
-
-    return if_ok(show)
-
-
-def speedup(row) -> str:
-    if row.backend == BASELINE:
-        return "1"
-    return "" if pd.isna(row.speedup) else f"{row.speedup:.2f}"
-
-
-def speedup_bounds(row) -> str:
-    return "" if row.backend == BASELINE else bounds("speedup", lambda value: f"{value:.2f}")(row)
-
-
-def memory(row) -> str:
-    return figure(row.gpu_memory_mb if row.device == "cuda" else row.host_memory_mb)
-
-
-def verdicts(notes: str) -> list[str]:
+def verdicts(row) -> list[str]:
     """The names of the verdicts in a row's notes."""
-    return [part.split(": ")[0] for part in notes.split("; ") if part.split(": ")[0] in VERDICTS]
+    names = [part.split(": ")[0] for part in row.notes.split("; ")]
+    return [name for name in names if name in VERDICTS]
 
 
 HEAD = [
@@ -109,73 +90,69 @@ HEAD = [
 TABLE = [
     *HEAD,
     ("Mean ms", lambda row: figure(row.mean_ms) if row.status == "ok" else row.status.replace("_", " ")),
-    ("Std ms", number("std_ms")),
-    ("p95 ms", number("p95_ms")),
-    ("Images/s", number("fps")),
-    ("95 %", bounds("fps")),
-    ("Speedup", if_ok(speedup)),
-    ("95 % of it", speedup_bounds),
-    ("Memory MB", if_ok(memory)),
+    ("Std ms", "std_ms"),
+    ("p95 ms", "p95_ms"),
+    ("Images/s", "fps"),
+    ("95 %", lambda row: between(row.fps_low, row.fps_high)),
+    ("Speedup", "speedup"),
+    ("95 % of it", lambda row: between(row.speedup_low, row.speedup_high)),
+    ("Memory MB", lambda row: figure(row.gpu_memory_mb if row.device == "cuda" else row.host_memory_mb)),
     ("Agreement", lambda row: percent(row.agreement)),
     ("Accuracy", lambda row: percent(row.accuracy)),
-    ("Notes", if_ok(lambda row: ", ".join(verdicts(row.notes)))),
+    ("Notes", lambda row: ", ".join(verdicts(row)) if row.status == "ok" else ""),
 ]
 DEVICE = [
     *HEAD,
-    ("Pipelined images/s", number("sustained_fps")),
+    ("Pipelined images/s", "sustained_fps"),
     ("GPU busy %", lambda row: figure(row.busy_ms / row.mean_ms * 100)),
-    ("Util. %", number("gpu_util_pct")),
-    ("W", number("power_w")),
-    ("mJ/image", number("mj_per_image")),
-    ("SM MHz", number("sm_clock_mhz")),
-    ("°C", number("temperature_c")),
-    ("TFLOP/s", number("tflops")),
-    ("% of peak", number("pct_peak")),
-    ("% of measured peak", number("pct_measured_peak")),
-    ("FLOP/byte", number("flops_per_byte")),
+    ("Util. %", "gpu_util_pct"),
+    ("W", "power_w"),
+    ("mJ/image", "mj_per_image"),
+    ("SM MHz", "sm_clock_mhz"),
+    ("°C", "temperature_c"),
+    ("TFLOP/s", "tflops"),
+    ("% of peak", "pct_peak"),
+    ("% of measured peak", "pct_measured_peak"),
+    ("FLOP/byte", "flops_per_byte"),
     ("Limit", lambda row: row.limit),
 ]
-STEPS = ["decode", "resize", "copy", "normalise", "infer", "copy_back"]
+STEPS = ["decode_ms", "resize_ms", "copy_ms", "normalise_ms", "infer_ms", "copy_back_ms"]
 
 
-def step(of: str) -> Callable:
+def step(column: str, row) -> str:
     """Milliseconds of a step for one image, and its share of the whole."""
-
-    def show(row) -> str:
-        total = sum(row[f"{other}_ms"] for other in STEPS)
-        return f"{figure(row[f'{of}_ms'])} ({row[f'{of}_ms'] / total:.0%})"
-
-    return show
+    return f"{figure(row[column])} ({row[column] / row[STEPS].sum():.0%})"
 
 
 END_TO_END = [
     *HEAD,
-    ("Images/s", lambda row: figure(row.images_per_s)),
-    ("Inference alone", lambda row: figure(row.infer_alone_images_per_s)),
-    *((f"{of.replace('_', ' ')} ms", step(of)) for of in STEPS),
+    ("Images/s", "images_per_s"),
+    ("Inference alone", "infer_alone_images_per_s"),
+    *((column.replace("_", " "), partial(step, column)) for column in STEPS),
     ("Bottleneck", lambda row: row.bottleneck.split(" (")[0]),
 ]
 
 
-def lines_of(table: list[tuple[str, Callable]], rows: pd.DataFrame) -> list[list[str]]:
+def lines_of(table: list[tuple[str, str | Callable]], rows: pd.DataFrame) -> list[list[str]]:
     """Header and rows as cells, without columns that are empty throughout."""
-    found = [[show(row) for _, show in table] for _, row in rows.iterrows()]
-    kept = [k for k in range(len(table)) if k < len(HEAD) or any(line[k] for line in found)]
-    lines = [[header for header, _ in table], *found]
-    return [[line[k] for k in kept] for line in lines]
+    columns = []
+    for header, show in table:
+        cell = show if callable(show) else lambda row, column=show: figure(row[column])
+        cells = [cell(row) for _, row in rows.iterrows()]
+        if any(cells) or len(columns) < len(HEAD):
+            columns.append([header, *cells])
+    return [list(line) for line in zip(*columns, strict=True)]
 
 
 def results_lines(rows: pd.DataFrame) -> list[list[str]]:
     """TABLE's lines; batch sizes without figures for one and the same reason share a line."""
-    parts, seen = [], {}
-    for _, row in rows.iterrows():
-        key = row.sweep, row.backend, row.image_size, row.status, row.reason
-        if row.status in ("ok", "mismatch") or key not in seen:
-            parts.append(row.copy())
-            seen[key] = parts[-1]
-        else:
-            seen[key].batch_size = f"{seen[key].batch_size}, {row.batch_size}"
-    return lines_of(TABLE, pd.DataFrame(parts)) if parts else [[header for header, _ in TABLE]]
+    shown = without_figures(rows).astype({"batch_size": str})
+    missing = ~shown.status.isin(["ok", "mismatch"])
+    keys = ["sweep", "backend", "image_size", "status", "reason"]
+    for _, group in shown[missing].groupby(keys):
+        shown.loc[group.index[0], "batch_size"] = ", ".join(group.batch_size)
+        shown = shown.drop(group.index[1:])
+    return lines_of(TABLE, shown)
 
 
 def aligned(lines: list[list[str]]) -> str:
@@ -204,16 +181,14 @@ def end_to_end_text(table: pd.DataFrame) -> str:
 
 def reasons(rows: pd.DataFrame) -> list[str]:
     """A line for each reason why rows have no figures or can't win, and for each verdict on the others."""
-    lines = []
-    without = rows[rows.status != "ok"]
-    for key, group in without.groupby(["backend", "precision", "status", "reason"], sort=False):
-        backend, precision, status, reason = key
+    lines, keys = [], ["backend", "precision", "status", "reason"]
+    for (backend, precision, status, reason), group in rows[rows.status != "ok"].groupby(keys, sort=False):
         places = sorted(set(zip(group.image_size, group.batch_size, strict=True)))
         where = ", ".join(f"{size} px batch {batch}" for size, batch in places)
-        scope = "" if len(places) == len(rows[rows.backend == backend]) else f" ({where})"
+        scope = "" if len(places) == sum(rows.backend == backend) else f" ({where})"
         lines.append(f"{label(backend, precision)}{scope}: {status.replace('_', ' ')}: {reason}")
-    named = {verdict for notes in rows.notes for verdict in verdicts(notes)}
-    return lines + [f"{verdict}: {VERDICTS[verdict]}" for verdict in VERDICTS if verdict in named]
+    named = {verdict for row in rows.itertuples() for verdict in verdicts(row)}
+    return lines + [f"{verdict}: {remedy}" for verdict, remedy in VERDICTS.items() if verdict in named]
 
 
 # ---- answers
@@ -224,7 +199,7 @@ def answers_of(rows: pd.DataFrame) -> list[str]:
     ok = findings.measured(rows)
     if ok.empty:
         return ["Nothing was measured; the reasons are in the table."]
-    sweeps, sentences = ok.sweep.unique(), []
+    sentences, sweeps = [], ok.sweep.unique()
     for question, answer in QUESTIONS.items():
         if len(sweeps) == 1 or answer is optimum:
             texts = [answer(ok)]
@@ -245,20 +220,16 @@ def which(ok: pd.DataFrame) -> str:
 
 
 def sizes(ok: pd.DataFrame) -> str:
-    cost = findings.size_cost(ok)
-    if not cost:
-        return ""
-    small, large = ok.image_size.min(), ok.image_size.max()
+    cost, small, large = findings.size_cost(ok), ok.image_size.min(), ok.image_size.max()
     pixels = f"from {small} to {large} px, {figure((large / small) ** 2)} times the pixels"
-    return f"{pixels}, throughput at batch {ok.batch_size.max()} falls {span(cost.values())} times"
+    fall = f"throughput at batch {ok.batch_size.max()} falls"
+    return f"{pixels}, {fall} {span(cost.values())} times" if cost else ""
 
 
 def batches(ok: pd.DataFrame) -> str:
     gains = findings.batch_gain(ok)
-    if not gains:
-        return ""
     ends = f"from batch {ok.batch_size.min()} to {ok.batch_size.max()} at {ok.image_size.min()} px"
-    return f"{ends} throughput grows {span(gains.values())} times"
+    return f"{ends} throughput grows {span(gains.values())} times" if gains else ""
 
 
 def saturation(ok: pd.DataFrame) -> str:

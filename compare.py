@@ -9,6 +9,7 @@ Reads benchmark_results.csv and environment.json alone, so any table can be read
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -26,50 +27,53 @@ LIMITS = {  # column: what a row that misses the limit does, and the limit's uni
 PASSING = ["short", "settings", "packages", "date", "command", "commit", "clean", "sweep", "ceilings"]
 
 
-def best_lines(rows: pd.DataFrame, max_latency_ms, max_memory_mb, min_accuracy) -> list[str]:
-    """Sentences that name the fastest row within the limits, its cost and the runner-up, or why none fits."""
+def best_lines(rows: pd.DataFrame, limits: dict[str, float | None]) -> tuple[list[str], bool]:
+    """Sentences that name the fastest row within the limits, its cost and the runner-up, or why none fits;
+    and whether one does."""
     total = len(findings.measured(rows))
     if not total:
-        return ["No row was measured, so none can be best; see: python compare.py"]
-    fitting, missed = findings.best_within(rows, max_latency_ms, max_memory_mb, min_accuracy)
+        return ["No row was measured, so none can be best; see: python compare.py"], False
+    fitting, missed = findings.best_within(rows, *limits.values())
     if fitting.empty:
         lines, nearest = ["No row fits."], []
-        asked = {"p95_ms": max_latency_ms, "gpu_memory_mb": max_memory_mb, "accuracy": min_accuracy}
         for column, count, best in missed:
             verb, unit = LIMITS[column]
-            lines.append(f"{count} of {total} rows: {verb} {asked[column]:g} {unit}")
-            nearest.append(f"{column} {best:g}")
-        return [*lines, "Best of each: " + ", ".join(nearest)]
+            lines.append(f"{count} of {total} rows: {verb} {limits[column]:g} {unit}")
+            nearest.append(f"{column} {report.figure(best) or 'unknown'}")
+        return [*lines, "Best of each: " + ", ".join(nearest)], False
     ordered = [row for _, row in fitting.iloc[:2].iterrows()]
     lines = [f"{name}: {costs(row)}" for name, row in zip(("Fastest", "Runner-up"), ordered, strict=False)]
-    if len(ordered) > 1 and findings.level(*ordered):
+    if any(pd.isna(row.fps_low) for row in ordered):
+        lines.append("Measured in one round, which has no interval: another run may well turn this round.")
+    elif len(ordered) > 1 and findings.level(*ordered):
         lines.append("Between these two this sweep can show no difference in throughput.")
-    return lines
+    return lines, True
 
 
 def costs(row: pd.Series) -> str:
-    memory = f"{report.figure(row.gpu_memory_mb)} MB of GPU memory"
-    memory = "GPU memory not known" if pd.isna(row.gpu_memory_mb) else memory
     place = f"sweep {row.sweep}, {report.name(row)}, {row.image_size} px, batch {row.batch_size}"
     speed = f"{report.figure(row.fps)} images/s, p95 {report.figure(row.p95_ms)} ms"
-    return f"{place}: {speed}, {memory}, accuracy {row.accuracy:.1%}; built in {row.build_s:.1f} s"
+    memory = f"{report.figure(row.gpu_memory_mb) or 'an unknown number of'} MB of GPU memory"
+    built = f"built in {report.figure(row.build_s) or 'unknown'} s"
+    return f"{place}: {speed}, {memory}, accuracy {report.percent(row.accuracy) or 'unknown'}; {built}"
 
 
 COMPARISON = [
     ("Method", lambda row: report.label(row.backend, row.precision_after)),
     *report.HEAD[1:],
     ("Ratio", lambda row: f"{row.fps_ratio:.3f}"),
-    ("95 %", lambda row: f"{row.fps_ratio_low:.3f}–{row.fps_ratio_high:.3f}"),
-    ("Verdict", lambda row: row.verdict),
+    ("95 %", lambda row: report.between(row.fps_ratio_low, row.fps_ratio_high, "{:.3f}".format)),
+    ("Verdict", lambda row: "can't judge: one round" if pd.isna(row.fps_ratio_low) else row.verdict),
 ]
 
 
 def comparison(both: pd.DataFrame) -> list[str]:
     """The ratios as aligned lines, and how many configurations agree within their intervals."""
-    count = int(findings.agrees(both, "fps").sum())
+    judged = both[findings.can_judge(both)]
     lines = [report.aligned(report.lines_of(COMPARISON, both))]
-    lines.append(f"Throughput agrees within the 95 % intervals in {count} of {len(both)} configurations.")
-    speed = both[(both.backend != BASELINE) & both.speedup_ratio.notna()]
+    count = int(findings.agrees(judged, "fps").sum())
+    lines.append(f"Throughput agrees within the 95 % intervals in {count} of {len(judged)} configurations.")
+    speed = judged[(judged.backend != BASELINE) & judged.speedup_ratio_low.notna()]
     count = int(findings.agrees(speed, "speedup").sum())
     lines += [f"Speedup over PyTorch FP32 agrees in {count} of {len(speed)}."] if len(speed) else []
     return lines
@@ -82,34 +86,60 @@ def environment_changes(before: dict, after: dict) -> list[str]:
     return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in changed]
 
 
-def compare_two(paths: list[Path], sweeps: list[str] | None, fail_if_slower: float | None) -> None:
-    """Print how the second table differs from the first and draw it; exit code 1 if any is surely slower."""
+def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | None) -> int:
+    """Print how the second table differs from the first and draw it; the exit code."""
     (before, old), (after, new) = (records.read_table(path) for path in paths)
+    first, second = (sweeps[0], sweeps[-1]) if sweeps else (before.sweep.iloc[0], after.sweep.iloc[0])
     if sweeps:
-        before = before[before.sweep == sweeps[0]].assign(sweep=sweeps[-1])
-        after = after[after.sweep == sweeps[-1]]
+        before = only(before, paths[0], first).assign(sweep=second)
+        after = only(after, paths[1], second)
     both = findings.ratios(before, after)
     if both.empty:
         see = f"see: python compare.py {paths[0]}"
         raise UserError(f"{paths[0]} and {paths[1]} have no measured configuration in common; {see}")
     print(f"throughput, {paths[1]} / {paths[0]}, with 95 % intervals")
     print("\n".join(comparison(both)))
-    first = sweeps[0] if sweeps else before.sweep.iloc[0]
-    changes = environment_changes(old.get(first, {}), new.get(after.sweep.iloc[0], {}))
+    changes = environment_changes(old.get(first, {}), new.get(second, {}))
     print("\n".join(["Environment: " + ("no difference" if not changes else ""), *changes]))
     chart = (paths[1].parent if paths[1].suffix == ".csv" else paths[1]) / "comparison.png"
     plot_utils.draw_comparison(both, f"{paths[0]} → {paths[1]}", chart)
     print(f"written: {chart}")
-    if fail_if_slower is not None:
-        slower = findings.slower_beyond(both, fail_if_slower)
-        beyond = f"slower by more than {fail_if_slower:.1%} beyond their intervals"
-        print(f"{len(slower)} of {len(both)} configurations are {beyond}")
-        sys.exit(1 if len(slower) else 0)
+    return 0 if slower_by is None else gate(before, after, both, slower_by)
+
+
+def only(rows: pd.DataFrame, path: Path, sweep: str) -> pd.DataFrame:
+    """The rows of one sweep."""
+    if sweep not in set(rows.sweep):
+        raise UserError(f"{path} has no sweep {sweep}; name one of: {', '.join(rows.sweep.unique())}")
+    return rows[rows.sweep == sweep]
+
+
+def gate(before: pd.DataFrame, after: pd.DataFrame, both: pd.DataFrame, slower_by: float) -> int:
+    """The exit code: 0 only if something could be judged, nothing is slower and nothing was lost."""
+    judged, lost = both[findings.can_judge(both)], findings.lost(before, after)
+    slower = findings.slower_beyond(judged, slower_by)
+    beyond = f"slower by more than {slower_by:.1%} beyond their intervals"
+    print(f"{len(slower)} of {len(judged)} configurations are {beyond}")
+    if len(judged) < len(both):
+        print(f"{len(both) - len(judged)} more can't be judged: measured in one round; use --rounds 3")
+    for row in lost.itertuples():
+        where = f"{row.image_size} px, batch {row.batch_size}"
+        print(f"no longer ok: {report.name(row)}, {where}: {row.status.replace('_', ' ')}: {row.reason}")
+    return int(judged.empty or len(slower) > 0 or len(lost) > 0)
 
 
 def share(text: str) -> float:
     """ "5%" or "0.05" -> 0.05"""
-    return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share from 0% to 100%")
+    return value
+
+
+def limit(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no limit: it must be a number from 0 on")
+    return float(text)
 
 
 def write_readmes(path: Path) -> None:
@@ -120,36 +150,52 @@ def write_readmes(path: Path) -> None:
         readme.write_folder_readme(folder)
 
 
+def check(args: argparse.Namespace, limits: dict[str, float | None]) -> None:
+    """Raise UserError where an argument would have no effect: a gate that was not asked passes silently."""
+    two, see = len(args.results) == 2, "see: python compare.py --help"
+    wrong = {
+        "one results folder or two can be compared": len(args.results) > 2,
+        "--fail-if-slower and --sweeps need two results folders": not two
+        and (args.fail_if_slower is not None or args.sweeps),
+        "--sweeps takes one name, or two": len(args.sweeps or []) > 2,
+        "--best and --write-readme take one results folder": two and (args.best or args.write_readme),
+        "limits need --best": not args.best and any(limit is not None for limit in limits.values()),
+        "--best and --write-readme are two commands": args.best and args.write_readme,
+    }
+    for sentence in (sentence for sentence, is_so in wrong.items() if is_so):
+        raise UserError(f"{sentence}; {see}")
+
+
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     folders = dict(nargs="*", default=[Path("results")], help="one folder (or its CSV), or two to compare")
     parser.add_argument("results", type=Path, **folders)
     parser.add_argument("--sweeps", nargs="+", help="of two tables, the sweep of each to compare")
-    slower = "exit code 1 if the second is slower by more, beyond its interval"
+    slower = "exit code 1 if one is slower by more, beyond its interval, or nothing could be judged"
     parser.add_argument("--fail-if-slower", type=share, metavar="5%", help=slower)
     parser.add_argument("--best", action="store_true", help="only the fastest within the limits below")
-    parser.add_argument("--max-latency-ms", type=float, help="95th percentile of a batch")
-    parser.add_argument("--max-memory-mb", type=float, help="GPU memory of the process")
-    parser.add_argument("--min-accuracy", type=float, help="top-1 on the test set, 0 to 1")
+    parser.add_argument("--max-latency-ms", type=limit, help="95th percentile of a batch")
+    parser.add_argument("--max-memory-mb", type=limit, help="GPU memory of the process")
+    parser.add_argument("--min-accuracy", type=limit, help="top-1 on the test set, 0 to 1")
     anew = "renew the charts, README.md's generated parts and the results' READMEs"
     parser.add_argument("--write-readme", action="store_true", help=anew)
     args = parser.parse_args()
-    if len(args.results) > 2:
-        raise UserError("compare.py takes one results folder or two; see: python compare.py --help")
+    limits = dict(zip(LIMITS, (args.max_latency_ms, args.max_memory_mb, args.min_accuracy), strict=True))
+    check(args, limits)
     if len(args.results) == 2:
-        return compare_two(args.results, args.sweeps, args.fail_if_slower)
+        sys.exit(compare_two(args.results, args.sweeps, args.fail_if_slower))
     rows, environments = records.read_table(args.results[0])
     if args.best:
-        print("\n".join(best_lines(rows, args.max_latency_ms, args.max_memory_mb, args.min_accuracy)))
-        return None
+        lines, fits = best_lines(rows, limits)
+        print("\n".join(lines))
+        sys.exit(0 if fits else 1)
     print(report.text_table(rows))
     print("\n".join(report.answers_of(rows)).replace("**", ""))
     for sweep, known in environments.items():
         print(f"sweep {sweep}: {known.get('short', '')}")
     if args.write_readme:
         write_readmes(Path("README.md"))
-    return None
 
 
 if __name__ == "__main__":

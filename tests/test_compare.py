@@ -3,6 +3,7 @@ CSV renders to."""
 
 import json
 import math
+import sys
 
 import pandas as pd
 import pytest
@@ -11,7 +12,7 @@ from conftest import ROOT, run_script
 import compare
 from utils import findings, readme, records, report
 from utils.schema import COLUMNS
-from utils.utils import UserError
+from utils.utils import UserError, run_main
 
 
 def table(*rows) -> pd.DataFrame:
@@ -25,12 +26,16 @@ def table(*rows) -> pd.DataFrame:
         },
     )
     for backend, size, batch, fps in rows:
-        row = dict.fromkeys(COLUMNS, None) | {
-            "sweep": "main",
-            "backend": backend,
-            "precision": "FP32",
-            "device": "cpu",
-        }
+        row = (
+            dict.fromkeys(COLUMNS, None)
+            | {"adds": ""}
+            | {
+                "sweep": "main",
+                "backend": backend,
+                "precision": "FP32",
+                "device": "cpu",
+            }
+        )
         row |= {"image_size": size, "batch_size": batch, "status": "ok", "reason": "", "notes": ""}
         if isinstance(fps, str):
             row |= {"status": fps, "reason": "why"}
@@ -134,13 +139,20 @@ def test_best_within_limits_names_the_cost_the_runner_up_or_why_none_fits():
         build_s=1.0, gpu_memory_mb=[500.0, 600.0, None]
     )
     rows["p95_ms"] = [11.0, 7.0, 14.0]
-    lines = compare.best_lines(rows, None, None, None)
-    assert "ONNX Runtime FP32, 64 px, batch 4" in lines[0] and lines[1].startswith("Runner-up")
-    assert "batch 1: 150 images/s, p95 7 ms, 600 MB" in compare.best_lines(rows, 10, None, None)[0]
-    assert "batch 1" in compare.best_lines(rows, None, 1000, None)[0]  # unknown memory does not fit
-    text = "\n".join(compare.best_lines(rows, 5, None, 0.95))
-    assert "No row fits" in text and "3 of 3 rows: takes longer than 5 ms" in text and "p95_ms 7" in text
-    assert "3 of 3 rows: has less than 0.95 top-1 accuracy" in text
+
+    def best(max_latency_ms=None, max_memory_mb=None, min_accuracy=None):
+        limits = (max_latency_ms, max_memory_mb, min_accuracy)
+        return compare.best_lines(rows, dict(zip(compare.LIMITS, limits, strict=True)))
+
+    lines, fits = best()
+    assert fits and "ONNX Runtime FP32, 64 px, batch 4" in lines[0] and lines[1].startswith("Runner-up")
+    assert "an unknown number of MB" in lines[0]
+    assert "batch 1: 150 images/s, p95 7 ms, 600 MB" in best(max_latency_ms=10)[0][0]
+    assert "batch 1" in best(max_memory_mb=1000)[0][0]  # unknown memory does not fit
+    lines, fits = best(max_latency_ms=5, min_accuracy=0.95)
+    text = "\n".join(lines)
+    assert not fits and "No row fits" in text and "3 of 3 rows: takes longer than 5 ms" in text
+    assert "p95_ms 7" in text and "3 of 3 rows: has less than 0.95 top-1 accuracy" in text
 
 
 def write(folder, rows, **environment):
@@ -218,7 +230,7 @@ def test_the_summary_has_a_line_a_method_and_a_column_a_size():
     assert lines[2] == "| PyTorch FP32 | 100 ± 0.5 %, b1 |  | 90 % |"
     assert lines[3] == "| ONNX Runtime FP32 | 300 ± 0.5 %, b4 | 80 ± 0.5 %, b4 | 90 % |"
     assert "150 ± 0.5 %, 1.5×, b1" in readme.summary(rows.iloc[:2].assign(rounds=3), {})
-    assert "±" not in readme.summary(rows.assign(rounds=1), {}).splitlines()[3]  # one round: no interval
+    assert "±" not in readme.summary(one_round(rows), {}).splitlines()[3]
 
 
 def test_figures_have_three_digits_and_thousands_apart():
@@ -258,10 +270,191 @@ def test_a_results_folders_readme_is_what_its_table_renders_to(folder):
     assert readme.folder_readme(folder) == text, "stale: python compare.py --write-readme"
 
 
-def test_a_table_of_another_kind_is_one_sentence(tmp_path):
-    (tmp_path / "benchmark_results.csv").write_text("run,backend\nmain,pytorch\n", encoding="utf-8")
-    done = run_script("compare.py", tmp_path, ok=False)
-    assert done.returncode == 2 and "no column sweep" in done.stderr and done.stderr.count("\n") == 1
+# ---- gates and tables that must not pass silently
+
+
+def one_round(rows: pd.DataFrame) -> pd.DataFrame:
+    """The same rows as a sweep of a single round leaves them: without intervals."""
+    ends = ["fps_low", "fps_high", "speedup_low", "speedup_high"]
+    return rows.assign(rounds=1, **dict.fromkeys(ends, math.nan))
+
+
+def refused(capsys, *arguments) -> str:
+    """The one sentence with which compare.py's main() refuses, in this process; its exit code is 2."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+        run_main(compare.main)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in said
+    return said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["a", "--fail-if-slower", "5%"], "need two results folders"),
+        (["a", "--sweeps", "main"], "need two results folders"),
+        (["a", "a", "--fail-if-slower", "nan"], "nan is no share"),
+        (["a", "a", "--fail-if-slower=-5%"], "-5% is no share"),
+        (["a", "a", "--fail-if-slower", "500%"], "500% is no share"),
+        (["a", "a", "--fail-if-slower", "five"], "invalid share value: 'five'"),
+        (["a", "a", "--sweeps", "x"], "a has no sweep x; name one of: main"),
+        (["a", "a", "--sweeps", "main", "main", "main"], "one name, or two"),
+        (["a", "a", "--best"], "take one results folder"),
+        (["a", "a", "--write-readme"], "take one results folder"),
+        (["a", "a", "a"], "one results folder or two"),
+        (["a", "--max-latency-ms", "5"], "limits need --best"),
+        (["a", "--min-accuracy", "0.9"], "limits need --best"),
+        (["a", "--best", "--max-latency-ms", "nan"], "nan is no limit"),
+        (["a", "--best", "--max-memory-mb=-1"], "-1 is no limit"),
+        (["a", "--best", "--write-readme"], "are two commands"),
+        (["nowhere"], "is missing; make it anew: python benchmark.py"),
+    ],
+)
+def test_an_argument_without_effect_is_refused(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a", table(("onnx", 64, 1, 100.0)), packages={})
+    assert said in refused(capsys, *arguments)
+
+
+def csv(**changes) -> bytes:
+    return table(("onnx", 64, 1, 100.0)).assign(**changes).to_csv(index=False).encode()
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "No columns to parse from file"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "benchmark_results.csv is no table"),
+        (csv()[:-40] + b'"', "benchmark_results.csv is no table"),  # cut short
+        (csv().replace(b"main", "Mündung".encode("latin-1")), "can't decode byte"),
+        (b"run,backend\nmain,pytorch\n", "no column sweep"),
+        (csv().replace(b"speedup_low", b"speedup"), "no column speedup_low"),
+        (csv(fps="fast"), "could not convert string to float: 'fast'"),
+        (csv(batch_size=math.nan), "benchmark_results.csv is no table"),
+        (csv(status="fine"), "unknown status 'fine'"),
+        (csv(fps=math.nan), "a row that is ok has no images/s"),
+        (csv(fps=-1), "a row that is ok has no images/s"),
+        (csv(fps=math.inf), "a row that is ok has no images/s"),
+    ],
+)
+def test_a_damaged_or_foreign_table_is_named_in_one_sentence(tmp_path, capsys, content, said):
+    path = tmp_path / "benchmark_results.csv"
+    path.write_bytes(content)
+    for arguments in ([tmp_path], [tmp_path, tmp_path], [tmp_path, "--best"], [path]):
+        sentence = refused(capsys, *arguments)
+        assert said in sentence and str(path) in sentence
+    assert path.read_bytes() == content and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b'{"main": 3}', b"\xff", b'{"main": {"packages": []}'])
+def test_a_damaged_environment_is_named_in_one_sentence(tmp_path, capsys, content):
+    folder = write(tmp_path / "a", table(("onnx", 64, 1, 100.0)), packages={})
+    (folder / "environment.json").write_bytes(content)
+    assert "environment.json does not say" in refused(capsys, folder)
+
+
+def test_a_table_of_an_earlier_version_is_read(tmp_path):
+    rows = table(("onnx", 64, 1, 100.0)).drop(columns=records.NEW_COLUMNS)
+    read, environments = records.read_table(write(tmp_path / "a", rows, packages={}))
+    assert list(read) == COLUMNS and read.adds[0] == "" and math.isnan(read.load_s[0])
+    (tmp_path / "a" / "environment.json").unlink()
+    assert records.read_table(tmp_path / "a" / "benchmark_results.csv")[1] == {}
+
+
+def test_the_gate_passes_only_where_something_was_judged(tmp_path):
+    rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0))
+    slow = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 50.0))
+    a, alone = (
+        write(tmp_path / "a", rows, packages={}),
+        write(tmp_path / "alone", one_round(slow), packages={}),
+    )
+    gate = ["--fail-if-slower", "5%"]
+    assert run_script("compare.py", a, a, *gate).returncode == 0
+    done = run_script("compare.py", a, alone, *gate, ok=False)
+    assert done.returncode == 1 and done.stdout.count("can't judge: one round") == 2
+    assert "0 of 0 configurations are slower" in done.stdout
+    assert "2 more can't be judged: measured in one round; use --rounds 3" in done.stdout
+    assert "faster" not in done.stdout.replace("slower", "")
+    half = rows.assign(fps_low=[99.0, math.nan])
+    done = run_script("compare.py", a, write(tmp_path / "half", half, packages={}), *gate)
+    assert "1 more can't be judged" in done.stdout and done.stdout.count("can't judge: one round") == 1
+    broken = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, "failed"))
+    done = run_script("compare.py", a, write(tmp_path / "broken", broken, packages={}), *gate, ok=False)
+    assert (
+        done.returncode == 1 and "no longer ok: ONNX Runtime FP32, 64 px, batch 1: failed: why" in done.stdout
+    )
+
+
+def test_the_best_that_does_not_fit_is_exit_code_1(tmp_path):
+    a = write(tmp_path / "a", table(("onnx", 64, 1, 100.0)).assign(build_s=1.0), packages={})
+    assert run_script("compare.py", a, "--best").returncode == 0
+    done = run_script("compare.py", a, "--best", "--max-latency-ms", 0.5, ok=False)
+    assert done.returncode == 1 and "No row fits" in done.stdout
+
+
+def test_the_headline_names_the_fastest_right_row_fp16_and_the_methods():
+    rows = table(
+        ("pytorch", 224, 16, 100.0),
+        *(("onnx", 224, 16, 280.0), ("tensorrt", 224, 16, 600.0), ("torch-tensorrt", 224, 16, 550.0)),
+        *(("pytorch", 224, 64, 110.0), ("tensorrt-int8", 224, 64, 1320.0), ("tensorrt", 224, 64, 770.0)),
+    )
+    rows["precision"] = ["FP32", "FP16", "FP16", "FP16", "FP32", "INT8", "FP16"]
+    lines = readme.headline(rows, {}).splitlines()
+    assert lines[0].startswith(
+        "**TensorRT INT8 serves ResNet-18 12 times as fast as PyTorch FP32** (11.9–12.1"
+    )
+    assert lines[1].startswith("1,320 images/s at 224 px, batch 64, accuracy 90.0%, the same class")
+    assert lines[2].startswith("In FP16 TensorRT FP16 7× (6.93–7.07 at 95 % confidence): 770 images/s")
+    methods = "ONNX Runtime FP16 2.8×, Torch-TensorRT FP16 5.5×, TensorRT FP16 6×"
+    assert lines[3] == f"At 224 px, batch 16, over PyTorch FP32: {methods}."
+    rows.loc[rows.backend == "tensorrt-int8", "status"] = "mismatch"
+    assert readme.headline(rows, {}).startswith("**TensorRT FP16 serves ResNet-18 7 times")
+    level = table(("pytorch", 224, 1, 100.0), ("onnx", 224, 1, 100.5))
+    assert readme.headline(level, {}).startswith("No verdict (the intervals overlap)")
+
+
+def test_one_round_supports_no_verdict():
+    rows = one_round(table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 900.0), ("onnx", 64, 4, 950.0)))
+    assert report.answers_of(rows) == [
+        "Each row was measured in a single round, which supports no verdict: use --rounds 3."
+    ]
+    assert "**" not in readme.results_table(rows) and "–" not in readme.results_table(rows)
+    said = readme.headline(rows, {})
+    assert "times as fast" not in said and "**" not in said and "one round supports none" in said
+    lines, _ = compare.best_lines(rows.assign(build_s=1.0), dict.fromkeys(compare.LIMITS))
+    assert "one round" in lines[-1]
+    mixed = pd.concat([rows.iloc[:1], table(("onnx", 64, 1, 900.0))])
+    assert "**" not in readme.results_table(mixed)  # its rival may be anywhere
+    assert "**900**" in readme.results_table(table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 900.0)))
+
+
+@pytest.mark.parametrize("content", [None, "Größe".encode("latin-1")])
+def test_a_readme_that_is_missing_or_in_another_encoding_is_one_sentence(
+    tmp_path, monkeypatch, capsys, content
+):
+    write(tmp_path / "results", table(("onnx", 64, 1, 100.0)), packages={})
+    monkeypatch.chdir(tmp_path)
+    if content:
+        (tmp_path / "README.md").write_bytes(content)
+    assert "README.md can't be read" in refused(capsys, "--write-readme")
+    assert not content or (tmp_path / "README.md").read_bytes() == content
+    assert [path.name for path in (tmp_path / "results").glob("*.png")] == []
+
+
+def test_doubts_are_told_with_the_width_reached():
+    notes = "noisy: speedup ±5 %, target 3 %, close other programs, or raise --budget; CPU-bound: x; 23 MB"
+    rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0)).assign(notes=["", notes])
+    assert report.text_table(rows).splitlines()[2].endswith("noisy ±5 %, CPU-bound")
+    assert {line.split(":")[0] for line in report.reasons(rows)} == {"noisy", "CPU-bound"}
+
+
+def test_what_a_variant_adds_is_said_once():
+    rows = table(("pytorch", 64, 1, 100.0), ("onnx-nhwc", 64, 1, 150.0), ("onnx-nhwc", 64, 4, 350.0))
+    rows = rows.assign(adds=["", "channels last", "channels last"], load_s=[0.1, 0.2, 0.2])
+    assert report.reasons(rows) == ["ONNX Runtime FP32, NHWC: channels last"]
+    assert "Load s" in report.text_table(rows) and "First call ms" not in report.text_table(rows)
+    assert "channels last" not in readme.summary(rows, {})
 
 
 def test_a_human_can_read_the_readme_in_five_minutes():

@@ -211,3 +211,29 @@ def agrees(both: pd.DataFrame, figure: str) -> pd.Series:
 def slower_beyond(both: pd.DataFrame, share: float) -> pd.DataFrame:
     """The configurations that are slower by more than `share`, the whole interval over."""
     return both[both.fps_ratio_high < 1 - share]
+
+
+# ---- what may be said at all
+
+
+def decided(rows: pd.DataFrame) -> pd.Series | None:
+    """The row that is beyond doubt faster than all others; None where some are level with it, or where any
+    was measured in a single round and so has no interval."""
+    best = fastest(rows)
+    return best[0] if len(best) == 1 and measured(rows).fps_low.notna().all() else None
+
+
+def beats_baseline(row) -> bool:
+    """Whether a row is beyond doubt faster than PyTorch FP32 at its size and batch."""
+    return bool(row.speedup_low > 1)
+
+
+def can_judge(both: pd.DataFrame) -> pd.Series:
+    """Which of ratios()'s rows have intervals; a single round, before or after, has none."""
+    return both.fps_ratio_low.notna()
+
+
+def lost(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the second table that were tried and are not ok, while they are in the first."""
+    keys = ["sweep", *CONFIGURATION] if set(before.sweep) == set(after.sweep) else CONFIGURATION
+    return after[after.status != "ok"].merge(measured(before)[keys], on=keys)

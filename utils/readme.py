@@ -17,6 +17,7 @@ from utils.utils import UserError, write_atomic
 
 BEGIN = re.compile(r"<!-- begin (\w+) (\S+) -->")
 END = "<!-- end -->"
+METHODS, BATCH = ["onnx", "torch-tensorrt", "tensorrt"], 16  # set against each other in the headline
 CHARTS = {  # files that plot_utils draws, and what they show
     "fps_vs_image_size.png": "Throughput against image size",
     "fps_vs_batch_size.png": "Throughput against batch size",
@@ -28,19 +29,43 @@ CHARTS = {  # files that plot_utils draws, and what they show
 
 
 def headline(rows: pd.DataFrame, environments: dict) -> str:
-    """The highest throughput and its speedup over PyTorch FP32 there, with its hardware."""
+    """The highest throughput and its speedup over PyTorch FP32; the same in FP16, and of the methods."""
     ok = findings.measured(rows)
     ok = ok[(ok.backend != BASELINE) & ok.speedup.notna()]
     if ok.empty:
         return "Nothing to compare with PyTorch FP32 has been measured here yet."
     best = ok.loc[ok.fps.idxmax()]
-    sure = "at 95 % confidence" if best.rounds > 1 else "one round, so without what differs between processes"
-    limits = f"({report.between(best.speedup_low, best.speedup_high)} {sure})"
-    times = f"{figure(best.speedup)} times as fast as PyTorch FP32** {limits}"
-    where = f"{figure(best.fps)} images/s at {best.image_size} px, batch {best.batch_size}"
-    right = f"the same class on {best.agreement:.1%} of the test images"
-    hardware = foot(environments.get(best.sweep, {}))
-    return f"**{name(best)} serves ResNet-18 {times}:\n{where}, with {right}.\n\n<sub>{hardware}</sub>"
+    lines = [f"**{name(best)} serves ResNet-18 {figure(best.speedup)} times as fast as PyTorch FP32**"]
+    if not findings.beats_baseline(best):
+        why = "one round supports none" if pd.isna(best.speedup_low) else "the intervals overlap"
+        lines = [f"No verdict ({why}); the most images/s: {name(best)}, {times_of(best)} PyTorch FP32's"]
+    lines = [f"{lines[0]}{sureness(best)}:", f"{deed(best)}."]
+    half = ok[(ok.precision == "FP16") & (ok.image_size == best.image_size)]
+    if best.precision != "FP16" and len(half):
+        row = half.loc[half.fps.idxmax()]
+        lines.append(f"In FP16 {name(row)} {times_of(row)}{sureness(row)}: {deed(row)}.")
+    plain = ok[ok.backend.isin(METHODS) & (ok.image_size == best.image_size) & (ok.batch_size == BATCH)]
+    plain = plain.loc[plain.groupby("backend", sort=False).fps.idxmax()].sort_values("fps")
+    if len(plain):
+        texts = [f"{name(row)} {times_of(row)}" for row in plain.itertuples()]
+        lines.append(f"At {best.image_size} px, batch {BATCH}, over PyTorch FP32: {', '.join(texts)}.")
+    return "\n".join(lines) + f"\n\n<sub>{foot(environments.get(best.sweep, {}))}</sub>"
+
+
+def times_of(row) -> str:
+    return f"{figure(row.speedup)}×"
+
+
+def sureness(row) -> str:
+    limits = report.between(row.speedup_low, row.speedup_high)
+    return f" ({limits} at 95 % confidence)" if limits else ""
+
+
+def deed(row) -> str:
+    """What a row did, where, and how right it was."""
+    where = f"{figure(row.fps)} images/s at {row.image_size} px, batch {row.batch_size}"
+    right = f"the same class as PyTorch FP32 on {row.agreement:.1%} of the test images"
+    return f"{where}, accuracy {row.accuracy:.1%}, {right}"
 
 
 def summary(rows: pd.DataFrame, environments: dict) -> str:
@@ -58,16 +83,16 @@ def summary(rows: pd.DataFrame, environments: dict) -> str:
         lines.append([who, *(cells.get(size, "") for size in columns), f"{accuracy} %"])
     notes = ["images/s ± half the 95 % interval, speedup over PyTorch FP32 of the same sweep, b = batch size"]
     notes += [foot(known) for known in environments.values()]
-    notes += report.reasons(rows[rows.status != "ok"].assign(notes=""))
+    notes += report.reasons(rows[rows.status != "ok"].assign(notes="", adds=""))
     return f"{markdown(lines)}\n\n<sub>{'<br>'.join(notes)}</sub>"
 
 
 def summary_cell(row) -> str:
     """ "51,700 ± 2 %, 6.67×, b16"; a single round has no interval that holds."""
     half = (row.fps_high - row.fps_low) / 2 / row.fps * 100
-    half = f" ± {half:.1g} %" if half < 1 else f" ± {half:.0f} %"
+    half = "" if pd.isna(half) else f" ± {half:.1g} %" if half < 1 else f" ± {half:.0f} %"
     times = "" if pd.isna(row.speedup) or row.backend == BASELINE else f", {figure(row.speedup)}×"
-    return f"{figure(row.fps)}{half if row.rounds > 1 else ''}{times}, b{row.batch_size}"
+    return f"{figure(row.fps)}{half}{times}, b{row.batch_size}"
 
 
 def answers(rows: pd.DataFrame, environments: dict) -> str:
@@ -77,6 +102,14 @@ def answers(rows: pd.DataFrame, environments: dict) -> str:
 PARTS = {"headline": headline, "summary": summary, "answers": answers}
 
 
+def lines_in(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        mend = "run compare.py in the repository's root, where README.md is, in UTF-8"
+        raise UserError(f"{path} can't be read ({error}); {mend}") from None
+
+
 def marked(path: Path) -> list[tuple[int, int, str, str]]:
     """README.md's parts: the lines of their markers, kind, folder.  Raises UserError at a broken marker."""
     found, begun = [], None
@@ -84,7 +117,7 @@ def marked(path: Path) -> list[tuple[int, int, str, str]]:
     def broken(line: int, why: str) -> UserError:
         return UserError(f"{path}, line {line + 1}: {why}; mend it, then: python compare.py --write-readme")
 
-    for k, line in enumerate(map(str.strip, path.read_text(encoding="utf-8").splitlines())):
+    for k, line in enumerate(map(str.strip, lines_in(path))):
         match = BEGIN.fullmatch(line)
         if begun and line == END:
             found.append((begun[0], k, *begun[1:]))
@@ -109,7 +142,7 @@ def folders_of(path: Path) -> list[Path]:
 
 def render(path: Path) -> str:
     """README.md's text with every generated part made anew from the folder it names."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = lines_in(path)
     for start, end, kind, folder in reversed(marked(path)):
         lines[start + 1 : end] = PARTS[kind](*read_table(path.parent / folder)).strip().splitlines()
     return "\n".join(lines) + "\n"
@@ -163,14 +196,14 @@ def by_size(rows: pd.DataFrame, table: Callable) -> list[str]:
 
 
 def results_table(rows: pd.DataFrame) -> str:
-    """TABLE in Markdown; bold where no other method is level with the fastest."""
-    lines = report.results_lines(rows)
-    best = findings.fastest(rows)
-    if best:
-        rivals = findings.fastest(rows[rows.batch_size == best[0].batch_size])
-        wanted, fps = (name(best[0]), str(best[0].batch_size)), lines[0].index("Images/s")
-        for line in lines[1:] if len(rivals) == 1 else []:
-            if (line[0], line[2]) == wanted:
+    """TABLE in Markdown; the fastest row is bold where it is so beyond doubt at its batch size."""
+    lines, ok = report.results_lines(rows), findings.measured(rows)
+    if len(ok):
+        at = ok.loc[ok.fps.idxmax()].batch_size
+        best = findings.decided(rows[rows.batch_size == at])
+        fps = lines[0].index("Images/s")
+        for line in lines[1:] if best is not None else []:
+            if (line[0], line[2]) == (name(best), str(at)):
                 line[0], line[fps] = f"**{line[0]}**", f"**{line[fps]}**"
     return markdown(lines)
 

@@ -6,13 +6,14 @@ are stale, and every command) and ceilings.json.
 
 import dataclasses
 import datetime
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from utils import ceilings, check, timing
-from utils.schema import BASELINE, COLUMNS, Job, Record, Row
+from utils.schema import BASELINE, COLUMNS, STATUSES, Job, Record, Row
 from utils.utils import UserError, read_json, write_atomic, write_json
 
 TARGET_PCT = 3.0  # half-width of an interval, where the sweep says no other
@@ -26,6 +27,9 @@ VERDICTS = {  # what puts a row in doubt, and what to do about it
     "close what else uses the GPU",
     "one round": "no interval and no verdict, use --rounds 3",
 }
+
+NEW_COLUMNS = ["load_s", "first_call_ms", "adds"]  # missing from tables made before 2026-11-25
+FACTS = ["packages", "ceilings", "sweep"]  # the parts of a sweep's environment that have parts of their own
 
 # ---- files
 
@@ -356,21 +360,47 @@ def short(facts: dict) -> str:
 
 
 def read_csv(results: Path) -> pd.DataFrame:
-    """The committed table.  Texts that are missing are "", figures that are missing NaN."""
-    texts = {"sweep", "backend", "precision", "device", "status", "reason", "throttled", "limit", "notes"}
-    types = dict.fromkeys(texts, str)
-    rows = pd.read_csv(results / "benchmark_results.csv", encoding="utf-8", dtype=types)
-    return rows.fillna({name: "" for name in texts if name in rows})
+    """The table of a folder, or in a CSV.  Texts that are missing are "", figures that are missing NaN.
+
+    Raises ValueError where it is no such table; an earlier one's lack of NEW_COLUMNS is no fault.
+    """
+    texts = [field.name for field in dataclasses.fields(Row) if "str" in str(field.type)]
+    path = results if results.suffix == ".csv" else results / "benchmark_results.csv"
+    rows = pd.read_csv(path, encoding="utf-8", dtype=dict.fromkeys(texts, str))
+    if missing := [name for name in COLUMNS if name not in rows and name not in NEW_COLUMNS]:
+        raise ValueError(f"no column {missing[0]}")
+    rows = rows.reindex(columns=COLUMNS)
+    for name in COLUMNS:
+        if name in texts:
+            rows[name] = rows[name].astype(object).fillna("")
+        else:
+            rows[name] = rows[name].astype(int if name in ("image_size", "batch_size") else float)
+    if unknown := sorted(set(rows.status) - set(STATUSES)):
+        raise ValueError(f"unknown status {unknown[0]!r}")
+    if not rows.fps[rows.status == "ok"].between(0, np.inf, inclusive="neither").all():
+        raise ValueError("a row that is ok has no images/s in column fps")
+    return rows
 
 
 def read_table(results: Path) -> tuple[pd.DataFrame, dict]:
-    """Rows and environments (sweep -> facts) of a results folder, or of the folder of a CSV.  Raises
-    UserError."""
+    """Rows and environments (sweep -> facts) of a results folder, or of a CSV in it.  Raises UserError."""
     folder = results.parent if results.suffix == ".csv" else results
-    path = folder / "benchmark_results.csv"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; make it with: python benchmark.py")
-    rows = read_csv(folder)
-    if missing := [name for name in COLUMNS if name not in rows]:
-        raise UserError(f"{path} has no column {missing[0]}; make the table anew: python benchmark.py")
-    return rows, read_json(folder / "environment.json") or {}
+    path = results if results.suffix == ".csv" else folder / "benchmark_results.csv"
+    beside, mend = folder / "environment.json", "make it anew: python benchmark.py"
+    try:
+        rows = read_csv(results)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {mend}") from None
+    except (OSError, ValueError) as error:  # of pandas' parser and of other encodings too
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path} is no table of python benchmark.py ({said[0]}); {mend}") from None
+    try:
+        environments = json.loads(beside.read_text(encoding="utf-8"))
+        parts = [facts.get(part) or {} for facts in environments.values() for part in FACTS]
+    except FileNotFoundError:
+        return rows, {}
+    except (OSError, ValueError, AttributeError):
+        parts = [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{beside} does not say what a sweep was measured with; {mend}")
+    return rows, environments

@@ -1,5 +1,6 @@
 """Rows and findings -> words: names, numbers, tables and the five answers."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -56,9 +57,9 @@ def span(values) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def between(low: float, high: float) -> str:
+def between(low: float, high: float, text: Callable = figure) -> str:
     """ "12–14": an interval; nothing where there is none."""
-    return "" if pd.isna(low) or low == high else f"{figure(low)}–{figure(high)}"
+    return "" if pd.isna(low) or low == high else f"{text(low)}–{text(high)}"
 
 
 def foot(known: dict) -> str:
@@ -76,10 +77,16 @@ def without_figures(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(**{column: rows[column].where(rows.status == "ok") for column in figures})
 
 
-def verdicts(row) -> list[str]:
-    """The names of the verdicts in a row's notes."""
-    names = [part.split(": ")[0] for part in row.notes.split("; ")]
-    return [name for name in names if name in VERDICTS]
+def verdicts(row) -> dict[str, str]:
+    """The verdicts in a row's notes, each with the width that it reached where it tells that: "±5 %"."""
+    parts = [part.partition(": ") for part in row.notes.split("; ")]
+    widths = {name: re.search(r"±\S+ %", said) for name, _, said in parts if name in VERDICTS}
+    return {name: width[0] if width else "" for name, width in widths.items()}
+
+
+def doubts(row) -> str:
+    """ "noisy ±5 %, CPU-bound" """
+    return ", ".join(f"{name} {width}".strip() for name, width in verdicts(row).items())
 
 
 HEAD = [
@@ -96,10 +103,12 @@ TABLE = [
     ("95 %", lambda row: between(row.fps_low, row.fps_high)),
     ("Speedup", "speedup"),
     ("95 % of it", lambda row: between(row.speedup_low, row.speedup_high)),
+    ("Load s", "load_s"),
+    ("First call ms", "first_call_ms"),
     ("Memory MB", lambda row: figure(row.gpu_memory_mb if row.device == "cuda" else row.host_memory_mb)),
     ("Agreement", lambda row: percent(row.agreement)),
     ("Accuracy", lambda row: percent(row.accuracy)),
-    ("Notes", lambda row: ", ".join(verdicts(row)) if row.status == "ok" else ""),
+    ("Notes", lambda row: doubts(row) if row.status == "ok" else ""),
 ]
 DEVICE = [
     *HEAD,
@@ -114,7 +123,7 @@ DEVICE = [
     ("% of peak", "pct_peak"),
     ("% of measured peak", "pct_measured_peak"),
     ("FLOP/byte", "flops_per_byte"),
-    ("Limit", lambda row: row.limit),
+    ("Limit", "limit"),
 ]
 STEPS = ["decode_ms", "resize_ms", "copy_ms", "normalise_ms", "infer_ms", "copy_back_ms"]
 
@@ -137,11 +146,14 @@ def lines_of(table: list[tuple[str, str | Callable]], rows: pd.DataFrame) -> lis
     """Header and rows as cells, without columns that are empty throughout."""
     columns = []
     for header, show in table:
-        cell = show if callable(show) else lambda row, column=show: figure(row[column])
-        cells = [cell(row) for _, row in rows.iterrows()]
+        cells = [show(row) if callable(show) else cell(row[show]) for _, row in rows.iterrows()]
         if any(cells) or len(columns) < len(HEAD):
             columns.append([header, *cells])
     return [list(line) for line in zip(*columns, strict=True)]
+
+
+def cell(value) -> str:
+    return value if isinstance(value, str) else figure(value)
 
 
 def results_lines(rows: pd.DataFrame) -> list[list[str]]:
@@ -187,6 +199,10 @@ def reasons(rows: pd.DataFrame) -> list[str]:
         where = ", ".join(f"{size} px batch {batch}" for size, batch in places)
         scope = "" if len(places) == sum(rows.backend == backend) else f" ({where})"
         lines.append(f"{label(backend, precision)}{scope}: {status.replace('_', ' ')}: {reason}")
+    for (backend, precision, adds), _ in rows[rows.adds != ""].groupby(
+        ["backend", "precision", "adds"], sort=False
+    ):
+        lines.append(f"{label(backend, precision)}: {adds}")
     named = {verdict for row in rows.itertuples() for verdict in verdicts(row)}
     return lines + [f"{verdict}: {remedy}" for verdict, remedy in VERDICTS.items() if verdict in named]
 
@@ -199,6 +215,8 @@ def answers_of(rows: pd.DataFrame) -> list[str]:
     ok = findings.measured(rows)
     if ok.empty:
         return ["Nothing was measured; the reasons are in the table."]
+    if ok.fps_low.isna().all():
+        return ["Each row was measured in a single round, which supports no verdict: use --rounds 3."]
     sentences, sweeps = [], ok.sweep.unique()
     for question, answer in QUESTIONS.items():
         if len(sweeps) == 1 or answer is optimum:
@@ -247,7 +265,7 @@ def saturation(ok: pd.DataFrame) -> str:
 
 def optimum(ok: pd.DataFrame) -> str:
     texts = []
-    for best in findings.optimal(ok):
+    for best in findings.optimal(ok[ok.fps_low.notna()]):
         cost = f"{figure(best.fps)} images/s, {figure(best.mean_ms)} ms a batch"
         texts.append(f"{best.image_size} px {name(best)}, batch {best.batch_size} ({cost})")
     return f"for throughput {', '.join(texts)}"

@@ -102,7 +102,8 @@ def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | 
     changes = environment_changes(old.get(first, {}), new.get(second, {}))
     print("\n".join(["Environment: " + ("no difference" if not changes else ""), *changes]))
     chart = (paths[1].parent if paths[1].suffix == ".csv" else paths[1]) / "comparison.png"
-    plot_utils.draw_comparison(both, f"{paths[0]} → {paths[1]}", chart)
+    count = f"no difference in {int(findings.agrees(both, 'fps').sum())} of {len(both)} configurations"
+    plot_utils.draw_comparison(both, f"{paths[0]} → {paths[1]}: {count}", chart)
     print(f"written: {chart}")
     return 0 if slower_by is None else gate(before, after, both, slower_by)
 

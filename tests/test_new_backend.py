@@ -34,7 +34,7 @@ def test_a_backend_is_added_by_the_steps_of_the_readme(project, tmp_path):
         "onnx_inference, tensorrt_inference, torchscript_inference]",
     )
     colour = 'BACKEND_COLOUR = {\n    "torchscript": SKY,'
-    plots = repo / "utils" / "plot_utils.py"
+    plots = repo / "utils" / "style.py"
     edit(
         plots,
         next(line for line in plots.read_text("utf-8").split("\n") if line.startswith("BACKEND_COLOUR")),

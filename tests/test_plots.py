@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 
-from utils import plot_utils
+from utils import plot_utils, style
 from utils.plot_utils import CHARTS, draw, draw_all
 from utils.report import figure, label
 from utils.schema import COLUMNS
@@ -25,7 +25,7 @@ FPS, BATCH, SPEEDUP, MEMORY = CHARTS
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """Few pixels are drawn faster; the lay-out is in inches."""
-    monkeypatch.setattr(plot_utils, "DPI", 50)
+    monkeypatch.setattr(style, "DPI", 50)
 
 
 def table(backends=BACKENDS, sizes=(224, 512), batches=(1, 16), sweep="a", interval=0.02, memory=900.0):
@@ -161,7 +161,7 @@ def test_what_is_missing_is_said_and_marked():
     assert "OOM" in texts(draw(CHARTS[SPEEDUP], rows, {}))
     fig = draw(CHARTS[FPS], rows, {})
     crosses = [line for ax in fig.axes for line in ax.lines if line.get_marker() == "x"]
-    assert len(crosses) == 1 and to_hex(crosses[0].get_color()) == plot_utils.ORANGE.lower()
+    assert len(crosses) == 1 and to_hex(crosses[0].get_color()) == style.ORANGE.lower()
     assert pandas.isna(
         data_lines(fig)["ONNX Runtime FP16"][1].get_ydata()[1]
     )  # the panel of batch 16, at 512 px
@@ -203,8 +203,8 @@ def test_every_chart_has_the_same_colours_units_and_a_zero():
             colours = {bar.get_label(): to_hex(bar.get_facecolor()) for bar in legend.get_patches()}
         else:
             colours = {text: to_hex(lines[0].get_color()) for text, lines in data_lines(fig).items()}
-        assert colours["ONNX Runtime FP16"] == plot_utils.ORANGE.lower(), name
-        assert colours["TensorRT FP16"] == plot_utils.GREEN.lower(), name
+        assert colours["ONNX Runtime FP16"] == style.ORANGE.lower(), name
+        assert colours["TensorRT FP16"] == style.GREEN.lower(), name
 
 
 def test_no_panel_cuts_a_value_off():
@@ -227,13 +227,13 @@ def test_nothing_is_squeezed_or_printed_over_something_else():
 
 
 def test_styles_differ_and_variants_keep_their_backends_colour():
-    looks = [look[:3] for look in plot_utils.LOOKS]
-    variants = [name for look in plot_utils.LOOKS for name in look[-1]]
+    looks = [look[:3] for look in style.LOOKS]
+    variants = [name for look in style.LOOKS for name in look[-1]]
     assert len(set(map(str, looks))) == len(looks) and len(set(variants)) == len(variants)
     for backend in ("tensorrt-int8-graph", "tensorrt-static", "tensorrt-of-tomorrow"):
-        assert plot_utils.style(backend, "fp16")["color"] == plot_utils.GREEN
-    assert plot_utils.style("torch-tensorrt-graph", "fp16")["marker"] == "D"
-    assert plot_utils.style("onnx-new", "fp16")["color"] == plot_utils.ORANGE
+        assert style.style(backend, "fp16")["color"] == style.GREEN
+    assert style.style("torch-tensorrt-graph", "fp16")["marker"] == "D"
+    assert style.style("onnx-new", "fp16")["color"] == style.ORANGE
 
 
 @pytest.mark.parametrize(

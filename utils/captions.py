@@ -30,12 +30,14 @@ def leader(block: pd.DataFrame, column: str) -> str:
     unit = "x the speed of PyTorch FP32" if column == "speedup" else " images/s"
     if measured["label"].nunique() == 1:
         return f"Only {best['label']} was measured: {figure(best['fps'])} images/s {where}"
+    here = (measured["image_size"] == best["image_size"]) & (measured["batch_size"] == best["batch_size"])
+    if measured.loc[here, "fps_low"].isna().any():
+        return f"One round supports no verdict: {best['label']} {figure(best[column])}{unit} {where}"
     if column == "speedup" and BASELINE in set(lead["backend"]):
         return f"Nothing is clearly faster than PyTorch FP32 {where}"
     if len(lead) == 1:
         verb = "reaches" if column == "speedup" else "is fastest:"
-        unsure = " (no interval)" if pd.isna(best["fps_low"]) else ""
-        return f"{best['label']} {verb} {figure(best[column])}{unit} {where}{unsure}"
+        return f"{best['label']} {verb} {figure(best[column])}{unit} {where}"
     others = last["label"] if len(lead) == 2 else f"{len(lead) - 1} others"
     between = f"{figure(best[column])} to {figure(last[column])}{unit} {where}"
     return f"{best['label']} and {others} are level: {between} (95 % intervals overlap)"
@@ -99,6 +101,25 @@ def roofline_finding(block: pd.DataFrame) -> str:
     share = f"{figure(best['pct_measured_peak'])} % of it"
     where = f"{best['image_size']} px, batch {best['batch_size']}"
     return f"{best['label']} comes nearest to the measured ceiling, {share} at {where}; rows: {limits}"
+
+
+def end_to_end_finding(table: pd.DataFrame) -> str:
+    """The most images/s from files to labels, and how much of the slower half that is."""
+    ok = table[table["status"] == "ok"]
+    if ok.empty:
+        return "Nothing from files to labels was measured"
+    best = ok.loc[ok["images_per_s"].idxmax()]
+    share = f"{best['overlap']:.0%} of what its parts allow"
+    return f"From files to labels: {best['label']}, {figure(best['images_per_s'])} images/s, {share}"
+
+
+def load_finding(load: pd.DataFrame) -> str:
+    """Up to which rate 99 % of the images are answered in time, for the backend that gets furthest."""
+    rates, limit = findings.highest_rates(load), f"{figure(load['max_latency_ms'].iloc[0])} ms"
+    if rates.empty:
+        return f"No rate tried keeps 99 % of the answers within {limit}"
+    label = load.loc[load["backend"] == rates.index[0], "label"].iloc[0]
+    return f"{label} answers 99 % within {limit} at up to {figure(rates.iloc[0])} images/s"
 
 
 def feet_of(sweeps: list[str], environments: dict) -> list[str]:

@@ -237,3 +237,32 @@ def lost(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """The rows of the second table that were tried and are not ok, while they are in the first."""
     keys = ["sweep", *CONFIGURATION] if set(before.sweep) == set(after.sweep) else CONFIGURATION
     return after[after.status != "ok"].merge(measured(before)[keys], on=keys)
+
+
+# ---- rungs and serving
+
+
+def ladder(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rungs of one sweep: its rows at 224 px, or the smallest size, and the largest batch that most
+    methods share; mismatches first, then from the slowest to the fastest.
+
+    `gain` is throughput over the rung below, `level` whether the two show no difference.
+    """
+    ok = measured(rows)
+    ok = ok[ok.image_size == (224 if (ok.image_size == 224).any() else ok.image_size.min())]
+    if ok.empty:
+        return ok
+    counts = ok.groupby("batch_size").backend.nunique()
+    size, batch = ok.image_size.iloc[0], counts.index[counts > counts.max() / 2].max()
+    rungs = ok[ok.batch_size == batch].sort_values("fps", kind="stable")
+    below = [None, *(row for _, row in rungs.iterrows())]
+    level_with = [k > 0 and level(below[k], below[k + 1]) for k in range(len(rungs))]
+    rungs = rungs.assign(gain=rungs.fps / rungs.fps.shift(), level=level_with)
+    here = (rows.image_size == size) & (rows.batch_size == batch)
+    return pd.concat([rows[here & (rows.status == "mismatch")], rungs])
+
+
+def highest_rates(load: pd.DataFrame) -> pd.Series:
+    """Backend -> the highest rate offered at which 99 % of the images were answered within the limit."""
+    kept = load[load.valid & (load.p99_ms <= load.max_latency_ms)]
+    return kept.groupby("backend").rate.max().sort_values(ascending=False)

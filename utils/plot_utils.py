@@ -1,11 +1,9 @@
 """Charts: the rows of benchmark_results.csv -> PNG.  A pure reader: it measures and judges nothing.
 
-One colour per backend and one marker per variant, the same in every chart.  What was not measured stays
-visible: as a gap, as a mark at the foot of the panel and in the note under it.
+What was not measured stays visible: as a gap, as a mark at the foot of the panel and in the note under it.
 """
 
 import dataclasses
-import io
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -15,53 +13,33 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from utils import findings
+from utils import findings, serving_plots
 from utils.captions import batching, feet_of, leader, memory, not_measured, roofline_finding
+from utils.records import read_serving
 from utils.report import family, figure, label, without_figures
 from utils.schema import BASELINE
-from utils.utils import write_atomic
+from utils.style import (
+    BACKEND_COLOUR,
+    DPI,
+    GREY,
+    INK,
+    WIDTH,
+    bar_look,
+    dress,
+    heading,
+    lie_down,
+    log_ticks,
+    look_of,
+    note,
+    sheet,
+    style,
+    write_png,
+)
 
-WIDTH, DPI = 10.0, 150  # inches, dots per inch; shown about 850 pixels wide on GitHub
-INK, GREY = "#222222", "#666666"
-BLUE, SKY, ORANGE, PURPLE, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#009E73"  # Okabe and Ito's
-BACKEND_COLOUR = {  # charts list them in this order
-    "pytorch": BLUE,
-    "torch-compile": SKY,
-    "onnx": ORANGE,
-    "torch-tensorrt": PURPLE,
-    "tensorrt": GREEN,
-}
-LOOKS = [  # marker, line style and hatch of a bar, and the variants that have them; the last is any other
-    ("o", "-", None, [""]),
-    ("s", "--", "//", ["tf32", "channels-last", "nhwc", "static"]),
-    ("^", "-.", "\\\\", ["fp16", "bf16"]),
-    ("D", ":", "..", ["graph", "fp16-graph", "nhwc-graph"]),
-    ("P", "-.", "xx", ["static-graph"]),
-    ("v", (0, (5, 1)), "--", ["int8"]),
-    ("<", (0, (3, 1, 1, 1)), "++", ["int8-graph"]),
-    (">", (0, (5, 1, 1, 1)), "**", ["int8-static-graph"]),
-    ("X", (0, (1, 1)), "oo", []),
-]
-HATCH = {marker: hatch for marker, _, hatch, _ in LOOKS}
 AXIS = {"image_size": "image size (px)", "batch_size": "batch size (images)"}
 MARK = {"out_of_memory": "OOM", "mismatch": "wrong", "ok": "no baseline"}
-
-
-def look_of(backend: str) -> int:
-    """Which of LOOKS a backend has."""
-    variant = backend.removeprefix(family(backend)).removeprefix("-")
-    return next((k for k, look in enumerate(LOOKS) if variant in look[-1]), len(LOOKS) - 1)
-
-
-def style(backend: str, precision: str) -> dict:
-    """How a line looks; open markers are FP32; an unknown variant takes its backend's colour."""
-    marker, dashes, *_ = LOOKS[look_of(backend)]
-    colour = BACKEND_COLOUR.get(family(backend), GREY)
-    face = "white" if label(backend, precision).split(",")[0].endswith("FP32") else colour
-    look = dict(color=colour, marker=marker, linestyle=dashes, markersize=5.5, markerfacecolor=face)
-    return look | {"linewidth": 1.8 if marker == "o" else 1.2}
 
 
 # ---- the rows
@@ -153,21 +131,6 @@ def draw_bars(ax, chart: Chart, panel: pd.DataFrame, looks: dict, ticks: list[in
     ax.set_xlim(-0.5, len(ticks) - 0.5)
 
 
-def bar_look(look: dict) -> dict:
-    """The bar that goes with a line: its colour, and a hatch for its marker."""
-    return dict(facecolor=look["color"], hatch=HATCH.get(look["marker"]), edgecolor="white", linewidth=0)
-
-
-def dress(ax, x_label: str, y_label: str) -> None:
-    """What every panel has: units, a light grid."""
-    ax.set_xlabel(x_label, color=INK)
-    ax.set_ylabel(y_label, color=INK)
-    ax.tick_params(labelsize=10, color=GREY, labelcolor=INK)
-    ax.grid(axis="y", color="#dddddd", linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
 def shape(chart: Chart, panels: int) -> tuple[int, int]:
     """Rows and columns of panels."""
     columns = 1 if chart.bars else max(1, min(panels, 4 if chart.shared else 3))
@@ -181,8 +144,7 @@ def draw_block(part, chart: Chart, title: str, block: pd.DataFrame) -> None:
     heading(part, title + chart.finding(block, chart.column))
     crosses = not chart.bars and block.loc[block["label"].isin(list(looks)), chart.column].isna().any()
     if missing := not_measured(block, "fps" if chart.bars else chart.column):
-        note = textwrap.fill(f"Not measured{' (×)' if crosses else ''}: {missing}", 135)
-        part.supxlabel(note, fontsize=9, color=INK, x=0.01, ha="left")
+        note(part, f"Not measured{' (×)' if crosses else ''}: {missing}")
     if not looks:
         part.subplots().axis("off")  # without any panel the note would lie over the footer
         return
@@ -204,10 +166,6 @@ def draw_block(part, chart: Chart, title: str, block: pd.DataFrame) -> None:
     legend(part, looks, shown.groupby("label")[chart.column].max(), chart.bars)
 
 
-def heading(part, text: str) -> None:
-    part.suptitle(textwrap.fill(text, 84), fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left")
-
-
 def legend(part, looks: dict, peaks: pd.Series, bars: bool) -> None:
     """To the right of the panels: of lines the highest first, of bars in their own order."""
     handles = []
@@ -215,14 +173,6 @@ def legend(part, looks: dict, peaks: pd.Series, bars: bool) -> None:
         text, look = textwrap.fill(name, 22), looks[name]
         handles.append(Patch(**bar_look(look), label=text) if bars else Line2D([], [], **look, label=text))
     part.legend(handles=handles, frameon=False, fontsize=10, loc="outside right center")
-
-
-def sheet(heights: list[float], feet: list[str]):
-    """A figure with a subfigure for each height, in inches, and the footer's lines at the bottom."""
-    size = WIDTH, sum(heights) + 0.2 * len(feet)
-    fig = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
-    fig.supxlabel("\n".join(feet), fontsize=9, color=GREY, x=0.01, ha="left")
-    return fig, fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
 
 
 def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Figure:
@@ -281,12 +231,43 @@ def draw_roof(ax, block: pd.DataFrame, ceilings: dict) -> None:
     ax.set(xscale="log", yscale="log", xlim=(left, right))
     ax.set_ylim(block["tflops"].min() / 2, max(used.values()) * 2)
     dress(ax, "operations per byte (FLOP/B), every layer's input, output and weights moved once", "TFLOP/s")
-    for side in (ax.xaxis, ax.yaxis):
-        side.set_major_locator(LogLocator(subs=[1, 2, 5]))
-        side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        side.set_minor_formatter("")
+    log_ticks(ax.xaxis, ax.yaxis)
     sizes = dict(title="larger marks: larger batches", title_fontsize=9)
     ax.figure.legend(loc="outside right center", frameon=False, **sizes)
+
+
+# ---- the ladder
+
+
+def draw_ladder(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure | None:
+    """Every method at one size and batch, the slowest at the foot, each with its gain over the one below."""
+    parts = [(title, findings.ladder(block)) for title, block in blocks(in_order(rows))]
+    parts = [(title, rungs) for title, rungs in parts if len(rungs) > 1]
+    if not parts:
+        return None
+    feet = feet_of([rungs["sweep"].iloc[0] for _, rungs in parts], environments)
+    fig, subfigures = sheet([1.3 + 0.42 * len(rungs) for _, rungs in parts], feet)
+    for part, (title, rungs) in zip(subfigures, parts, strict=True):
+        heading(part, title + leader(rungs, "speedup"))
+        draw_rungs(part.subplots(), rungs)
+    return fig
+
+
+def draw_rungs(ax, rungs: pd.DataFrame) -> None:
+    """Horizontal bars; under a method's name what it adds, at its end images/s and gain."""
+    names = []
+    for y, row in enumerate(rungs.itertuples()):
+        ax.barh(y, row.fps, 0.7, **bar_look(style(row.backend, row.precision)))
+        ends = np.clip([[row.fps - row.fps_low], [row.fps_high - row.fps]], 0, None)
+        ax.errorbar(row.fps, y, xerr=ends, fmt="none", ecolor=INK, capsize=2)
+        adds = "the baseline" if row.backend == BASELINE else textwrap.shorten(row.adds, 56, placeholder=" …")
+        names.append(f"{row.label}\n{adds}".strip())
+        gain = f", {row.gain:.2f}x the one below{' (level)' if row.level is True else ''}"
+        text = f"{figure(row.fps)} images/s{gain if row.gain > 0 else ''}"
+        text = "wrong results" if row.status == "mismatch" else text
+        end = np.nanmax([0, row.fps, row.fps_high])
+        ax.annotate(text, (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+    lie_down(ax, names, "images/s", rungs["fps"].max() * 1.75)
 
 
 # ---- files
@@ -297,7 +278,11 @@ def draw_all(rows: pd.DataFrame, environments: dict[str, dict], results: Path) -
     figures = {name: draw(chart, rows, environments) for name, chart in CHARTS.items()}
     if not findings.measured(rows)["gpu_memory_mb"].notna().any():
         figures["memory_vs_batch_size.png"] = None
+    figures["ladder.png"] = draw_ladder(rows, environments)
     figures["roofline.png"] = draw_roofline(rows, environments)
+    for name, draw_serving in serving_plots.CHARTS.items():
+        table = read_serving((results / name).with_suffix(".csv"))
+        figures[name] = None if table is None or table.empty else draw_serving(table, environments)
     paths = []
     for name, fig in figures.items():
         if fig is None:
@@ -308,13 +293,8 @@ def draw_all(rows: pd.DataFrame, environments: dict[str, dict], results: Path) -
     return paths
 
 
-def write_png(fig: Figure, path: Path) -> None:
-    fig.savefig(png := io.BytesIO(), format="png", metadata={"Software": None})
-    write_atomic(path, png.getvalue())
-
-
 def draw_comparison(both: pd.DataFrame, title: str, path: Path) -> None:
-    """A second table's throughput over a first's, with 95 % intervals: see findings.ratios()."""
+    """A second table's throughput over a first's, with 95 % intervals; `both` as findings.ratios() gives."""
     fig = Figure(figsize=(WIDTH, 1.3 + 0.24 * len(both)), dpi=DPI, layout="constrained")
     ax, names = fig.add_subplot(), []
     for y, row in enumerate(both.itertuples()):
@@ -328,6 +308,5 @@ def draw_comparison(both: pd.DataFrame, title: str, path: Path) -> None:
     ax.invert_yaxis()
     dress(ax, "throughput, second / first (right of 1: the second is faster)", "")
     ax.grid(axis="x", color="#dddddd", linewidth=0.7)
-    level = int(findings.agrees(both, "fps").sum())
-    heading(fig, f"{title}: no difference in {level} of {len(both)} configurations")
+    heading(fig, title)
     write_png(fig, path)

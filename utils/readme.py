@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from utils import ceilings, findings, report
-from utils.records import read_table
+from utils.records import read_serving, read_table
 from utils.report import figure, foot, markdown, name
 from utils.schema import BASELINE
 from utils.utils import UserError, write_atomic
@@ -23,8 +23,15 @@ CHARTS = {  # files that plot_utils draws, and what they show
     "fps_vs_batch_size.png": "Throughput against batch size",
     "speedup_vs_image_size.png": "Speedup over PyTorch FP32",
     "memory_vs_batch_size.png": "GPU memory against batch size",
+    "ladder.png": "The ladder: from the slowest to the fastest method",
     "roofline.png": "Rate of operations under the measured ceilings",
+    "end_to_end.png": "From files to labels",
+    "load.png": "Latency under load",
     "training.png": "Training",
+}
+SERVING = {
+    "end_to_end.csv": ("From files to labels", report.END_TO_END),
+    "load.csv": ("Latency under load", report.LOAD),
 }
 
 
@@ -164,12 +171,19 @@ def folder_readme(folder: Path) -> str:
     parts += [f"![{text}]({file})" for file, text in CHARTS.items() if (folder / file).is_file()]
     for sweep, part in rows.groupby("sweep", sort=False):
         parts += sweep_parts(sweep, part, environments.get(sweep, {}))
-    if (folder / "end_to_end.csv").is_file():
-        parts.append("## From files to labels")
-        table = pd.read_csv(folder / "end_to_end.csv", dtype={"sweep": str})  # "2.10" is a name
-        for sweep, part in table.groupby("sweep", sort=False):
-            parts += [f"Sweep {sweep}:", markdown(report.lines_of(report.END_TO_END, part))]
+    for file, (title, table) in SERVING.items():
+        if (folder / file).is_file():
+            parts += [f"## {title}", *serving_parts(read_serving(folder / file), table)]
     return "\n\n".join(parts) + "\n"
+
+
+def serving_parts(found: pd.DataFrame | None, table: list) -> list[str]:
+    if found is None:
+        return ["Measured by an earlier version; python end_to_end.py makes it anew."]
+    parts = []
+    for sweep, part in found.groupby("sweep", sort=False):
+        parts += [f"Sweep {sweep}:", markdown(report.lines_of(table, part))]
+    return parts
 
 
 def sweep_parts(sweep: str, rows: pd.DataFrame, known: dict) -> list[str]:

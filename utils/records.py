@@ -30,6 +30,15 @@ VERDICTS = {  # what puts a row in doubt, and what to do about it
 
 NEW_COLUMNS = ["load_s", "first_call_ms", "adds"]  # missing from tables made before 2026-11-25
 FACTS = ["packages", "ceilings", "sweep"]  # the parts of a sweep's environment that have parts of their own
+HEAD = ["sweep", "backend", "precision", "image_size"]
+SERVING = {  # what python end_to_end.py writes
+    "end_to_end.csv": [
+        *[*HEAD, "batch_size", "decoder", "images_per_s", "images_per_s_low", "images_per_s_high"],
+        *["decode_images_per_s", "infer_images_per_s", "serial_images_per_s", "overlap", "limit"],
+        *["agreement", "max_abs_diff", "status", "reason"],
+    ],
+    "load.csv": [*HEAD, "rate", "achieved", "p50_ms", "p90_ms", "p99_ms", "valid", "max_latency_ms"],
+}
 
 # ---- files
 
@@ -404,3 +413,20 @@ def read_table(results: Path) -> tuple[pd.DataFrame, dict]:
     if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{beside} does not say what a sweep was measured with; {mend}")
     return rows, environments
+
+
+def read_serving(path: Path) -> pd.DataFrame | None:
+    """end_to_end.csv or load.csv, texts as in read_csv(); None where it is missing or an earlier version's.
+
+    Raises UserError where it is no table at all.
+    """
+    mend = f"make it anew: python end_to_end.py{' --load' if path.name == 'load.csv' else ''}"
+    texts = ["sweep", "backend", "precision", "decoder", "limit", "status", "reason"]
+    try:
+        table = pd.read_csv(path, encoding="utf-8", dtype=dict.fromkeys(texts, str))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no table ({str(error).strip()}); {mend}") from None
+    table = table.assign(**{name: table[name].astype(object).fillna("") for name in texts if name in table})
+    return table if set(SERVING[path.name]) <= set(table) else None

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
 
 import pandas as pd
 
@@ -125,20 +124,27 @@ DEVICE = [
     ("FLOP/byte", "flops_per_byte"),
     ("Limit", "limit"),
 ]
-STEPS = ["decode_ms", "resize_ms", "copy_ms", "normalise_ms", "infer_ms", "copy_back_ms"]
-
-
-def step(column: str, row) -> str:
-    """Milliseconds of a step for one image, and its share of the whole."""
-    return f"{figure(row[column])} ({row[column] / row[STEPS].sum():.0%})"
-
-
 END_TO_END = [
     *HEAD,
-    ("Images/s", "images_per_s"),
-    ("Inference alone", "infer_alone_images_per_s"),
-    *((column.replace("_", " "), partial(step, column)) for column in STEPS),
-    ("Bottleneck", lambda row: row.bottleneck.split(" (")[0]),
+    ("Decoder", "decoder"),
+    ("Images/s", lambda row: figure(row.images_per_s) if row.status == "ok" else row.status),
+    ("95 %", lambda row: between(row.images_per_s_low, row.images_per_s_high)),
+    ("Decoding alone", "decode_images_per_s"),
+    ("Inference alone", "infer_images_per_s"),
+    ("Overlap", "overlap"),
+    ("One after the other", "serial_images_per_s"),
+    ("Limit", "limit"),
+    ("Agreement", lambda row: percent(row.agreement)),
+    ("Reason", "reason"),
+]
+LOAD = [
+    *HEAD[:2],
+    ("Offered images/s", "rate"),
+    ("Achieved", "achieved"),
+    ("p50 ms", "p50_ms"),
+    ("p90 ms", "p90_ms"),
+    ("p99 ms", "p99_ms"),
+    ("Valid", lambda row: "yes" if row.valid else "no"),
 ]
 
 
@@ -147,7 +153,7 @@ def lines_of(table: list[tuple[str, str | Callable]], rows: pd.DataFrame) -> lis
     columns = []
     for header, show in table:
         cells = [show(row) if callable(show) else cell(row[show]) for _, row in rows.iterrows()]
-        if any(cells) or len(columns) < len(HEAD):
+        if any(cells) or header in dict(HEAD):
             columns.append([header, *cells])
     return [list(line) for line in zip(*columns, strict=True)]
 

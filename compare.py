@@ -149,6 +149,17 @@ def write_readmes(path: Path) -> None:
     for folder in readme.folders_of(path):
         plot_utils.draw_all(*records.read_table(folder), folder)
         readme.write_folder_readme(folder)
+    for *_, kind, folders in readme.marked(path):
+        if kind == "machines":
+            draw_machines(*folders)
+
+
+def draw_machines(a: Path, b: Path) -> None:
+    """Two machines' plain methods at the smallest image size -> machines.png in the second's folder."""
+    both, names = readme.machine_ratios(a, b)
+    plain = both[both.backend.map(report.family) == both.backend]
+    plain = plain[plain.image_size == plain.image_size.min()]
+    plot_utils.draw_comparison(plain, " → ".join(names), b / "machines.png")
 
 
 def check(args: argparse.Namespace, limits: dict[str, float | None]) -> None:

@@ -246,7 +246,7 @@ def draw_ladder(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure | N
     if not parts:
         return None
     feet = feet_of([rungs["sweep"].iloc[0] for _, rungs in parts], environments)
-    fig, subfigures = sheet([1.3 + 0.42 * len(rungs) for _, rungs in parts], feet)
+    fig, subfigures = sheet([1.3 + 0.48 * len(rungs) for _, rungs in parts], feet)
     for part, (title, rungs) in zip(subfigures, parts, strict=True):
         heading(part, title + leader(rungs, "speedup"))
         draw_rungs(part.subplots(), rungs)
@@ -260,7 +260,7 @@ def draw_rungs(ax, rungs: pd.DataFrame) -> None:
         ax.barh(y, row.fps, 0.7, **bar_look(style(row.backend, row.precision)))
         ends = np.clip([[row.fps - row.fps_low], [row.fps_high - row.fps]], 0, None)
         ax.errorbar(row.fps, y, xerr=ends, fmt="none", ecolor=INK, capsize=2)
-        adds = "the baseline" if row.backend == BASELINE else textwrap.shorten(row.adds, 56, placeholder=" …")
+        adds = "the baseline" if row.backend == BASELINE else textwrap.fill(row.adds, 54)
         names.append(f"{row.label}\n{adds}".strip())
         gain = f", {row.gain:.2f}x the one below{' (level)' if row.level is True else ''}"
         text = f"{figure(row.fps)} images/s{gain if row.gain > 0 else ''}"

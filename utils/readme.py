@@ -1,6 +1,7 @@
 """README.md's generated parts, and the READMEs of results folders, which are generated as a whole.
 
-A part stands in README.md between `<!-- begin PART FOLDER -->` and `<!-- end -->`.
+A part stands in README.md between `<!-- begin PART FOLDER -->` and `<!-- end -->`; the part `machines` takes
+two folders.
 """
 
 import re
@@ -11,11 +12,11 @@ import pandas as pd
 
 from utils import ceilings, findings, report
 from utils.records import read_serving, read_table
-from utils.report import figure, foot, markdown, name
+from utils.report import figure, foot, label, markdown, name
 from utils.schema import BASELINE
 from utils.utils import UserError, write_atomic
 
-BEGIN = re.compile(r"<!-- begin (\w+) (\S+) -->")
+BEGIN = re.compile(r"<!-- begin (\w+) (\S+)(?: (\S+))? -->")
 END = "<!-- end -->"
 METHODS, BATCH = ["onnx", "torch-tensorrt", "tensorrt"], 16  # set against each other in the headline
 CHARTS = {  # files that plot_utils draws, and what they show
@@ -76,10 +77,17 @@ def deed(row) -> str:
 
 
 def summary(rows: pd.DataFrame, environments: dict) -> str:
-    """Method x image size, each at its best batch: images/s ± half the 95 % interval, speedup, accuracy."""
+    """Method x image size, each at its best batch: images/s ± half the 95 % interval, speedup, accuracy.
+
+    Of each method the plain one and its fastest variant, so that it fits a screen.
+    """
     best = findings.best_batch(rows)
     if best.empty:
         return "Nothing has been measured here yet."
+    families = best.backend.map(report.family)
+    keys = best.sweep + "/" + best.backend
+    fastest = best.fps == best.groupby(["sweep", families]).fps.transform("max")
+    best = best[(best.backend == families) | keys.isin(keys[fastest])]
     columns, several = sorted(best.image_size.unique()), rows.sweep.nunique() > 1
     lines = [["Method, at its best batch", *(f"{size} px" for size in columns), "Accuracy"]]
     for (sweep, _), group in best.groupby(["sweep", "backend"], sort=False):
@@ -90,7 +98,8 @@ def summary(rows: pd.DataFrame, environments: dict) -> str:
         lines.append([who, *(cells.get(size, "") for size in columns), f"{accuracy} %"])
     notes = ["images/s ± half the 95 % interval, speedup over PyTorch FP32 of the same sweep, b = batch size"]
     notes += [foot(known) for known in environments.values()]
-    notes += report.reasons(rows[rows.status != "ok"].assign(notes="", adds=""))
+    missing = rows[(rows.status != "ok") & (rows.backend.map(report.family) == rows.backend)]
+    notes += report.reasons(missing.assign(notes="", adds=""))
     return f"{markdown(lines)}\n\n<sub>{'<br>'.join(notes)}</sub>"
 
 
@@ -106,19 +115,34 @@ def answers(rows: pd.DataFrame, environments: dict) -> str:
     return "\n".join(f"- {sentence}" for sentence in report.answers_of(rows))
 
 
-PARTS = {"headline": headline, "summary": summary, "answers": answers}
+def machine_ratios(a: Path, b: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The second folder's figures over the first's (findings.ratios()), in the sweeps that both have, and
+    the names of the two machines."""
+    (before, old), (after, new) = read_table(a), read_table(b)
+    if shared := set(before.sweep) & set(after.sweep):
+        before, after = (rows[rows.sweep.isin(shared)] for rows in (before, after))
+    first = [next(iter(known.values()), {}) for known in (old, new)]
+    return findings.ratios(before, after), [known.get("gpu") or known.get("cpu", "?") for known in first]
 
 
-def lines_in(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        mend = "run compare.py in the repository's root, where README.md is, in UTF-8"
-        raise UserError(f"{path} can't be read ({error}); {mend}") from None
+def machines(a: Path, b: Path) -> str:
+    """Two machines in a sentence: throughput of the second over the first's."""
+    both, (first, second) = machine_ratios(a, b)
+    if both.empty:
+        return f"{a.name} and {b.name} have no measured configuration in common."
+    ratio, most = both.fps_ratio, both.loc[both.fps_ratio.idxmax()]
+    where = f"{label(most.backend, most.precision_after)}, {most.image_size} px, batch {most.batch_size}"
+    middle = f"{figure(ratio.median())} times the images/s of {first} in the median"
+    return (
+        f"**{second}: {middle}** of {len(both)} configurations ({report.span(ratio)} times; most: {where})."
+    )
 
 
-def marked(path: Path) -> list[tuple[int, int, str, str]]:
-    """README.md's parts: the lines of their markers, kind, folder.  Raises UserError at a broken marker."""
+PARTS = {"headline": headline, "summary": summary, "answers": answers, "machines": machines}
+
+
+def marked(path: Path) -> list[tuple[int, int, str, list[Path]]]:
+    """README.md's parts: lines of their markers, kind, folders.  Raises UserError at a broken marker."""
     found, begun = [], None
 
     def broken(line: int, why: str) -> UserError:
@@ -133,8 +157,10 @@ def marked(path: Path) -> list[tuple[int, int, str, str]]:
             break
         elif match and match[1] not in PARTS:
             raise broken(k, f"{match[1]} is none of {', '.join(PARTS)}")
+        elif match and (match[3] is None) == (match[1] == "machines"):
+            raise broken(k, f"{match[1]} takes {'two folders' if match[3] is None else 'one folder'}")
         elif match:
-            begun = k, *match.groups()
+            begun = k, match[1], [path.parent / folder for folder in match.groups()[1:] if folder]
         elif line.startswith(("<!-- begin", "<!-- end")):
             raise broken(k, f"{line} marks no generated part")
     if begun:
@@ -142,16 +168,25 @@ def marked(path: Path) -> list[tuple[int, int, str, str]]:
     return found
 
 
+def lines_in(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        mend = "run compare.py in the repository's root, where README.md is, in UTF-8"
+        raise UserError(f"{path} can't be read ({error}); {mend}") from None
+
+
 def folders_of(path: Path) -> list[Path]:
     """The results folders that README.md shows parts of."""
-    return [path.parent / folder for folder in sorted({folder for *_, folder in marked(path)})]
+    return sorted({folder for *_, folders in marked(path) for folder in folders})
 
 
 def render(path: Path) -> str:
     """README.md's text with every generated part made anew from the folder it names."""
     lines = lines_in(path)
-    for start, end, kind, folder in reversed(marked(path)):
-        lines[start + 1 : end] = PARTS[kind](*read_table(path.parent / folder)).strip().splitlines()
+    for start, end, kind, folders in reversed(marked(path)):
+        made = machines(*folders) if kind == "machines" else PARTS[kind](*read_table(folders[0]))
+        lines[start + 1 : end] = made.strip().splitlines()
     return "\n".join(lines) + "\n"
 
 

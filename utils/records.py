@@ -30,14 +30,10 @@ VERDICTS = {  # what puts a row in doubt, and what to do about it
 
 NEW_COLUMNS = ["load_s", "first_call_ms", "adds"]  # missing from tables made before 2026-11-25
 FACTS = ["packages", "ceilings", "sweep"]  # the parts of a sweep's environment that have parts of their own
-HEAD = ["sweep", "backend", "precision", "image_size"]
-SERVING = {  # what python end_to_end.py writes
-    "end_to_end.csv": [
-        *[*HEAD, "batch_size", "decoder", "images_per_s", "images_per_s_low", "images_per_s_high"],
-        *["decode_images_per_s", "infer_images_per_s", "serial_images_per_s", "overlap", "limit"],
-        *["agreement", "max_abs_diff", "status", "reason"],
-    ],
-    "load.csv": [*HEAD, "rate", "achieved", "p50_ms", "p90_ms", "p99_ms", "valid", "max_latency_ms"],
+SERVING = {  # the columns of what python end_to_end.py writes, besides the first four
+    "end_to_end.csv": "batch_size decoder images_per_s images_per_s_low images_per_s_high "
+    "decode_images_per_s infer_images_per_s serial_images_per_s overlap limit agreement status reason",
+    "load.csv": "scenario rate achieved p50_ms p90_ms p99_ms valid max_latency_ms fps",
 }
 
 # ---- files
@@ -421,7 +417,7 @@ def read_serving(path: Path) -> pd.DataFrame | None:
     Raises UserError where it is no table at all.
     """
     mend = f"make it anew: python end_to_end.py{' --load' if path.name == 'load.csv' else ''}"
-    texts = ["sweep", "backend", "precision", "decoder", "limit", "status", "reason"]
+    texts = ["sweep", "backend", "precision", "decoder", "scenario", "limit", "status", "reason"]
     try:
         table = pd.read_csv(path, encoding="utf-8", dtype=dict.fromkeys(texts, str))
     except FileNotFoundError:
@@ -429,4 +425,5 @@ def read_serving(path: Path) -> pd.DataFrame | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no table ({str(error).strip()}); {mend}") from None
     table = table.assign(**{name: table[name].astype(object).fillna("") for name in texts if name in table})
-    return table if set(SERVING[path.name]) <= set(table) else None
+    needed = {"sweep", "backend", "precision", "image_size", *SERVING[path.name].split()}
+    return table if needed <= set(table) else None

@@ -139,12 +139,14 @@ END_TO_END = [
 ]
 LOAD = [
     *HEAD[:2],
+    ("Scenario", "scenario"),
     ("Offered images/s", "rate"),
     ("Achieved", "achieved"),
     ("p50 ms", "p50_ms"),
     ("p90 ms", "p90_ms"),
     ("p99 ms", "p99_ms"),
     ("Valid", lambda row: "yes" if row.valid else "no"),
+    ("By our clock", "fps"),
 ]
 
 
@@ -191,10 +193,6 @@ def markdown(lines: list[list[str]]) -> str:
 def text_table(rows: pd.DataFrame) -> str:
     """The rows as aligned text, the reasons of those without figures below."""
     return "\n".join([aligned(results_lines(rows)), *reasons(rows)])
-
-
-def end_to_end_text(table: pd.DataFrame) -> str:
-    return aligned(lines_of(END_TO_END, table))
 
 
 def reasons(rows: pd.DataFrame) -> list[str]:
@@ -258,7 +256,7 @@ def batches(ok: pd.DataFrame) -> str:
 
 def saturation(ok: pd.DataFrame) -> str:
     texts, missing, total = [], 0, 0
-    for _, own in ok.groupby("backend", sort=False):
+    for _, own in ok[ok.backend.map(family) == ok.backend].groupby("backend", sort=False):
         found = findings.saturations(own)
         reached = {size: batch for size, batch in found.items() if batch}
         missing, total = missing + len(found) - len(reached), total + len(found)

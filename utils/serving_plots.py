@@ -55,7 +55,7 @@ def draw_pipelines(ax, part: pd.DataFrame) -> None:
     names = [
         f"{row.label}, batch {row.batch_size}\n{row.decoder}; limit: {row.limit}" for row in part.itertuples()
     ]
-    lie_down(ax, names, "images/s", most * 1.15)
+    lie_down(ax, names, "images/s", most * 1.25)
 
 
 def draw_load(load: pd.DataFrame, environments: dict[str, dict]) -> Figure:

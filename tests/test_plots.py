@@ -9,10 +9,11 @@ from matplotlib.colors import to_hex
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 
-from utils import plot_utils, style
+from utils import findings, plot_utils, readme, records, serving_plots, style
 from utils.plot_utils import CHARTS, draw, draw_all
 from utils.report import figure, label
 from utils.schema import COLUMNS
+from utils.utils import UserError
 
 BACKENDS = {"pytorch": ("fp32", 100.0), "onnx": ("fp16", 250.0), "tensorrt": ("fp16", 400.0)}
 ENVIRONMENT = {
@@ -42,7 +43,7 @@ def table(backends=BACKENDS, sizes=(224, 512), batches=(1, 16), sweep="a", inter
                     row |= dict(fps_low=fps * (1 - interval), fps_high=fps * (1 + interval))
                 rows.append({**row, "gpu_memory_mb": memory})
     rows = pandas.DataFrame(rows).reindex(columns=COLUMNS)
-    return with_speedups(rows.astype({"gpu_memory_mb": float}))
+    return with_speedups(rows.astype({"gpu_memory_mb": float}).assign(adds=""))
 
 
 def with_speedups(rows):
@@ -50,7 +51,9 @@ def with_speedups(rows):
     keys = ["image_size", "batch_size"]
     base = rows[(rows["backend"] == "pytorch") & (rows["status"] == "ok")].set_index(keys)["mean_ms"]
     at = [base.get(key, float("nan")) for key in zip(*(rows[key] for key in keys), strict=True)]
-    return rows.assign(speedup=numpy.array(at, dtype=float) / rows["mean_ms"].astype(float))
+    speedup = numpy.array(at, dtype=float) / rows["mean_ms"].astype(float)
+    width = rows["fps_high"] / rows["fps"]
+    return rows.assign(speedup=speedup, speedup_low=speedup / width, speedup_high=speedup * width)
 
 
 def spoil(rows, status, **where):
@@ -137,7 +140,9 @@ def test_no_winner_while_the_intervals_overlap():
     assert "Nothing is clearly faster than PyTorch FP32" in say(
         table({"pytorch": ("fp32", 100.0), "onnx": ("fp32", 101.0)}), SPEEDUP
     )
-    assert "(no interval)" in say(table(interval=None))
+    for name, said in [(FPS, "TensorRT FP16 1,600 images/s"), (SPEEDUP, "TensorRT FP16 4x the speed")]:
+        alone = say(table(interval=None), name)
+        assert f"One round supports no verdict: {said}" in alone and "fastest" not in alone
 
 
 def test_a_row_that_is_not_ok_is_never_drawn_and_never_wins():
@@ -273,12 +278,12 @@ def test_the_same_rows_give_the_same_bytes_and_a_stale_chart_goes(tmp_path):
     rows = table()
     before = rows.copy()
     first = {path.name: path.read_bytes() for path in draw_all(rows, ENVIRONMENT, tmp_path)}
-    assert set(first) == set(CHARTS)
+    assert set(first) == {*CHARTS, "ladder.png"}
     pandas.testing.assert_frame_equal(rows, before)
     rows.to_csv(tmp_path / "rows.csv", index=False)  # as benchmark.py hands them over
     again = {
         path.name: path.read_bytes()
-        for path in draw_all(pandas.read_csv(tmp_path / "rows.csv"), ENVIRONMENT, tmp_path)
+        for path in draw_all(records.read_csv(tmp_path / "rows.csv"), ENVIRONMENT, tmp_path)
     }
     assert again == first
     assert MEMORY not in [path.name for path in draw_all(table(memory=None), {}, tmp_path)]
@@ -288,3 +293,112 @@ def test_the_same_rows_give_the_same_bytes_and_a_stale_chart_goes(tmp_path):
 def test_memory_is_compared_where_most_backends_fit():
     rows = spoil(table(), "out_of_memory", backend="pytorch", image_size=512, batch_size=16)
     assert "GPU memory at 224 px, batch 16: 900 MB" in say(rows, MEMORY)
+
+
+# ---- the ladder, from files to labels, latency under load
+
+
+def drawn(fig) -> str:
+    """Everything that is written on a figure."""
+    return " | ".join(texts(fig))
+
+
+def bars(ax) -> list[float]:
+    return [bar.get_width() for bar in ax.patches]
+
+
+def test_the_ladder_climbs_from_the_slowest_to_the_fastest_with_each_gain():
+    rows = table({**BACKENDS, "tensorrt-graph": ("fp16", 404.0)})  # level with TensorRT, 2 % wide
+    rows.loc[rows["backend"] == "tensorrt-graph", "adds"] = "replayed as one CUDA graph"
+    fig = plot_utils.draw_ladder(rows, ENVIRONMENT)
+    assert bars(fig.axes[0]) == [400, 1000, 1600, 1616]  # at 224 px and batch 16
+    names = [" ".join(text.get_text().split()) for text in fig.axes[0].get_yticklabels()]
+    assert names[0] == "PyTorch FP32 the baseline"
+    assert names[3] == "TensorRT FP16, CUDA graph replayed as one CUDA graph"
+    said = drawn(fig)
+    assert "1,000 images/s, 2.50x the one below |" in said and "1.01x the one below (level)" in said
+    assert "TensorRT FP16, CUDA graph and TensorRT FP16 are level" in said
+
+
+def test_a_mismatch_is_at_the_foot_of_the_ladder_without_a_figure():
+    fig = plot_utils.draw_ladder(spoil(table(), "mismatch", backend="tensorrt"), ENVIRONMENT)
+    names = [text.get_text().split("\n")[0] for text in fig.axes[0].get_yticklabels()]
+    assert names == ["TensorRT FP16", "PyTorch FP32", "ONNX Runtime FP16"] and "wrong results" in drawn(fig)
+    assert "1,600" not in drawn(fig)
+
+
+def test_the_ladder_stands_on_the_largest_batch_that_most_share():
+    rows = table(batches=(1, 16, 256))
+    rows = rows[(rows["batch_size"] < 256) | (rows["backend"] == "tensorrt")]
+    assert set(findings.ladder(rows).batch_size) == {16}
+    assert set(findings.ladder(table(sizes=(256, 64))).image_size) == {64}
+    assert plot_utils.draw_ladder(table({"pytorch": ("fp32", 100.0)}), {}) is None
+    assert plot_utils.draw_ladder(spoil(table(), "failed"), {}) is None
+
+
+def served(**changes) -> pandas.DataFrame:
+    """Two rows of end_to_end.csv."""
+    rows = []
+    for decoder, decode in (("pillow", 2000.0), ("dali", 20000.0)):
+        row = dict(sweep="a", backend="tensorrt", precision="FP16", image_size=224, batch_size=256)
+        row |= dict(decoder=decoder, images_per_s=decode * 0.9, decode_images_per_s=decode)
+        row |= dict(images_per_s_low=decode * 0.88, images_per_s_high=decode * 0.92, overlap=0.9)
+        row |= dict(infer_images_per_s=90000.0, serial_images_per_s=decode / 2, limit="decode")
+        rows.append(row | dict(agreement=1.0, max_abs_diff=0.01, status="ok", reason=""))
+    return pandas.DataFrame(rows).assign(**changes)
+
+
+def test_from_files_to_labels_shows_the_pipeline_and_its_halves():
+    fig = serving_plots.draw_end_to_end(served(), ENVIRONMENT)
+    said = drawn(fig)
+    assert "From files to labels: TensorRT FP16, 18,000 images/s, 90% of what its parts allow" in said
+    assert "files to labels 1,800, 90% of what its parts allow" in said and "inference alone 90,000 →" in said
+    assert bars(fig.axes[0])[:2] == [1800, 2000] and max(bars(fig.axes[0])) == 26000  # cut off, and said
+    wrong = served(status=["ok", "mismatch"], reason=["", "another class on 9 of 100"])
+    said = drawn(serving_plots.draw_end_to_end(wrong, ENVIRONMENT))
+    assert "18,000" not in said and "mismatch: another class on 9 of 100" in said
+
+
+def loaded() -> pandas.DataFrame:
+    """load.csv: three rates of two backends, the last beyond the limit or invalid; one offline row."""
+    rows = []
+    for backend, rates in (("pytorch", (100, 200, 400)), ("tensorrt", (1000, 2000, 4000))):
+        for rate, p99, valid in zip(rates, (3.0, 9.0, 40.0), (True, backend == "pytorch", True), strict=True):
+            row = dict(sweep="a", backend=backend, precision="FP16", image_size=224, scenario="server")
+            row |= dict(rate=rate, achieved=rate, p50_ms=1.0, p90_ms=2.0, p99_ms=p99, valid=valid)
+            rows.append(row | dict(max_latency_ms=15.0, fps=None))
+    return pandas.DataFrame([*rows, {**rows[0], "scenario": "offline", "rate": None, "p99_ms": None}])
+
+
+def test_latency_under_load_is_drawn_against_the_rate_with_its_limit():
+    assert findings.highest_rates(loaded().dropna(subset="rate")).to_dict() == {
+        "tensorrt": 1000,
+        "pytorch": 200,
+    }
+    fig = serving_plots.draw_load(loaded(), ENVIRONMENT)
+    assert "TensorRT FP16 answers 99 % within 15 ms at up to 1,000 images/s" in drawn(fig)
+    (ax,) = fig.axes
+    assert ax.get_yscale() == "log" and "limit: 15 ms" in drawn(fig)
+    crosses = [line for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata())]
+    assert [list(line.get_xdata()) for line in crosses] == [[2000]]
+    slow = loaded().assign(p99_ms=99.0)
+    assert "No rate tried keeps 99 % of the answers within 15 ms" in drawn(serving_plots.draw_load(slow, {}))
+
+
+def test_serving_is_drawn_and_told_only_where_it_was_measured(tmp_path):
+    names = {"end_to_end.png", "load.png"}
+    assert not names & {path.name for path in draw_all(table(), ENVIRONMENT, tmp_path)}
+    served().to_csv(tmp_path / "end_to_end.csv", index=False)
+    loaded().to_csv(tmp_path / "load.csv", index=False)
+    assert names <= {path.name for path in draw_all(table(), ENVIRONMENT, tmp_path)}
+    table().to_csv(tmp_path / "benchmark_results.csv", index=False)
+    text = readme.folder_readme(tmp_path)
+    assert "| TensorRT FP16 | 224 | 256 | dali | 18,000 | 17,600–18,400 | 20,000 | 90,000 |" in text
+    assert "| TensorRT FP16 | 224 | server | 1,000 | 1,000 | 1 | 2 | 3 | yes |" in text
+    assert "![From files to labels](end_to_end.png)" in text and "![Latency under load](load.png)" in text
+    served().drop(columns="decoder").to_csv(tmp_path / "end_to_end.csv", index=False)
+    assert "end_to_end.png" not in {path.name for path in draw_all(table(), ENVIRONMENT, tmp_path)}
+    assert "Measured by an earlier version" in readme.folder_readme(tmp_path)
+    (tmp_path / "load.csv").write_bytes(b"")
+    with pytest.raises(UserError, match="load.csv is no table.*python end_to_end.py --load"):
+        readme.folder_readme(tmp_path)

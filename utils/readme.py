@@ -132,10 +132,8 @@ def machines(a: Path, b: Path) -> str:
         return f"{a.name} and {b.name} have no measured configuration in common."
     ratio, most = both.fps_ratio, both.loc[both.fps_ratio.idxmax()]
     where = f"{label(most.backend, most.precision_after)}, {most.image_size} px, batch {most.batch_size}"
-    middle = f"{figure(ratio.median())} times the images/s of {first} in the median"
-    return (
-        f"**{second}: {middle}** of {len(both)} configurations ({report.span(ratio)} times; most: {where})."
-    )
+    middle = f"**{second}: {figure(ratio.median())} times the images/s of {first}** in the median"
+    return f"{middle} of {len(both)} configurations ({report.span(ratio)} times; most: {where})."
 
 
 PARTS = {"headline": headline, "summary": summary, "answers": answers, "machines": machines}

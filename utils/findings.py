@@ -258,8 +258,8 @@ def ladder(rows: pd.DataFrame) -> pd.DataFrame:
     below = [None, *(row for _, row in rungs.iterrows())]
     level_with = [k > 0 and level(below[k], below[k + 1]) for k in range(len(rungs))]
     rungs = rungs.assign(gain=rungs.fps / rungs.fps.shift(), level=level_with)
-    here = (rows.image_size == size) & (rows.batch_size == batch)
-    return pd.concat([rows[here & (rows.status == "mismatch")], rungs])
+    wrong = rows[(rows.image_size == size) & (rows.batch_size == batch) & (rows.status == "mismatch")]
+    return pd.concat([wrong.assign(gain=np.nan, level=False), rungs]) if len(wrong) else rungs
 
 
 def highest_rates(load: pd.DataFrame) -> pd.Series:

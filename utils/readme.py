@@ -43,21 +43,21 @@ def headline(rows: pd.DataFrame, environments: dict) -> str:
     if ok.empty:
         return "Nothing to compare with PyTorch FP32 has been measured here yet."
     best = ok.loc[ok.fps.idxmax()]
-    lines = [f"**{name(best)} serves ResNet-18 {figure(best.speedup)} times as fast as PyTorch FP32**"]
+    claim = f"**{name(best)} serves ResNet-18 {figure(best.speedup)} times as fast as PyTorch FP32**"
     if not findings.beats_baseline(best):
         why = "one round supports none" if pd.isna(best.speedup_low) else "the intervals overlap"
-        lines = [f"No verdict ({why}); the most images/s: {name(best)}, {times_of(best)} PyTorch FP32's"]
-    lines = [f"{lines[0]}{sureness(best)}:", f"{deed(best)}."]
+        claim = f"No verdict ({why}); the most images/s: {name(best)}, {times_of(best)} PyTorch FP32's"
+    lines = [f"{claim}{sureness(best)}:\n{deed(best)}."]
     half = ok[(ok.precision == "FP16") & (ok.image_size == best.image_size)]
     if best.precision != "FP16" and len(half):
         row = half.loc[half.fps.idxmax()]
         lines.append(f"In FP16 {name(row)} {times_of(row)}{sureness(row)}: {deed(row)}.")
     plain = ok[ok.backend.isin(METHODS) & (ok.image_size == best.image_size) & (ok.batch_size == BATCH)]
-    plain = plain.loc[plain.groupby("backend", sort=False).fps.idxmax()].sort_values("fps")
     if len(plain):
+        plain = plain.loc[plain.groupby("backend").fps.idxmax()].sort_values("fps")
         texts = [f"{name(row)} {times_of(row)}" for row in plain.itertuples()]
         lines.append(f"At {best.image_size} px, batch {BATCH}, over PyTorch FP32: {', '.join(texts)}.")
-    return "\n".join(lines) + f"\n\n<sub>{foot(environments.get(best.sweep, {}))}</sub>"
+    return "<br>\n".join(lines) + f"\n\n<sub>{foot(environments.get(best.sweep, {}))}</sub>"
 
 
 def times_of(row) -> str:

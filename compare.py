@@ -4,7 +4,7 @@ Reads benchmark_results.csv and environment.json alone, so any table can be read
 
     python compare.py                                       # the table of results/ and the answers
     python compare.py --best --max-latency-ms 5 --min-accuracy 0.9
-    python compare.py before/ after/ --fail-if-slower 5%    # two tables; exit code 1 only beyond doubt
+    python compare.py before/ after/ --fail-if-slower 5%    # exit code 0 only if judged and not slower
     python compare.py --write-readme                        # README.md, results' READMEs and charts anew
 """
 
@@ -42,9 +42,11 @@ def best_lines(rows: pd.DataFrame, limits: dict[str, float | None]) -> tuple[lis
             nearest.append(f"{column} {report.figure(best) or 'unknown'}")
         return [*lines, "Best of each: " + ", ".join(nearest)], False
     ordered = [row for _, row in fitting.iloc[:2].iterrows()]
-    lines = [f"{name}: {costs(row)}" for name, row in zip(("Fastest", "Runner-up"), ordered, strict=False)]
-    if any(pd.isna(row.fps_low) for row in ordered):
-        lines.append("Measured in one round, which has no interval: another run may well turn this round.")
+    one_round = any(pd.isna(row.fps_low) for row in ordered)
+    places = ("Most images/s", "Next") if one_round else ("Fastest", "Runner-up")
+    lines = [f"{place}: {costs(row)}" for place, row in zip(places, ordered, strict=False)]
+    if one_round:
+        lines.append("Measured in one round, which supports no verdict: use --rounds 3.")
     elif len(ordered) > 1 and findings.level(*ordered):
         lines.append("Between these two this sweep can show no difference in throughput.")
     return lines, True

@@ -166,7 +166,7 @@ def cell(value) -> str:
 
 def results_lines(rows: pd.DataFrame) -> list[list[str]]:
     """TABLE's lines; batch sizes without figures for one and the same reason share a line."""
-    shown = without_figures(rows).astype({"batch_size": str})
+    shown = without_figures(rows.reset_index(drop=True)).astype({"batch_size": str})
     missing = ~shown.status.isin(["ok", "mismatch"])
     keys = ["sweep", "backend", "image_size", "status", "reason"]
     for _, group in shown[missing].groupby(keys):
@@ -203,10 +203,8 @@ def reasons(rows: pd.DataFrame) -> list[str]:
         where = ", ".join(f"{size} px batch {batch}" for size, batch in places)
         scope = "" if len(places) == sum(rows.backend == backend) else f" ({where})"
         lines.append(f"{label(backend, precision)}{scope}: {status.replace('_', ' ')}: {reason}")
-    for (backend, precision, adds), _ in rows[rows.adds != ""].groupby(
-        ["backend", "precision", "adds"], sort=False
-    ):
-        lines.append(f"{label(backend, precision)}: {adds}")
+    variants = rows[rows.adds != ""].drop_duplicates("backend")
+    lines += [f"{name(row)}: {row.adds}" for row in variants.itertuples()]
     named = {verdict for row in rows.itertuples() for verdict in verdicts(row)}
     return lines + [f"{verdict}: {remedy}" for verdict, remedy in VERDICTS.items() if verdict in named]
 

@@ -84,7 +84,7 @@ def quantize(source: Path, batches: Iterator[torch.Tensor], path: Path, **how) -
     reader = SimpleNamespace(get_next=lambda: next(feed, None))
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
-        quant_pre_process(source, prepared)
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)  # 1.18's fails on newer exports
         quantize_static(prepared, path, reader, per_channel=True, **how)
 
 
@@ -160,6 +160,9 @@ def leave_main_paths(graph) -> None:
                 add.input[i] = last.output[0]
                 graph.node.remove(dequantize)
                 graph.node.remove(rounded)
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
 
 
 def halve(graph) -> None:

@@ -467,10 +467,11 @@ def test_logits_agree_with_pytorch_and_the_second_load_is_from_the_cache(checkpo
     assert loaded[1] == (True, True, True)
 
 
-@pytest.mark.parametrize("name", ["torch-tensorrt", "tensorrt"])
-def test_a_damaged_engine_is_rebuilt_with_one_line(checkpoint, name, capfd):
+@pytest.mark.parametrize("name", ["torch-tensorrt", "tensorrt", "tensorrt-int8"])
+def test_a_damaged_engine_is_rebuilt_with_one_line(checkpoint, project, name, capfd):
     needs(name)
     backend = tensorrt_inference.BACKENDS[name]()
+    backend.data = project / "data"
     backend.load(checkpoint, 64, [1, 4], "cuda")
     backend.artefact.write_bytes(backend.artefact.read_bytes()[:-100])
     capfd.readouterr()

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import itertools
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,12 +204,19 @@ def loader(dataset, batch_size: int, num_workers: int, seed: int, **options) -> 
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     options["generator"] = torch.Generator().manual_seed(seed)
     options["persistent_workers"] = num_workers > 0  # starting them anew costs seconds on Windows and macOS
-    return DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=ignore_ctrl_c, **options)
+    return DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=be_quiet, **options)
 
 
-def ignore_ctrl_c(worker: int) -> None:
-    """The main process hears it, too, and ends its workers."""
+def be_quiet(worker: int) -> None:
+    """In a worker: Ctrl-C is for the main process to hear; that that one has gone nobody need be told."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    shown = sys.excepthook
+
+    def show(kind, error, trace) -> None:
+        if not isinstance(error, ConnectionError | EOFError):
+            shown(kind, error, trace)
+
+    sys.excepthook = show
 
 
 @contextlib.contextmanager

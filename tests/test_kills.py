@@ -53,7 +53,7 @@ def alive(session: int) -> list[psutil.Process]:
 
 
 def strike(command: list, cwd: Path, has_begun, delay: float, number: int) -> str:
-    """Start a script, signal it `delay` seconds after `has_begun()`; what it printed.
+    """Start a script, signal it `delay` seconds after `has_begun(when, what it said)`; what it printed.
 
     Checks its exit code, that it was quiet and that no process of it is left.
     """
@@ -64,7 +64,8 @@ def strike(command: list, cwd: Path, has_begun, delay: float, number: int) -> st
         process = subprocess.Popen(
             started, cwd=cwd, env=environment, stdout=out, stderr=out, start_new_session=True
         )
-    while process.poll() is None and not has_begun(log):
+    began = time.time()
+    while process.poll() is None and not has_begun(began, log.read_bytes()):
         time.sleep(0.01)
     time.sleep(delay)
     if number == SIGINT and process.poll() is None:
@@ -103,7 +104,7 @@ def test_training(small, times):  # noqa: F811
     epochs = 20 * times
     command = ["train.py", *arguments(small, "--image-sizes", 32, 64, "--epochs", epochs, "--workers", 1)]
     for number in moments(rng, 8, 2, times):
-        said = strike(command, small, lambda log: b"images" in log.read_bytes(), rng.uniform(0, 2.5), number)
+        said = strike(command, small, lambda _, said: b"images" in said, rng.uniform(0, 2.5), number)
         for size, epoch in re.findall(r"(\d+) px, epoch (\d+)/", said):
             assert epochs_kept(small / "weights", int(size)) >= int(epoch)  # announced means saved
     run_script(*command, cwd=small)
@@ -115,8 +116,13 @@ def test_training(small, times):  # noqa: F811
 def test_drawing(tmp_path, times):
     rng, data = random.Random(12), tmp_path / "data"
     command = ["datasets.py", "--draw-sample"]
+
+    def is_drawing(began: float, _) -> bool:
+        drawn = data / "sample.part" / "train"
+        return drawn.exists() and drawn.stat().st_ctime > began
+
     for number in moments(rng, 8, 2, times):
-        strike(command, tmp_path, lambda log: (data / "sample.part").exists(), rng.uniform(0, 2), number)
+        strike(command, tmp_path, is_drawing, rng.uniform(0, 2), number)
         if has_data(data):  # it was done, or nearly: the next one begins anew
             assert (data / "SAMPLE.txt").exists()
             shutil.rmtree(data)
@@ -140,7 +146,7 @@ def test_benchmark(project, times):
     command = ["benchmark.py", "--quick", "--rounds", 2, "--device", "cpu", "--backends", "pytorch", "onnx"]
     before = measured(results)
     for number in moments(rng, 4, 1, times):
-        strike(command, project, lambda log: log.stat().st_size > 0, rng.uniform(0, 6), number)
+        strike(command, project, lambda _, said: said, rng.uniform(0, 6), number)
         now = measured(results)
         assert all(now.get(name, 0) >= count for name, count in before.items())
         before = now

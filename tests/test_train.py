@@ -212,14 +212,22 @@ def test_two_processes_train_one_network(folder):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of memory as Linux has it")
 def test_out_of_memory_halves_the_batch(folder):
-    """The process may take 1.3 GB more than it has: ten images at once need more, some of them do not."""
+    """The process may take 0.95 GB more than it has, and ten images at once need more than that.
+
+    Afterwards the limit is lifted, since so near to it native code may crash instead of saying so.
+    """
     code = f"""import sys, resource, psutil
 sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["train.py", *{arguments(folder, "--image-sizes", 384)!r}]
 sys.argv += ["--epochs", "1", "--batch-size", "10"]
 import train, torch, torch.fx.experimental.optimization
 torch.set_num_threads(1); train.devices.choose_precision = lambda device: torch.float32
-most = psutil.Process().memory_info().vms + 1300 * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (most, most))
+most = psutil.Process().memory_info().vms + 950 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+def say(text):
+    print(text, flush=True)
+    if "out of memory" in text:
+        resource.setrlimit(resource.RLIMIT_AS, 2 * (resource.RLIM_INFINITY,))
+train.say = say
 train.run_main(train.main)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr

@@ -157,6 +157,11 @@ class Code:
         return Path.touch, (Path("code-was-run"),)
 
 
+def head_alone(folder: Path) -> None:
+    head = (folder / TABLE).read_text(encoding="utf-8").splitlines()[0]
+    put(TABLE, head.encode() + b"\n")(folder)
+
+
 # ---- the cases: (kind, script, arguments, damage, what the sentence must name)
 
 BASE = {  # what makes each command small; what a case says comes after it and wins
@@ -181,15 +186,32 @@ ARGUMENTS = {  # script -> flags -> values, one case each
         "--no-such-flag": "1",
     },
     "datasets": {"--seed": "x", "--no-such-flag": "1", "--draw-sample": "yes"},
-    "benchmark": {"--no-such-flag": "1"},
-    "compare": {"--no-such-flag": "1"},
-    "end_to_end": {"--seconds": "long", "--image-sizes": "x", "--sweep": "nowhere", "--no-such-flag": "1"},
+    "benchmark": {"--timeout": "0, nan, -1", "--no-such-flag": "1"},
+    "compare": {
+        "--fail-if-slower": "nan, -5%, five, 5%",  # there is nothing to compare with
+        "--best --max-latency-ms": "nan, -1, fast",
+        "--best --max-memory-mb": "nan, -1",
+        "--best --min-accuracy": "nan",
+        "--max-latency-ms": "5",  # without --best nobody asks for it
+        "--max-memory-mb": "9",
+        "--min-accuracy": "0.5",
+        "--no-such-flag": "1",
+    },
+    "end_to_end": {
+        "--seconds": "0, nan, -1, long",
+        "--image-sizes": "96, x",
+        "--sweep": "nowhere",
+        "--no-such-flag": "1",
+    },
 }
 MEASURING = {
     "--image-sizes": "16, 0, -1, x, 96",
     "--batch-sizes": "0, -4, x, auto 4",
     "--runs": "0, -1, x",
     "--warmup": "0, -1",
+    "--min-seconds": "nan, -1",
+    "--max-seconds": "nan, -1",
+    "--sustain-seconds": "nan, -1",
     "--device": "tpu",
     "--backends": "nonsense",
     "--sweep": "a/b, ..",
@@ -248,6 +270,13 @@ FOLDERS = [  # script, damage, what is named
     ("compare", make_folder(TABLE), "benchmark_results.csv"),
     ("end_to_end", remove("results"), "results"),
 ]
+TABLES = {
+    "emptied": put(TABLE, b""),
+    "no table": put(TABLE, b"\x00\xff\xfe" * 50),
+    "another table": put(TABLE, b"a,b\n1,2\n"),
+    "head alone": head_alone,
+    "not UTF-8": put(TABLE, "размер,число\n1,2\n".encode("cp1251")),
+}
 TRAINING_TABLES = [
     b"",
     b"a,b\n1,2\n",
@@ -278,11 +307,13 @@ def cases() -> list[tuple]:
     for script in ("train", "datasets", "benchmark", "pytorch_inference"):
         found.append(("data", script, "--data nowhere", None, "nowhere"))
         found += [("data", script, "", damage, culprit) for damage, culprit in LAYOUTS.values()]
-    for script in ("train", "datasets"):
+    for script in ("train", "datasets", "benchmark"):
         found += [("image", script, "", damage, culprit) for damage, culprit in IMAGES.values()]
-    for script in ("train", "end_to_end"):
+    for script in ("train", "benchmark", "pytorch_inference", "end_to_end"):
         found += [("checkpoint", script, "", damage, "best_resnet18_64") for damage in CHECKPOINTS.values()]
     found += [("folder", script, "", damage, culprit) for script, damage, culprit in FOLDERS]
+    for script in ("compare", "end_to_end"):
+        found += [("table", script, "", damage, "benchmark_results.csv") for damage in TABLES.values()]
     for content in TRAINING_TABLES:
         found.append(("table", "train", "", put("results/quick/training.csv", content), "training.csv"))
     found.append(("table", "compare", "results results/quick", remove("results/x"), "results"))

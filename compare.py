@@ -145,6 +145,15 @@ def limit(text: str) -> float:
     return float(text)
 
 
+def tell(results: Path) -> None:
+    """Print the table, the answers and the environment of each sweep."""
+    rows, environments = records.read_table(results)
+    print(report.text_table(rows))
+    print("\n".join(report.answers_of(rows)).replace("**", ""))
+    for sweep, known in environments.items():
+        print(f"sweep {sweep}: {known.get('short', '')}")
+
+
 def write_readmes(path: Path) -> None:
     """Renew README.md's generated parts and, of every folder it names, the README and the charts."""
     readme.write_readme(path)
@@ -197,19 +206,19 @@ def main() -> None:
     args = parser.parse_args()
     limits = dict(zip(LIMITS, (args.max_latency_ms, args.max_memory_mb, args.min_accuracy), strict=True))
     check(args, limits)
+    code = 0
     if len(args.results) == 2:
-        sys.exit(compare_two(args.results, args.sweeps, args.fail_if_slower))
-    rows, environments = records.read_table(args.results[0])
-    if args.best:
-        lines, fits = best_lines(rows, limits)
+        code = compare_two(args.results, args.sweeps, args.fail_if_slower)
+    elif args.best:
+        lines, fits = best_lines(records.read_table(args.results[0])[0], limits)
         print("\n".join(lines))
-        sys.exit(0 if fits else 1)
-    print(report.text_table(rows))
-    print("\n".join(report.answers_of(rows)).replace("**", ""))
-    for sweep, known in environments.items():
-        print(f"sweep {sweep}: {known.get('short', '')}")
+        code = 0 if fits else 1
+    else:
+        tell(args.results[0])
     if args.write_readme:
         write_readmes(Path("README.md"))
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

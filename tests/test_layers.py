@@ -10,7 +10,8 @@ LAYERS = [  # from the lowest; files in one layer do not import each other
     ["utils.utils", "utils.heroes"],
     ["utils.images", "utils.devices", "utils.curves"],
     ["model", "datasets"],
-    ["utils.check"],
+    ["utils.check", "utils.pipeline"],
+    ["utils.dali"],
     ["utils.records"],
     ["utils.findings"],
     ["utils.report", "utils.measure"],
@@ -23,7 +24,7 @@ LAYERS = [  # from the lowest; files in one layer do not import each other
     ["torch_trt"],
     ["tensorrt_inference"],
     ["benchmark"],
-    ["compare", "end_to_end", "train"],
+    ["compare", "end_to_end", "predict", "train"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

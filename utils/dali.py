@@ -1,0 +1,147 @@
+"""NVIDIA DALI as a decoder: files -> pixels on the GPU, many times as fast as CPUs decode.
+
+Every file is looked at beforehand: what DALI would not decode as Pillow does goes through Pillow, in order.
+"""
+
+import contextlib
+import itertools
+import os
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils.pipeline import IN_FLIGHT, Batch, Pillow, cores, decode
+
+PREFETCH = 3  # batches that DALI works on at a time
+
+
+class Dali(Pillow):
+    """NVIDIA DALI: decodes and resizes on the GPU; the same on a CPU without one.
+
+    The workers look at every file beforehand and decode what DALI would not decode as load_rgb() does.
+    """
+
+    name, leave_plain, chunk, hold = "dali", True, 64, PREFETCH + 1
+
+    def __init__(self, image_size: int, batch_size: int, device: str, few: bool = False):
+        super().__init__(image_size, batch_size, device, few)
+        shape = IN_FLIGHT + 1, batch_size, image_size, image_size, 3
+        self.on_device = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.stream = torch.cuda.Stream() if device == "cuda" else None
+
+    def batches(self, paths: Iterable[str]) -> Iterator[Batch]:
+        looked_at, targets = super().batches(paths), itertools.cycle(self.on_device)
+        with contextlib.closing(looked_at), tempfile.TemporaryDirectory() as folder:
+            filler = str(Path(folder, "filler.png"))  # DALI wants at least one image in a batch
+            Image.new("RGB", (8, 8)).save(filler)
+            while True:
+                fed = deque()
+                try:
+                    yield from self.decoded(looked_at, fed, filler, targets)
+                    return
+                except (
+                    RuntimeError
+                ) as error:  # DALI can't go on after an error, and doesn't say which file it was
+                    if not fed:
+                        raise
+                    said = str(error).strip().splitlines()[0]
+                    print(f"DALI failed, Pillow decodes these {len(fed)} batches: {said}", file=sys.stderr)
+                for batch in fed:
+                    yield self.finished(batch, None, next(targets))
+
+    def decoded(self, looked_at: Iterator[Batch], fed: deque, filler: str, targets) -> Iterator[Batch]:
+        """What one DALI pipeline makes of the batches; `fed` holds those that it has not given back yet."""
+
+        def source() -> list[np.ndarray]:
+            fed.append(next(looked_at))  # StopIteration ends DALI's epoch
+            names = [fed[-1].paths[k] for k in fed[-1].plain] or [filler]
+            return [np.frombuffer(os.fsencode(name), np.uint8) for name in names]
+
+        pipeline = self.make_pipeline(source)
+        pipeline.schedule_run()
+        while fed:
+            (images,) = pipeline.share_outputs()
+            batch = self.finished(fed[0], images.as_tensor(), next(targets))
+            fed.popleft()
+            pipeline.release_outputs()
+            pipeline.schedule_run()
+            yield batch
+
+    def make_pipeline(self, source):
+        from nvidia.dali import fn, pipeline_def, types
+
+        on_gpu = self.device == "cuda"
+        mixed = {"hw_decoder_load": 0.65, "affine": "LOCAL_WORLD_SIZE" not in os.environ} if on_gpu else {}
+        square = (self.image_size, self.image_size)
+
+        @pipeline_def(
+            batch_size=self.batch_size,
+            num_threads=cores(),
+            device_id=torch.cuda.current_device() if on_gpu else None,
+            prefetch_queue_depth=PREFETCH,
+        )
+        def from_files():
+            files = fn.io.file.read(fn.external_source(source, batch=True))
+            images = fn.decoders.image(
+                files,
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                jpeg_fancy_upsampling=True,  # as libjpeg does; else colours differ by up to 11 levels
+                **mixed,
+            )
+            return fn.resize(images, size=square, interp_type=types.INTERP_LINEAR, antialias=True)
+
+        pipeline = from_files()
+        pipeline.build()
+        return pipeline
+
+    def finished(self, batch: Batch, images, target: torch.Tensor) -> Batch:
+        """The batch with all pixels on the device: DALI's `images`, or if None Pillow's, and the others."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        pixels, plain = target[: len(batch.paths)], batch.plain
+        if images is None:
+            batch = self.decoded_by_pillow(batch)
+            plain = []
+        with torch.cuda.stream(self.stream):
+            if len(plain) < len(pixels):
+                pixels.copy_(batch.pixels, non_blocking=True)
+            if plain:
+                whole = len(plain) == len(pixels)
+                into = pixels if whole else torch.empty_like(pixels[: len(plain)])
+                feed_ndarray(images, into, cuda_stream=self.stream)
+                if not whole:
+                    pixels[torch.tensor(plain, device=pixels.device)] = into
+        if self.stream:
+            self.stream.synchronize()  # then DALI may have its memory back
+        return Batch(batch.paths, pixels, batch.problems)
+
+    def decoded_by_pillow(self, batch: Batch) -> Batch:
+        first = (batch.pixels.data_ptr() - self.pixels.data_ptr()) // self.pixels[0].nbytes
+        futures = [self.pool.submit(decode, first + k, [batch.paths[k]], False) for k in batch.plain]
+        found = {k: future.result()[0] for k, future in zip(batch.plain, futures, strict=True)}
+        problems = batch.problems | {k: problem for k, problem in found.items() if problem}
+        return Batch(batch.paths, batch.pixels, problems)
+
+
+DECODERS = {"pillow": Pillow, "dali": Dali}
+
+
+def why_no_dali() -> str | None:
+    """None if DALI can be used here, else one sentence that a user can act on."""
+    try:
+        from nvidia.dali.plugin import pytorch  # noqa: F401
+    except ImportError:
+        if sys.platform != "linux":
+            return "NVIDIA DALI exists for Linux only; Pillow decodes instead: --decoder pillow"
+        package = f"nvidia-dali-cuda{(torch.version.cuda or '13').partition('.')[0]}0"
+        return f"NVIDIA DALI is not installed, which decodes on the GPU; run: pip install {package}"
+    except Exception as error:  # a library that is missing or of another version: each fails in its own way
+        return f"NVIDIA DALI is installed but does not load: {' '.join(str(error).split())}"
+    return None

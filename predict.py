@@ -1,0 +1,288 @@
+"""Classify every image in a folder: files -> labels.csv with path, class and probability.
+
+Reads the images (any depth, any format that Pillow reads), weights/best_resnet18_<size>.pth and, to choose
+the fastest backend, results/benchmark_results.csv if it was measured on this machine with these packages.
+Files that can't be read are named on stderr and skipped; the exit code is 1 then.  Interrupted and run again,
+it goes on: rows stand in labels.csv.<key>.part<rank> until all are there.
+
+    python predict.py photos/ --out labels.csv
+    torchrun --nproc-per-node 2 predict.py photos/ --out labels.csv      the files shared among two GPUs
+"""
+
+import argparse
+import contextlib
+import csv
+import datetime
+import glob
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from utils.utils import UserError, add_path_arguments, environment, run_main, sha256, write_whole
+
+# What else is needed is imported where it is used: the workers that decode import this file too.
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # whatever bytes a file name has
+BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
+RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def say(text: str) -> None:
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def find_images(source: Path) -> list[str]:
+    """All images of a folder in order, or the one file.  Raises UserError."""
+    from utils.images import is_image
+
+    if not source.exists():
+        raise UserError(f"{source} is not there; name a folder of images: python predict.py FOLDER")
+    if source.is_file():
+        return [str(source)]
+    found = [Path(root, name) for root, _, names in os.walk(source) for name in names]
+    if images := sorted(str(path) for path in found if is_image(str(path))):
+        return images
+    raise UserError(f"{source} holds no images, by the names of its {len(found)} files; name another folder")
+
+
+# ---- what classifies
+
+
+def choose_checkpoint(weights: Path, image_size: int | None) -> Path:
+    """The checkpoint of that size, or the most accurate, of equals the smallest.  Raises UserError."""
+    import model
+    from utils.utils import checkpoint_path
+
+    if image_size:
+        return checkpoint_path(weights, image_size)
+    found = [(model.load_facts(path), path) for path in weights.glob("best_resnet18_*.pth")]
+    if not found:
+        raise UserError(f"{weights} holds no checkpoint; train one: python train.py")
+    return min(found, key=lambda pair: (-pair[0].get("accuracy", 0), pair[0]["image_size"]))[1]
+
+
+def measured_here(results: Path, device: str, image_size: int):
+    """The table's rows that were measured on this machine with these packages, fastest first, or None."""
+    from utils import findings, records
+
+    if not (results / "benchmark_results.csv").is_file():
+        return None
+    rows, environments = records.read_table(results)
+    here = environment()
+    same = []
+    for sweep, facts in environments.items():
+        if all(facts.get(name) == here[name] for name in ("gpu", "cpu", "packages")):
+            same.append(sweep)
+    rows = rows[rows.sweep.isin(same) & (rows.device == device) & (rows.image_size == image_size)]
+    return findings.measured(rows).sort_values("fps", ascending=False)
+
+
+def choose_backend(name: str | None, rows, device: str):
+    """(backend, its name, batch size, batch sizes to load) by the table; PyTorch where it has none."""
+    import benchmark
+
+    known = rows is not None and not rows.empty
+    for row in rows.itertuples() if known else ():
+        if row.backend in ([name] if name else benchmark.BACKENDS):
+            backend = benchmark.make_backend(benchmark.BACKENDS[row.backend], row.backend)
+            if not backend.why_unavailable(device):
+                sizes = sorted(set(rows[rows.sweep == row.sweep].batch_size.tolist()))
+                return backend, row.backend, row.batch_size, sizes
+    if not name:
+        say(
+            "nothing was measured here at this size: PyTorch serves; python benchmark.py finds what is faster"
+        )
+    name = name or "pytorch"
+    backend = benchmark.make_backend(benchmark.BACKENDS[name], name)
+    if reason := backend.why_unavailable(device):
+        raise UserError(f"--backend {name}: {reason}")
+    return backend, name, BATCH_SIZE[device], [BATCH_SIZE[device]]
+
+
+def choose_decoder(name: str, device: str) -> str:
+    """DALI on a GPU where it is installed, else Pillow.  Raises UserError where DALI was asked for in vain."""
+    from utils.dali import why_no_dali
+
+    reason = None if name == "pillow" or (name, device) == ("auto", "cpu") else why_no_dali()
+    if name == "dali" and reason:
+        raise UserError(reason)
+    if reason:
+        say(f"Pillow decodes: {reason}")
+    return name if name != "auto" else "pillow" if reason or device == "cpu" else "dali"
+
+
+# ---- rows
+
+
+def read_rows(part: Path, columns: int) -> dict[str, list[str]]:
+    """path -> row, of the rows that were written whole."""
+    text = part.read_bytes().decode(TEXT["encoding"], TEXT["errors"])
+    whole = io.StringIO(text[: text.rfind("\n") + 1], newline="")
+    return {row[0]: row for row in csv.reader(whole) if len(row) == columns}
+
+
+def rows_of(batch, logits: np.ndarray, classes: list[str], every: bool) -> list[list[str]]:
+    """path, class, probability and, if asked for, every class's; of the files that could be read."""
+    power = np.exp(logits - logits.max(1, keepdims=True))
+    shares = power / power.sum(1, keepdims=True)
+    rows = []
+    for index, (path, share) in enumerate(zip(batch.paths, shares, strict=True)):
+        if index not in batch.problems:
+            best = share.argmax()
+            others = [f"{value:.6f}" for value in share] if every else []
+            rows.append([path, classes[best], f"{share[best]:.6f}", *others])
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[list[str]], mode: str = "w") -> None:
+    with path.open(mode, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def merge(out: Path, parts: list[Path], images: list[str], header: list[str]) -> int:
+    """Write the rows of all parts to `out` in the order of the images, whole or not at all; how many."""
+    rows = {}
+    for part in parts:
+        rows |= read_rows(part, len(header))
+    kept = [rows[path] for path in images if path in rows]
+    write_whole(out, lambda path: write_rows(path, [header, *kept]))
+    for part in out.parent.glob(f"{glob.escape(out.name)}.*.part*"):  # also those of other settings
+        part.unlink()
+    return len(kept)
+
+
+# ---- several processes, by torchrun
+
+
+def gather(value) -> list:
+    """The value of every process; waits for all of them."""
+    if WORLD_SIZE == 1:
+        return [value]
+    import torch.distributed as dist
+
+    if not dist.is_initialized():  # Gloo: no GPU has anything to exchange
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    values = [None] * WORLD_SIZE
+    dist.all_gather_object(values, value)
+    return values
+
+
+def classify(network, decoder, images: list[str], part: Path, classes: list[str], every: bool) -> dict:
+    """Classify, appending to `part` batch by batch; what went wrong, and the seconds that things took."""
+    from tqdm import tqdm
+
+    from utils.pipeline import classify
+
+    told = {"images": len(images), "problems": {}, "waited": {}, "seconds": 0.0}
+    start = time.perf_counter()
+    with tqdm(total=len(images), unit="image", disable=True if RANK else None) as progress:
+        for batch, logits in classify(decoder, network, images, told["waited"]):
+            write_rows(part, rows_of(batch, logits, classes, every), "a")
+            told["problems"] |= {batch.paths[index]: why for index, why in batch.problems.items()}
+            progress.update(len(batch.paths))
+    told["seconds"] = time.perf_counter() - start
+    return told
+
+
+def summarise(told: list[dict], rows: int, out: Path) -> int:
+    """Say how fast it was, what was in the way and what can't be read; the exit code."""
+    print(f"written: {out}, {rows:,} rows")
+    images, seconds = sum(part["images"] for part in told), max(part["seconds"] for part in told)
+    if images:
+        spent = {
+            name: sum(part["waited"].get(name, 0) for part in told) for name in ("decoding", "inference")
+        }
+        most = max(spent, key=spent.get)
+        share = f"{spent[most] / max(sum(spent.values()), 1e-9):.0%} of the time it waited for that"
+        print(
+            f"{images:,} images in {seconds:.1f} s: {images / seconds:,.0f} images/s; in the way: {most} ({share})"
+        )
+    problems = {path: why for part in told for path, why in part["problems"].items()}
+    if problems:
+        print(f"{len(problems):,} files can't be read and have no row:", file=sys.stderr)
+    for path, why in sorted(problems.items()):
+        print(f"  {path}: {why}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def parse() -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("source", type=Path, help="folder of images, or one image")
+    parser.add_argument("--out", type=Path, default=Path("labels.csv"))
+    parser.add_argument("--backend", help="default: the fastest measured on this machine, else pytorch")
+    parser.add_argument(
+        "--decoder", choices=["auto", "pillow", "dali"], default="auto", help="auto: DALI on GPUs"
+    )
+    parser.add_argument("--image-size", type=int, help="default: that of the most accurate checkpoint")
+    parser.add_argument("--probabilities", action="store_true", help="of every class, a column each")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    add_path_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    import torch
+
+    import benchmark
+    import model
+    from utils import jobs, measure
+    from utils.dali import DECODERS
+    from utils.pipeline import FEW, Network
+
+    if args.backend not in (None, *benchmark.BACKENDS):
+        raise UserError(f"--backend {args.backend} is not one of {', '.join(benchmark.BACKENDS)}")
+    images, device = find_images(args.source), jobs.pick_device(args.device)
+    checkpoint = choose_checkpoint(args.weights, args.image_size)
+    facts = model.load_facts(checkpoint)
+    size, classes = facts["image_size"], facts["classes"]
+    rows = measured_here(args.results, device, size)
+    backend, name, batch_size, batch_sizes = choose_backend(args.backend, rows, device)
+    backend.data = args.data  # to calibrate with
+    decoder_name = choose_decoder(args.decoder, device)
+    say(f"{len(images):,} images, {checkpoint.name}, {name}, batch {batch_size}, {decoder_name}, {device}")
+
+    header = ["path", "class", "probability", *(classes if args.probabilities else [])]
+    key = sha256(checkpoint, json.dumps([name, decoder_name, device, header]))[:8]
+    parts = f"{glob.escape(args.out.name)}.{key}.part*"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    done = {}
+    for part in args.out.parent.glob(parts):
+        done |= read_rows(part, len(header))
+    own = args.out.with_name(f"{args.out.name}.{key}.part{RANK}")
+    write_whole(
+        own, lambda path: write_rows(path, read_rows(own, len(header)).values() if own.exists() else [])
+    )
+    mine = [path for path in images[RANK::WORLD_SIZE] if path not in done]
+    if done:
+        say(f"going on: {len(done):,} rows are there already")
+
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    told = {"images": 0, "problems": {}, "waited": {}, "seconds": 0.0}
+    with measure.inference(device):
+        if RANK:
+            gather(None)  # the first process builds what all load
+        backend.load(checkpoint, size, batch_sizes, device)
+        if not RANK:
+            gather(None)
+        if mine:
+            decoder = DECODERS[decoder_name](size, batch_size, device, few=len(mine) <= FEW)
+            with contextlib.closing(decoder):
+                network = Network(backend, [batch_size], size, device)
+                told = classify(network, decoder, mine, own, classes, args.probabilities)
+    told = gather(told)
+    if RANK == 0:
+        count = merge(args.out, sorted(args.out.parent.glob(parts)), images, header)
+        sys.exit(summarise(told, count, args.out))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,20 +1,23 @@
-"""From files on disk to labels on the host: what each step of serving costs, at each backend's fastest
-batch size.
+"""From image files to labels: how fast with every backend and decoder, and what is in the way.
 
-Reads results/benchmark_results.csv (which rows are ok, and their fastest batch), data/test and weights/;
-writes results/end_to_end.csv.  Images are read, decoded and resized by a pool of threads, one for each
-core; they cross to the device as uint8 from pinned memory and are normalised there.  Steps are timed one
-after another with a synchronise between them, so that their shares add up; every (backend, image size) is a
-process of its own.
+Reads results/benchmark_results.csv (what is ok, and its fastest batch), data/test and weights/; writes
+results/end_to_end.csv.  The pipeline of utils/pipeline.py serves the test set over and over; beside it stand
+its two halves alone (decode, resize and copy; inference), the old way of one step after another, and whether
+the labels are those of the test set as training reads it.  Every round is a fresh process.
+
+With --load, results/load.csv instead: the latency of single images that arrive at random (utils/load.py).
 
     python end_to_end.py --image-sizes 224
+    python end_to_end.py --load --image-sizes 224 --max-latency-ms 15
 """
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
-import os
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ import pandas as pd
 from tqdm import tqdm
 
 import benchmark
-from utils import findings, records, report
+from utils import check, findings, load, measure, records, timing
 from utils.utils import (
     UserError,
     add_path_arguments,
@@ -32,156 +35,333 @@ from utils.utils import (
     write_atomic,
 )
 
-STEPS = ["decode", "resize", "copy", "normalise", "infer", "copy_back"]
+WARM_UP_SECONDS = 1.0  # and until everything that is decoded ahead has been served once
 
 
-class Clock:
-    """Seconds spent in each step, over all batches."""
+@dataclasses.dataclass
+class Row:
+    """One line of end_to_end.csv; the fields are its columns.  Empty: not known."""
 
-    def __init__(self, synchronize):
-        self.synchronize, self.spent = synchronize, dict.fromkeys(STEPS, 0.0)
-
-    def begin(self) -> None:
-        self.last = time.perf_counter()
-
-    def done(self, step: str) -> None:
-        self.synchronize()
-        now = time.perf_counter()
-        self.spent[step] += now - self.last
-        self.last = now
-
-
-class Server:
-    """A backend that classifies batches of image files, step by step."""
-
-    def __init__(self, backend, image_size: int, batch_size: int, device: str):
-        import torch
-        from torchvision.transforms import v2
-
-        import datasets
-
-        self.backend, self.device, self.load_rgb = backend, device, datasets.load_rgb
-        self.resize = v2.Resize((image_size, image_size), antialias=True)
-        shape = batch_size, image_size, image_size, 3
-        self.pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=device == "cuda")
-        moments = datasets.MEAN, datasets.STD
-        self.mean, self.std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in moments)
-        self.pool = ThreadPoolExecutor(os.cpu_count())
-
-    def resize_into(self, k: int, picture) -> None:
-        np.copyto(self.pinned[k].numpy(), self.resize(picture))
-
-    def classify(self, paths: list[Path], clock: Clock) -> list[int]:
-        """The class of each file, by index; `paths` is a whole batch."""
-        clock.begin()
-        pictures = list(self.pool.map(self.load_rgb, paths))
-        clock.done("decode")
-        list(self.pool.map(self.resize_into, range(len(paths)), pictures))
-        clock.done("resize")
-        images = self.pinned.to(self.device, non_blocking=True)
-        clock.done("copy")
-        x = self.backend.prepare((images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std)
-        clock.done("normalise")
-        logits = self.backend.predict(x)
-        clock.done("infer")
-        labels = logits.argmax(1).cpu().tolist()
-        clock.done("copy_back")
-        return labels
+    sweep: str
+    backend: str
+    precision: str
+    image_size: int
+    batch_size: int
+    decoder: str
+    images_per_s: float | None = None  # from files to labels
+    images_per_s_low: float | None = None
+    images_per_s_high: float | None = None
+    decode_images_per_s: float | None = None  # decoding, resizing and copying alone
+    infer_images_per_s: float | None = None  # normalising, inference and copying back alone
+    serial_images_per_s: float | None = None  # Pillow, one step after another
+    overlap: float | None = None  # pipeline over its slower half; on a CPU over both sharing the cores
+    limit: str = ""  # decode, copy or inference
+    agreement: float | None = None  # with the test set as training reads it, on the same backend
+    max_abs_diff: float | None = None
+    accuracy: float | None = None
+    status: str = "ok"
+    reason: str = ""
 
 
-def serve(row, batch_sizes: list[int], data: Path, weights: Path, seconds: float) -> dict:
-    """Serve the test set over and over for `seconds` after one untimed pass: ms per image of every step,
-    images/s, accuracy.
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What one process is asked: a measured row of the table, and how."""
 
-    `row` says backend, image_size, batch_size and device; `batch_sizes` are those of the table, so that the
-    engine that was measured is the one that serves.
-    """
+    sweep: str
+    backend: str
+    precision: str
+    image_size: int
+    batch_size: int
+    device: str
+    batch_sizes: tuple[int, ...]  # of the table, so that the engine that was measured is the one that serves
+    decoders: tuple[str, ...]
+    data: Path
+    weights: Path
+    seconds: float
+
+
+def load_backend(asked: Asked):
+    backend = benchmark.make_backend(benchmark.BACKENDS[asked.backend], asked.backend)
+    backend.data = asked.data  # to calibrate with
+    checkpoint = checkpoint_path(asked.weights, asked.image_size)
+    backend.load(checkpoint, asked.image_size, list(asked.batch_sizes), asked.device)
+    return backend
+
+
+# ---- in the process that measures
+
+
+def rate(served: Iterator[int], warm_up: int, seconds: float) -> float:
+    """Images/s of an endless iterator of image counts, after `warm_up` batches and a second."""
+    with contextlib.closing(served):
+        begin, start, images = time.perf_counter(), None, 0
+        for number, count in enumerate(served):
+            now = time.perf_counter()
+            if start:
+                images += count
+                if now - start >= seconds:
+                    return images / (now - start)
+            elif number >= warm_up and now - begin >= WARM_UP_SECONDS:
+                start = now
+    raise RuntimeError("what is to be timed came to an end")
+
+
+def measure_here(asked: Asked, parity: bool) -> list[dict]:
+    """Figures of every decoder, in one process; with `parity` also agreement and accuracy."""
+    from utils.dali import DECODERS, why_no_dali
+    from utils.pipeline import Network
+
+    found = []
+    with measure.inference(asked.device):
+        backend = load_backend(asked)
+        network = Network(backend, [asked.batch_size], asked.image_size, asked.device)
+        for name in asked.decoders:
+            figures = {"decoder": name, "precision": backend.precision}
+            if name == "dali" and (reason := why_no_dali()):
+                found.append({**figures, "status": "unavailable", "reason": reason})
+                continue
+            with contextlib.closing(
+                DECODERS[name](asked.image_size, asked.batch_size, asked.device)
+            ) as decoder:
+                figures |= throughput(decoder, network, asked)
+                figures |= compare(decoder, network, asked) if parity else {}
+            found.append(figures)
+    for figures in found:  # the old way is Pillow's
+        figures["serial_images_per_s"] = found[0].get("serial_images_per_s")
+    return found
+
+
+def copied(batches: Iterator, device: str) -> Iterator[int]:
+    """Bring the pixels of every batch to the device, and wait."""
     import torch
 
+    for batch in batches:
+        batch.pixels.to(device, non_blocking=True)
+        if device == "cuda":
+            torch.cuda.current_stream().synchronize()
+        yield len(batch.paths)
+
+
+def inferred(network, pixels) -> Iterator[int]:
+    """Run the network on pixels that lie on the device, starting a batch before waiting for the last."""
+    started = network.enqueue(pixels)
+    while True:
+        following = network.enqueue(pixels)
+        yield len(network.finish(started))
+        started = following
+
+
+def one_after_another(decoder, network, files: Iterator[str], batch_size: int) -> Iterator[int]:
+    while True:
+        for batch in decoder.batches(itertools.islice(files, batch_size)):
+            yield len(network.finish(network.enqueue(batch.pixels)))
+
+
+def throughput(decoder, network, asked: Asked) -> dict:
+    """Images/s of the pipeline, of its halves alone and of one step after another; overlap and limit."""
+    from utils.pipeline import classify
+
+    files = itertools.cycle([str(path) for path, _ in test_set(asked)])
+    first = next(decoder.batches(itertools.islice(files, asked.batch_size)))
+    resident = first.pixels.to(asked.device, copy=True)
+    full, seconds, on_gpu = decoder.slots, asked.seconds, asked.device == "cuda"
+    decode = rate(copied(decoder.batches(files), asked.device), full, seconds)
+    infer = rate(inferred(network, resident), 2, seconds)
+    both = rate((len(logits) for _, logits in classify(decoder, network, files)), full, seconds)
+    figures = {"images_per_s": both, "decode_images_per_s": decode, "infer_images_per_s": infer}
+    if decoder.name == "pillow":
+        steps = one_after_another(decoder, network, files, asked.batch_size)
+        figures["serial_images_per_s"] = rate(steps, 1, seconds)
+    possible = min(decode, infer) if on_gpu else 1 / (1 / decode + 1 / infer)
+    limit = "decode" if decode < infer else "inference"
+    if on_gpu and limit == "decode" and rate(copied(itertools.repeat(first), "cuda"), 2, 0.2) < 2 * decode:
+        limit = "copy"
+    return {**figures, "overlap": both / possible, "limit": limit}
+
+
+def test_set(asked: Asked) -> list[tuple[Path, int]]:
+    """Every test image and the index of its class."""
     import datasets
     import model
 
-    backend = benchmark.make_backend(benchmark.BACKENDS[row.backend], row.backend)
-    checkpoint = checkpoint_path(weights, row.image_size)
-    classes = model.load_facts(checkpoint)["classes"]
-    listed = datasets.list_images(data)["test"].items()
-    files = [(path, classes.index(name)) for name, paths in listed for path in paths]
-    count = (
-        -(-len(files) // row.batch_size) * row.batch_size
-    )  # whole batches: the first files fill up the last
-    files = list(itertools.islice(itertools.cycle(files), count))
-    cuda = row.device == "cuda"
-    stream = torch.cuda.Stream() if cuda else None
-    clock = Clock(stream.synchronize if cuda else lambda: None)
-    served = correct = 0
-    with torch.inference_mode(), torch.cuda.stream(stream):
-        backend.load(checkpoint, row.image_size, batch_sizes, row.device)
-        server = Server(backend, row.image_size, row.batch_size, row.device)
-        stop = None
-        while stop is None or time.perf_counter() < stop:
-            timed = clock if stop else Clock(clock.synchronize)  # the first pass warms up
-            for first in range(0, count, row.batch_size):
-                paths, truth = zip(*files[first : first + row.batch_size], strict=True)
-                labels = server.classify(list(paths), timed)
-                if timed is clock:
-                    served += len(labels)
-                    correct += sum(map(int.__eq__, labels, truth))
-            stop = stop or time.perf_counter() + seconds
-    total, slowest = sum(clock.spent.values()), max(clock.spent, key=clock.spent.get)
-    figures = {"images": served, "images_per_s": served / total, "accuracy": correct / served}
-    steps = {f"{step}_ms": spent * 1000 / served for step, spent in clock.spent.items()}
-    share = f"{slowest} ({clock.spent[slowest] / total:.0%})"
-    return {"precision": backend.precision, **figures, **steps, "bottleneck": share}
+    classes = model.load_facts(checkpoint_path(asked.weights, asked.image_size))["classes"]
+    listed = datasets.list_images(asked.data)["test"].items()
+    return [(path, classes.index(name)) for name, paths in listed for path in paths]
 
 
-def measure(
-    rows: pd.DataFrame, sizes: list[int] | None, data: Path, weights: Path, seconds: float
-) -> pd.DataFrame:
-    """Serve with every backend of `rows` at every size at its fastest batch, each in a fresh process."""
-    batch_sizes = sorted(set(rows.batch_size.tolist()))
-    chosen = findings.best_batch(rows)
-    if sizes:
-        chosen = chosen[chosen.image_size.isin(sizes)]
-    table = []
-    for row in tqdm(list(chosen.itertuples(name=None, index=False)), desc="end to end", unit="process"):
-        known = dict(zip(chosen.columns, row, strict=True))
-        where = ("sweep", "backend", "image_size", "batch_size", "device")
-        asked = argparse.Namespace(**{name: known[name] for name in where})
-        with ProcessPoolExecutor(1, mp_context=fresh_processes()) as pool:
-            served = pool.submit(serve, asked, batch_sizes, data, weights, seconds).result()
-        head = {name: known[name] for name in where[:-1]}
-        table.append({**head, **served, "infer_alone_images_per_s": known["fps"]})
-    return pd.DataFrame(table)
+def compare(decoder, network, asked: Asked) -> dict:
+    """Logits from files against those of the test set as training reads it, on the same backend."""
+    import datasets
+    import model
+    from utils.pipeline import classify
+
+    files, truth = zip(*test_set(asked), strict=True)
+    classes = model.load_facts(checkpoint_path(asked.weights, asked.image_size))["classes"]
+    loader = datasets.make_test_loader(asked.data, asked.image_size, asked.batch_size, classes)
+    call = measure.whole_call(network.backend)
+    parts = [check.classify(call, images, asked.batch_size, asked.device) for images, _ in loader]
+    expected = np.concatenate(parts)
+    logits = np.concatenate([found for _, found in classify(decoder, network, map(str, files))])
+    chosen, different = logits.argmax(1), int((logits.argmax(1) != expected.argmax(1)).sum())
+    figures = {
+        "agreement": 1 - different / len(files),
+        "max_abs_diff": float(np.abs(logits - expected).max()),
+        "accuracy": float((chosen == truth).mean()),
+    }
+    if different > max(1, (1 - check.MIN_AGREEMENT) * len(files)):
+        reason = f"another class than the test set as training reads it on {different} of {len(files)} images"
+        figures |= {"status": "mismatch", "reason": reason}
+    return figures
 
 
-def merge(new: pd.DataFrame, path: Path) -> None:
-    """Write the table with what the file has of other sweeps, backends and sizes."""
+# ---- all processes
+
+
+def in_fresh_process(function, *arguments) -> list[dict]:
+    with ProcessPoolExecutor(1, mp_context=fresh_processes()) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def make_asked(args: argparse.Namespace) -> list[Asked]:
+    """The fastest batch of every backend of the table.  Raises UserError where there is none."""
+    rows, _ = records.read_table(args.results)
+    rows = rows[rows.sweep == args.sweep]
+    chosen = findings.best_batch(findings.measured(rows))
+    for column, wanted in (("image_size", args.image_sizes), ("backend", args.backends)):
+        chosen = chosen[chosen[column].isin(wanted)] if wanted else chosen
+    if chosen.empty:
+        path = args.results / "benchmark_results.csv"
+        mend = "make it with: python benchmark.py"
+        raise UserError(f"{path} has no measured row of sweep {args.sweep} for what was asked; {mend}")
+    sizes = tuple(sorted(set(rows.batch_size.tolist())))
+    asked = []
+    for row in chosen.itertuples():
+        decoders = args.decoders or (["pillow", "dali"] if row.device == "cuda" else ["pillow"])
+        what = row.sweep, row.backend, row.precision, int(row.image_size), int(row.batch_size), row.device
+        asked.append(Asked(*what, sizes, tuple(decoders), args.data, args.weights, args.seconds))
+    return asked
+
+
+def measure_rounds(asked: list[Asked], rounds: int) -> list[Row]:
+    """Every backend in a fresh process per round, each round starting with another one."""
+    found = {}
+    with tqdm(total=rounds * len(asked), desc="end to end", unit="process") as progress:
+        for k in range(rounds):
+            shift = k % len(asked)
+            for one in asked[shift:] + asked[:shift]:
+                progress.set_postfix_str(f"{one.backend}, {one.image_size} px")
+                try:
+                    told = in_fresh_process(measure_here, one, k == 0)
+                except Exception as error:  # costs its own rows
+                    failed = {"status": measure.failure(error), "reason": measure.one_line(error)}
+                    told = [{"decoder": name, **failed} for name in one.decoders]
+                for figures in told:
+                    found.setdefault((one, figures["decoder"]), []).append(figures)
+                progress.update()
+    return [row_of(one, name, told) for (one, name), told in found.items()]
+
+
+def row_of(asked: Asked, decoder: str, rounds: list[dict]) -> Row:
+    """One line from the figures of each round; a single round has no interval."""
+    where = asked.sweep, asked.backend, asked.precision, asked.image_size, asked.batch_size
+    row = Row(*where, decoder)
+    for figures in rounds:
+        for name in ("precision", "agreement", "max_abs_diff", "accuracy"):
+            setattr(row, name, figures.get(name, getattr(row, name)))
+        if row.status == "ok" and "status" in figures:
+            row.status, row.reason = figures["status"], figures["reason"]
+    timed = [figures for figures in rounds if "images_per_s" in figures]
+    if not timed:
+        return row
+    ms = [[1000 / figures["images_per_s"]] for figures in timed]  # of an image
+    row.images_per_s = 1000 / float(np.mean(ms))
+    if len(timed) > 1:
+        row.images_per_s_low, row.images_per_s_high = timing.interval([ms], lambda mean: 1000 / mean)
+    for name in ("decode_images_per_s", "infer_images_per_s", "serial_images_per_s", "overlap"):
+        setattr(row, name, float(np.median([figures.get(name) or np.nan for figures in timed])))
+    limits = [figures["limit"] for figures in timed]
+    row.limit = max(limits, key=limits.count)
+    return row
+
+
+def write_table(rows: list, path: Path, keys: list[str]) -> None:
+    """Write the rows with what the file has of others; a file of other columns is replaced."""
+    table = pd.DataFrame([vars(row) for row in rows])
     if path.exists():
-        keys = ["sweep", "backend", "image_size"]
-        new = pd.concat([pd.read_csv(path), new]).drop_duplicates(keys, keep="last")
-    both = new.sort_values(["sweep", "image_size"], kind="stable")
-    write_atomic(path, both.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        old = pd.read_csv(path, dtype={"sweep": str})  # "2.10" is a name
+        if list(old) == list(table):
+            kept = old[~old.set_index(keys).index.isin(table.set_index(keys).index)]
+            table = pd.concat([kept, table]) if len(kept) else table
+    table = table.sort_values(["sweep", "image_size"], kind="stable")
+    write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+
+
+def describe(row: Row) -> str:
+    head = f"{row.backend:<24} {row.image_size:>4} px batch {row.batch_size:<4} {row.decoder:<7}"
+    if row.images_per_s is None:
+        return f"{head} {row.status}: {row.reason}"
+    halves = f"decode {row.decode_images_per_s:,.0f}, inference {row.infer_images_per_s:,.0f}"
+    text = f"{head} {row.images_per_s:>8,.0f} images/s ({halves}; one after another "
+    text += f"{row.serial_images_per_s:,.0f}), overlap {row.overlap:.2f}, limit: {row.limit}"
+    return text if row.status == "ok" else f"{text}; {row.status}: {row.reason}"
 
 
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--image-sizes", nargs="+", type=int, help="default: all that are in the table")
+    parser.add_argument("--backends", nargs="+", help="default: all that are in the table")
+    decoders = "default: both on a GPU, pillow on a CPU"
+    parser.add_argument("--decoders", nargs="+", choices=["pillow", "dali"], help=decoders)
     whose = "whose rows; this environment must be the one that measured them"
     parser.add_argument("--sweep", default="main", help=whose)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of serving, after an untimed pass")
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes for every backend")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each timing, after a warm-up")
+    parser.add_argument("--load", action="store_true", help="latency of single images under load instead")
+    limit = "with --load: what 99 %% of the images have to be answered within"
+    parser.add_argument("--max-latency-ms", type=float, default=15.0, help=limit)
     add_path_arguments(parser)
     args = parser.parse_args()
-    rows, _ = records.read_table(args.results)
-    rows = rows[rows.sweep == args.sweep]
-    if findings.measured(rows).empty:
-        path = args.results / "benchmark_results.csv"
-        raise UserError(
-            f"{path} has no measured row of sweep {args.sweep}; make it with: python benchmark.py"
-        )
-    table = measure(rows, args.image_sizes, args.data, args.weights, args.seconds)
-    merge(table, args.results / "end_to_end.csv")
-    print(report.end_to_end_text(table))
+    asked = make_asked(args)
+    if args.load:
+        measure_load(asked, args.max_latency_ms, args.results / "load.csv")
+        return
+    rows = measure_rounds(asked, args.rounds)
+    write_table(rows, args.results / "end_to_end.csv", ["sweep", "backend", "image_size", "decoder"])
+    print("\n".join(map(describe, rows)))
+
+
+def measure_load(asked: list[Asked], max_latency_ms: float, path: Path) -> None:
+    """Every backend in a fresh process; the table is written after each."""
+    if reason := load.why_unavailable():
+        raise UserError(reason)
+    for one in asked:
+        try:
+            rows = in_fresh_process(load_here, one, max_latency_ms)
+        except UserError:
+            raise
+        except Exception as error:  # costs its own rows
+            print(f"{one.backend}, {one.image_size} px: {measure.failure(error)}: {measure.one_line(error)}")
+            continue
+        write_table(rows, path, ["sweep", "backend", "image_size"])
+        print(load.describe(rows), flush=True)
+
+
+def load_here(asked: Asked, max_latency_ms: float) -> list:
+    import torch
+
+    from utils.pipeline import Network, Pillow
+
+    sizes = [size for size in asked.batch_sizes if size <= asked.batch_size]
+    files = [str(path) for path, _ in test_set(asked)]
+    with measure.inference(asked.device):
+        backend = load_backend(asked)
+        network = Network(backend, sizes, asked.image_size, asked.device)
+        with contextlib.closing(Pillow(asked.image_size, 16, "cpu", few=True)) as decoder:
+            pixels = torch.cat([batch.pixels.clone() for batch in decoder.batches(files)])
+        where = {name: getattr(asked, name) for name in ("sweep", "backend", "image_size")}
+        where |= {"precision": backend.precision, "batch_size_max": sizes[-1]}
+        return load.measure(where, network, pixels, max_latency_ms)
 
 
 if __name__ == "__main__":

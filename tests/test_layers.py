@@ -11,7 +11,7 @@ LAYERS = [  # from the lowest; files in one layer do not import each other
     ["utils.images", "utils.devices", "utils.curves"],
     ["model", "datasets"],
     ["utils.check", "utils.pipeline"],
-    ["utils.dali"],
+    ["utils.dali", "utils.load"],
     ["utils.records"],
     ["utils.findings"],
     ["utils.report", "utils.measure"],

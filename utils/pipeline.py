@@ -194,10 +194,16 @@ class Network:
 
     def __init__(self, backend: Backend, batch_sizes: list[int], image_size: int, device: str):
         self.backend, self.batch_sizes, self.device = backend, sorted(batch_sizes), device
-        levels = [255 * torch.tensor(moment).view(1, 3, 1, 1) for moment in (datasets.MEAN, datasets.STD)]
-        self.mean, self.std = (values.to(device) for values in levels)
+        moments = [torch.tensor([255 * value for value in of]) for of in (datasets.MEAN, datasets.STD)]
+        self.mean, self.std = (values.view(1, 3, 1, 1).to(device) for values in moments)
         for size in self.batch_sizes:  # captures CUDA graphs before DALI's threads use the GPU, and compiles
             self.finish(self.enqueue(torch.zeros(size, image_size, image_size, 3, dtype=torch.uint8)))
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, S, S, 3) -> float32 (N, 3, S, S) on the device, as datasets.to_normalised() does it."""
+        pixels = pixels.to(self.device, non_blocking=True)
+        images = pixels.permute(0, 3, 1, 2).float(memory_format=torch.contiguous_format)
+        return images.sub_(self.mean).div_(self.std)
 
     def enqueue(self, pixels: torch.Tensor) -> tuple:
         """Start on a batch, filled up to the next batch size since some backends have fixed shapes."""
@@ -206,8 +212,7 @@ class Network:
         pixels = pixels.to(self.device, non_blocking=True)
         if missing:
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
-        images = pixels.permute(0, 3, 1, 2).float(memory_format=torch.contiguous_format)
-        logits = self.backend.predict(self.backend.prepare(images.sub_(self.mean).div_(self.std)))
+        logits = self.backend.predict(self.backend.prepare(self.normalise(pixels)))
         logits = logits[:count].to("cpu", torch.float32, non_blocking=True, copy=True)
         done = torch.cuda.Event() if self.device == "cuda" else None
         if done:

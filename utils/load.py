@@ -1,0 +1,225 @@
+"""Latency under load: single images arrive at random, one worker serves what waits as a batch.
+
+MLPerf's own load generator (mlcommons-loadgen) asks and judges: its Server scenario calls a rate VALID where
+99 % of the images were answered within the limit, over enough images to know.  An image's latency begins when
+it should have arrived and ends with its logits on the host: waiting, gathering into a batch, copying uint8
+pixels, normalising, inference, copying back.  Reading and decoding are outside: the pixels lie in memory.
+
+Its Offline scenario is a check of this project's clock: batches that lie on the device in the backend's own
+form, as benchmark.py times them.
+"""
+
+import dataclasses
+import json
+import queue
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from utils import timing
+from utils.pipeline import Network
+
+QUERIES = 600  # images of a rate at least: 459 without a late one show 99 % (confidence 99 %)
+HOPELESS_QUERIES = 100  # where one image alone takes longer than the limit
+MIN_SECONDS = 2.0  # of a rate; of the Offline scenario
+SEARCH = 6, 60.0  # rates that are tried, seconds after which none is begun
+FIRST_SHARE = 0.4  # of the Offline throughput: the first rate
+
+
+@dataclasses.dataclass
+class Row:
+    """One line of load.csv; the fields are its columns."""
+
+    sweep: str
+    backend: str
+    precision: str
+    image_size: int
+    batch_size_max: int
+    scenario: str  # server; offline has no rate, and in `fps` what this project's clock says of the same
+    rate: float | None  # images/s offered
+    achieved: float  # images/s
+    p50_ms: float | None
+    p90_ms: float | None
+    p99_ms: float | None
+    valid: bool  # the generator's verdict
+    max_latency_ms: float | None
+    fps: float | None = None
+
+
+def why_unavailable() -> str | None:
+    try:
+        import mlperf_loadgen  # noqa: F401
+    except ImportError:
+        return "MLPerf's load generator is not installed; run: pip install mlcommons-loadgen"
+    return None
+
+
+def generate(scenario: str, images: int, issue: Callable, **settings) -> dict:
+    """Run the generator, which calls issue(list of samples); its results by name.  Leaves no files."""
+    import mlperf_loadgen
+
+    asked = mlperf_loadgen.TestSettings()
+    asked.scenario = getattr(mlperf_loadgen.TestScenario, scenario)
+    asked.mode = mlperf_loadgen.TestMode.PerformanceOnly
+    asked.min_duration_ms = int(MIN_SECONDS * 1000)
+    for name, value in settings.items():
+        setattr(asked, name, value)
+    system = mlperf_loadgen.ConstructSUT(issue, lambda: None)
+    library = mlperf_loadgen.ConstructQSL(images, images, lambda _: None, lambda _: None)
+    with tempfile.TemporaryDirectory() as folder:
+        log = mlperf_loadgen.LogSettings()
+        log.enable_trace = False
+        log.log_output.outdir, log.log_output.copy_summary_to_stdout = folder, False
+        audit = str(Path(folder, "audit.config"))
+        mlperf_loadgen.StartTestWithLogSettings(system, library, asked, log, audit)
+        lines = Path(folder, "mlperf_log_detail.txt").read_text(encoding="utf-8").splitlines()
+    mlperf_loadgen.DestroyQSL(library)
+    mlperf_loadgen.DestroySUT(system)
+    entries = [json.loads(line.partition(" ")[2]) for line in lines if line.startswith(":::MLLOG")]
+    return {entry["key"]: entry["value"] for entry in entries}
+
+
+def answer(ids: list[int]) -> None:
+    import mlperf_loadgen
+
+    mlperf_loadgen.QuerySamplesComplete([mlperf_loadgen.QuerySampleResponse(each, 0, 0) for each in ids])
+
+
+def in_background(scenario: str, images: int, waiting: queue.SimpleQueue, told: dict, **settings):
+    """Start the generator in a thread: this one stays the worker, since CUDA streams belong to threads.
+
+    Lists of (id, image) arrive in `waiting`, None at the end; `told` then holds the results.
+    """
+
+    def issue(samples) -> None:
+        waiting.put([(sample.id, sample.index) for sample in samples])
+
+    def offer() -> None:
+        try:
+            told.update(generate(scenario, images, issue, **settings))
+        finally:
+            waiting.put(None)
+
+    thread = threading.Thread(target=offer, daemon=True)  # if the worker fails, nobody waits for it
+    thread.start()
+    return thread
+
+
+def server(network: Network, pixels, rate: float, max_latency_ms: float, queries: int) -> dict:
+    """Offer single images at `rate` images/s and serve them; the generator's results."""
+    waiting, told = queue.SimpleQueue(), {}
+    limits = {"server_target_latency_ns": int(max_latency_ms * 1e6), "server_target_latency_percentile": 0.99}
+    settings = {"server_target_qps": rate, "min_query_count": queries, **limits}
+    thread = in_background("Server", len(pixels), waiting, told, **settings)
+    largest = network.batch_sizes[-1]
+    batch = torch.empty(largest, *pixels.shape[1:], dtype=torch.uint8, pin_memory=network.device == "cuda")
+    arrived = []
+    while arrived or (more := waiting.get()) is not None:
+        arrived += [] if arrived else more
+        while len(arrived) < largest and not waiting.empty():
+            if (more := waiting.get()) is None:
+                waiting.put(None)  # the end, seen early: the generator failed
+                break
+            arrived += more
+        ids, indices = zip(*arrived[:largest], strict=True)
+        arrived = arrived[largest:]
+        torch.index_select(pixels, 0, torch.tensor(indices), out=batch[: len(ids)])
+        network.finish(network.enqueue(batch[: len(ids)]))
+        answer(ids)
+    thread.join()
+    return told
+
+
+def offline(network: Network, pixels: torch.Tensor) -> tuple[dict, float]:
+    """The generator's results for batches on the device, and images/s of the same by this project's clock."""
+    batch_size, on_gpu = network.batch_sizes[-1], network.device == "cuda"
+    x = network.backend.prepare(network.normalise(pixels[torch.arange(batch_size) % len(pixels)]))
+    wait = torch.cuda.current_stream().synchronize if on_gpu else lambda: None
+
+    def call():
+        return network.backend.predict(x)
+
+    def own_clock() -> list[float]:
+        return timing.sample(call, wait, 5, MIN_SECONDS / 2, 30).host_ms
+
+    timing.warm_up(call, wait, 3, 0.5, 10)
+    before = own_clock()
+    waiting, told = queue.SimpleQueue(), {}
+    expected = batch_size / timing.trimmed_mean(before) * 1000
+    thread = in_background("Offline", len(pixels), waiting, told, offline_expected_qps=expected)
+    samples = waiting.get()
+    for first in range(0, len(samples), batch_size):
+        call()
+        responses = [each for each, _ in samples[first : first + batch_size]]  # while the device works
+        wait()
+        answer(responses)
+    thread.join()
+    fps = batch_size / timing.trimmed_mean(before + own_clock()) * 1000  # both sides: what drifts cancels
+    return told, fps
+
+
+def measure(where: dict, network: Network, pixels: torch.Tensor, max_latency_ms: float) -> list[Row]:
+    """Offline, then rates: upwards while VALID, then halving what lies between VALID and INVALID.
+
+    `where` has the first columns.  Where a batch of one takes longer than the limit, one rate shows it.
+    """
+    sys.setswitchinterval(0.0005)  # s; generator and worker share Python: neither shall keep the other
+    told, fps = offline(network, pixels)
+    throughput = told["result_samples_per_second"]
+    nothing = dict.fromkeys(["p50_ms", "p90_ms", "p99_ms", "max_latency_ms"])
+    verdict = {"valid": told["result_validity"] == "VALID"}
+    rows = [Row(**where, scenario="offline", rate=None, achieved=throughput, fps=fps, **verdict, **nothing)]
+    start = time.perf_counter()
+    for _ in range(10):
+        network.finish(network.enqueue(pixels[:1]))
+    hopeless = (time.perf_counter() - start) / 10 * 1000 > max_latency_ms
+    low, high, rate, start = 0.0, throughput, FIRST_SHARE * throughput, time.perf_counter()
+    tries, seconds = (1, 0) if hopeless else SEARCH
+    for _ in range(tries):
+        told = server(network, pixels, rate, max_latency_ms, HOPELESS_QUERIES if hopeless else QUERIES)
+        valid = told["result_validity"] == "VALID"
+        rows.append(
+            Row(
+                **where,
+                scenario="server",
+                rate=rate,
+                achieved=told["result_completed_samples_per_sec"],
+                valid=valid,
+                max_latency_ms=max_latency_ms,
+                **percentiles(told),
+            )
+        )
+        low, high = (rate, high) if valid else (low, rate)
+        rate = (low + high) / 2
+        if time.perf_counter() - start > seconds:
+            break
+    return rows
+
+
+def percentiles(told: dict) -> dict:
+    return {f"p{k}_ms": told[f"result_{k}.00_percentile_latency_ns"] / 1e6 for k in (50, 90, 99)}
+
+
+def describe(rows: list[Row]) -> str:
+    """What the generator said of one backend."""
+    lines = []
+    for row in rows:
+        head = f"{row.backend:<24} {row.image_size:>4} px {row.scenario:<8}"
+        verdict = "VALID" if row.valid else "INVALID"
+        if row.scenario == "offline":
+            off = row.achieved / row.fps - 1
+            lines.append(
+                f"{head} {row.achieved:,.0f} images/s, {verdict}; {off:+.1%} of this project's clock"
+            )
+        else:
+            times = f"p50 {row.p50_ms:.2f}, p90 {row.p90_ms:.2f}, p99 {row.p99_ms:.2f} ms"
+            lines.append(f"{head} {row.rate:,.0f} images/s offered: {times}, {verdict}")
+    served = [row.rate for row in rows if row.valid and row.rate]
+    limit = rows[-1].max_latency_ms
+    best = f"{max(served):,.0f} images/s" if served else "no rate that was tried"
+    return "\n".join([*lines, f"within {limit:g} ms at p99: {best}"])

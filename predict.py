@@ -13,13 +13,14 @@ import argparse
 import contextlib
 import csv
 import datetime
+import functools
 import glob
 import io
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -106,15 +107,17 @@ def choose_backend(name: str | None, rows, device: str):
 
 
 def choose_decoder(name: str, device: str) -> str:
-    """DALI on a GPU where it is installed, else Pillow.  Raises UserError where DALI was asked for in vain."""
+    """DALI on a GPU where it is installed, else Pillow.  Raises UserError for DALI where it is not."""
     from utils.dali import why_no_dali
 
-    reason = None if name == "pillow" or (name, device) == ("auto", "cpu") else why_no_dali()
-    if name == "dali" and reason:
+    if name == "pillow" or (name == "auto" and device == "cpu"):
+        return "pillow"
+    reason = why_no_dali()
+    if reason and name == "dali":
         raise UserError(reason)
     if reason:
         say(f"Pillow decodes: {reason}")
-    return name if name != "auto" else "pillow" if reason or device == "cpu" else "dali"
+    return "pillow" if reason else "dali"
 
 
 # ---- rows
@@ -145,14 +148,32 @@ def write_rows(path: Path, rows: Iterable[list[str]], mode: str = "w") -> None:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def merge(out: Path, parts: list[Path], images: list[str], header: list[str]) -> int:
+def parts_of(out: Path, key: str) -> list[Path]:
+    return sorted(out.parent.glob(f"{glob.escape(out.name)}.{key}.part*"))
+
+
+def resume(out: Path, key: str, columns: int) -> tuple[Path, dict]:
+    """This process's own part, cut back to whole rows, and the rows that any process has written already."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = {}
+    for part in parts_of(out, key):
+        done |= read_rows(part, columns)
+    own = out.with_name(f"{out.name}.{key}.part{RANK}")
+    kept = read_rows(own, columns).values() if own.exists() else []
+    write_whole(own, lambda path: write_rows(path, kept))
+    if done:
+        say(f"going on: {len(done):,} rows are there already")
+    return own, done
+
+
+def merge(out: Path, key: str, images: list[str], header: list[str]) -> int:
     """Write the rows of all parts to `out` in the order of the images, whole or not at all; how many."""
     rows = {}
-    for part in parts:
+    for part in parts_of(out, key):
         rows |= read_rows(part, len(header))
     kept = [rows[path] for path in images if path in rows]
     write_whole(out, lambda path: write_rows(path, [header, *kept]))
-    for part in out.parent.glob(f"{glob.escape(out.name)}.*.part*"):  # also those of other settings
+    for part in parts_of(out, "*"):  # also those of other settings
         part.unlink()
     return len(kept)
 
@@ -173,21 +194,20 @@ def gather(value) -> list:
     return values
 
 
-def classify(network, decoder, images: list[str], part: Path, classes: list[str], every: bool) -> dict:
-    """Classify, appending to `part` batch by batch; what went wrong, and the seconds that things took."""
+def label(images: list[str], part: Path, decoder, network, to_rows: Callable) -> dict:
+    """Classify, appending rows to `part` batch by batch; the problems, and the seconds that things took."""
     from tqdm import tqdm
 
     from utils.pipeline import classify
 
-    told = {"images": len(images), "problems": {}, "waited": {}, "seconds": 0.0}
+    told = {"images": len(images), "problems": {}, "waited": {}}
     start = time.perf_counter()
     with tqdm(total=len(images), unit="image", disable=True if RANK else None) as progress:
         for batch, logits in classify(decoder, network, images, told["waited"]):
-            write_rows(part, rows_of(batch, logits, classes, every), "a")
+            write_rows(part, to_rows(batch, logits), "a")
             told["problems"] |= {batch.paths[index]: why for index, why in batch.problems.items()}
             progress.update(len(batch.paths))
-    told["seconds"] = time.perf_counter() - start
-    return told
+    return {**told, "seconds": time.perf_counter() - start}
 
 
 def summarise(told: list[dict], rows: int, out: Path) -> int:
@@ -195,14 +215,11 @@ def summarise(told: list[dict], rows: int, out: Path) -> int:
     print(f"written: {out}, {rows:,} rows")
     images, seconds = sum(part["images"] for part in told), max(part["seconds"] for part in told)
     if images:
-        spent = {
-            name: sum(part["waited"].get(name, 0) for part in told) for name in ("decoding", "inference")
-        }
+        spent = {name: sum(part["waited"][name] for part in told) for name in ("decoding", "inference")}
         most = max(spent, key=spent.get)
-        share = f"{spent[most] / max(sum(spent.values()), 1e-9):.0%} of the time it waited for that"
-        print(
-            f"{images:,} images in {seconds:.1f} s: {images / seconds:,.0f} images/s; in the way: {most} ({share})"
-        )
+        share = f"it waited {spent[most] / sum(spent.values()):.0%} of the time for it"
+        speed = f"{images:,} images in {seconds:.1f} s, {images / seconds:,.0f} images/s"
+        print(f"{speed}; in the way: {most} ({share})")
     problems = {path: why for part in told for path, why in part["problems"].items()}
     if problems:
         print(f"{len(problems):,} files can't be read and have no row:", file=sys.stderr)
@@ -251,25 +268,19 @@ def main() -> None:
 
     header = ["path", "class", "probability", *(classes if args.probabilities else [])]
     key = sha256(checkpoint, json.dumps([name, decoder_name, device, header]))[:8]
-    parts = f"{glob.escape(args.out.name)}.{key}.part*"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = {}
-    for part in args.out.parent.glob(parts):
-        done |= read_rows(part, len(header))
-    own = args.out.with_name(f"{args.out.name}.{key}.part{RANK}")
-    write_whole(
-        own, lambda path: write_rows(path, read_rows(own, len(header)).values() if own.exists() else [])
-    )
+    own, done = resume(args.out, key, len(header))
     mine = [path for path in images[RANK::WORLD_SIZE] if path not in done]
-    if done:
-        say(f"going on: {len(done):,} rows are there already")
-
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    told = {"images": 0, "problems": {}, "waited": {}, "seconds": 0.0}
+    told = {
+        "images": 0,
+        "problems": {},
+        "waited": dict.fromkeys(("decoding", "inference"), 0.0),
+        "seconds": 0.0,
+    }
     with measure.inference(device):
         if RANK:
-            gather(None)  # the first process builds what all load
+            gather(None)  # the first process builds what the others load
         backend.load(checkpoint, size, batch_sizes, device)
         if not RANK:
             gather(None)
@@ -277,10 +288,11 @@ def main() -> None:
             decoder = DECODERS[decoder_name](size, batch_size, device, few=len(mine) <= FEW)
             with contextlib.closing(decoder):
                 network = Network(backend, [batch_size], size, device)
-                told = classify(network, decoder, mine, own, classes, args.probabilities)
+                to_rows = functools.partial(rows_of, classes=classes, every=args.probabilities)
+                told = label(mine, own, decoder, network, to_rows)
     told = gather(told)
     if RANK == 0:
-        count = merge(args.out, sorted(args.out.parent.glob(parts)), images, header)
+        count = merge(args.out, key, images, header)
         sys.exit(summarise(told, count, args.out))
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 
 import pandas as pd
 import pytest
@@ -17,7 +16,6 @@ from conftest import ROOT, run_script
 
 import benchmark
 import compare
-import end_to_end
 import model
 import onnx_inference
 import pytorch_inference
@@ -177,17 +175,6 @@ def test_automatic_batch_sizes_double_until_they_saturate(project, tmp_path, cal
     fps = [batch["batch_size"] / trimmed_mean(batch["host_ms"]) for batch in first]
     assert batches[-1] == 256 or fps[-1] < 1.05 * fps[-2]
     assert all(after >= 1.05 * before for before, after in zip(fps[:-2], fps[1:-1], strict=True))
-
-
-def test_end_to_end_shares_add_up_and_the_labels_are_right(project, results):
-    rows = records.read_csv(results)
-    for backend in ("pytorch", "onnx"):
-        row = Namespace(backend=backend, image_size=64, batch_size=4, device="cpu")
-        served = end_to_end.serve(row, [1, 4], project / "data", project / "weights", seconds=0.2)
-        steps = sum(value for name, value in served.items() if name.endswith("_ms"))
-        assert served["images_per_s"] * steps / 1000 == pytest.approx(1)
-        assert served["images"] >= 100 and served["bottleneck"].split(" ")[0] in end_to_end.STEPS
-        assert served["accuracy"] == pytest.approx(rows.accuracy[0], abs=0.03)  # what the accuracy pass gave
 
 
 def test_a_backend_script_alone_leaves_the_same_kind_of_record(project, results, tmp_path, call):

@@ -1,0 +1,70 @@
+"""Latency under load, by MLPerf's own generator."""
+
+import pytest
+import torch
+
+import benchmark
+from utils import load
+from utils.measure import inference
+from utils.pipeline import Network
+
+pytestmark = pytest.mark.skipif(bool(load.why_unavailable()), reason="mlcommons-loadgen is not installed")
+
+
+@pytest.fixture
+def network(project, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "MIN_SECONDS", 0.3)
+    monkeypatch.setattr(load, "QUERIES", 30)
+    monkeypatch.setattr(load, "SEARCH", (2, 5.0))
+    checkpoint = project / "weights" / "best_resnet18_64.pth"
+    backend = benchmark.make_backend(benchmark.BACKENDS["onnx"], "onnx")
+    with inference("cpu"):
+        backend.load(checkpoint, 64, [1, 4], "cpu")
+        yield Network(backend, [1, 4], 64, "cpu")
+    assert list(tmp_path.iterdir()) == []  # the generator's logs are gone
+
+
+WHERE = {"sweep": "main", "backend": "onnx", "precision": "FP32", "image_size": 64, "batch_size_max": 4}
+
+
+def pictures(count: int = 6) -> torch.Tensor:
+    return torch.randint(0, 255, (count, 64, 64, 3), dtype=torch.uint8)
+
+
+def test_offline_and_rates_with_their_percentiles(network):
+    rows = load.measure(WHERE, network, pictures(), max_latency_ms=60_000)  # nothing can be late
+    offline, *served = rows
+    assert offline.scenario == "offline" and offline.achieved > 0 and offline.fps > 0
+    assert len(served) in (1, 2) and all(row.scenario == "server" for row in served)
+    assert served[0].rate == pytest.approx(load.FIRST_SHARE * offline.achieved)
+    assert all(0 < row.p50_ms <= row.p90_ms <= row.p99_ms for row in served)
+    said = load.describe(rows)
+    assert "offline" in said and "within 60000 ms at p99" in said
+
+
+def test_where_one_image_takes_longer_than_the_limit_one_rate_shows_it(network, monkeypatch):
+    monkeypatch.setattr(load, "HOPELESS_QUERIES", 5)
+    rows = load.measure(WHERE, network, pictures(), max_latency_ms=0.001)
+    assert len(rows) == 2 and not rows[1].valid and "no rate that was tried" in load.describe(rows)
+
+
+def test_every_image_is_answered_once_and_batches_stay_within_the_largest(network):
+    sizes, enqueue = [], network.enqueue
+
+    def watched(pixels):
+        sizes.append(len(pixels))
+        return enqueue(pixels)
+
+    network.enqueue = watched
+    told = load.server(network, pictures(), rate=300.0, max_latency_ms=1000.0, queries=90)
+    assert told["result_query_count"] == sum(sizes) >= 90 and max(sizes) <= 4
+
+
+def test_a_generator_that_fails_ends_the_worker_too(network, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no generator")
+
+    monkeypatch.setattr(load, "generate", fail)
+    monkeypatch.setattr(load.threading, "excepthook", lambda _: None)  # its traceback is not the point
+    assert load.server(network, pictures(), rate=300.0, max_latency_ms=1000.0, queries=90) == {}

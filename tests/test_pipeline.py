@@ -1,0 +1,240 @@
+"""From files to logits: the same pixels as training reads, in order, whatever lies among the files."""
+
+import contextlib
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import load_test_images, run_script
+from PIL import Image
+from torchvision.transforms import v2
+
+import benchmark
+import datasets
+import end_to_end
+import model
+from utils import dali, pipeline
+from utils.measure import inference, whole_call
+
+SIZE, BATCH = 32, 4
+WITH_DALI = pytest.mark.skipif(bool(dali.why_no_dali()), reason="DALI is not installed")
+
+
+def noise(width: int = 60, height: int = 40, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(width * height).integers(0, 255, (height, width, channels), dtype=np.uint8)
+
+
+def jpeg(path: Path, **options) -> Path:
+    Image.fromarray(noise()).save(path, **options)
+    return path
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> dict[str, Path]:
+    """Readable files that DALI must not get, by what is odd about them."""
+    folder = tmp_path_factory.mktemp("odd")
+    plain, rgba = Image.fromarray(noise()), Image.fromarray(noise(channels=4), "RGBA")
+    paths = {name: folder / name for name in ("rotated.jpg", "cmyk.jpg", "alpha.png", "deep.png", "bits.png")}
+    paths |= {name: folder / name for name in ("palette.png", "moving.gif", "moving.png", "plain.webp")}
+    exif = Image.Exif()
+    exif[pipeline.ORIENTATION] = 6
+    plain.save(paths["rotated.jpg"], exif=exif)
+    plain.convert("CMYK").save(paths["cmyk.jpg"])
+    rgba.save(paths["alpha.png"])
+    Image.fromarray(noise()[..., 0].astype(np.uint16) * 257).save(paths["deep.png"])
+    plain.convert("1").save(paths["bits.png"])
+    plain.convert("P").save(paths["palette.png"], transparency=0)
+    for name in ("moving.gif", "moving.png"):
+        plain.save(paths[name], save_all=True, append_images=[plain.rotate(90)])
+    plain.save(paths["plain.webp"])
+    paths["trailing.jpg"] = jpeg(folder / "trailing.jpg")
+    with paths["trailing.jpg"].open("ab") as file:
+        file.write(b"more bytes")
+    return paths
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> dict[str, Path]:
+    """Files that can't be read, in ten ways."""
+    folder = tmp_path_factory.mktemp("broken")
+    whole = jpeg(folder / "whole.jpg").read_bytes()
+    Image.fromarray(noise()).save(folder / "whole.png")
+    png = (folder / "whole.png").read_bytes()
+    contents = {
+        "empty.jpg": b"",
+        "short.jpg": whole[:1],
+        "text.jpg": b"this is no image at all",
+        "truncated.jpg": whole[: len(whole) // 2],
+        "header only.jpg": whole[:300],
+        "truncated.png": png[: len(png) // 2],
+        "signature.png": png[:8],
+        "damaged.png": png[:100] + b"\0" * 200 + png[300:],
+        "html.png": b"<html><body>404</body></html>",
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder.jpg").mkdir()
+    (folder / "whole.jpg").unlink()
+    (folder / "whole.png").unlink()
+    return {name: folder / name for name in [*contents, "folder.jpg"]}
+
+
+def as_training_reads(path) -> np.ndarray:
+    return np.asarray(v2.Resize((SIZE, SIZE), antialias=True)(datasets.load_rgb(path)))
+
+
+def read(kind: str, paths, few: bool = True, batch_size: int = BATCH) -> tuple[np.ndarray, dict[str, str]]:
+    """All pixels in order, and what could not be read."""
+    found, problems, seen = [], {}, []
+    with contextlib.closing(dali.DECODERS[kind](SIZE, batch_size, "cpu", few)) as decoder:
+        for batch in decoder.batches(map(str, paths)):
+            found.append(batch.pixels.numpy().copy())
+            problems |= {batch.paths[k]: why for k, why in batch.problems.items()}
+            seen += batch.paths
+    assert seen == list(map(str, paths))
+    return np.concatenate(found), problems
+
+
+@pytest.fixture(scope="module")
+def files(project) -> list[Path]:
+    return sorted((project / "data" / "test").rglob("*.*"))[:45]
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["threads", "processes"])
+def test_pillow_gives_the_pixels_that_training_reads_in_order(files, odd, few):
+    paths = [*files[:21], *odd.values(), *files[21:]]  # no multiple of the batch
+    pixels, problems = read("pillow", paths, few)
+    assert not problems
+    np.testing.assert_array_equal(pixels, [as_training_reads(path) for path in paths])
+
+
+def test_every_broken_file_is_named_and_costs_no_other(files, broken):
+    paths = [path for pair in zip(files, broken.values(), strict=False) for path in pair]
+    pixels, problems = read("pillow", paths)
+    assert set(problems) == set(map(str, broken.values())) and len(broken) == 10
+    assert all(": " in why for why in problems.values())
+    for index in range(0, len(paths), 2):
+        np.testing.assert_array_equal(pixels[index], as_training_reads(paths[index]))
+
+
+def test_an_endless_list_of_files_is_read_no_further_than_the_memory_reaches(files):
+    taken = itertools.count()
+    endless = (str(path) for path in itertools.cycle(files) if next(taken) >= 0)
+    with contextlib.closing(pipeline.Pillow(SIZE, BATCH, "cpu", few=True)) as decoder:
+        with contextlib.closing(decoder.batches(endless)) as batches:
+            for _ in range(5):
+                next(batches)
+        assert next(taken) <= (5 + decoder.slots) * BATCH
+        again = next(decoder.batches([str(files[0])]))  # what was broken off leaves the memory free
+        np.testing.assert_array_equal(again.pixels[0].numpy(), as_training_reads(files[0]))
+
+
+def test_only_whole_upright_8_bit_files_are_left_to_dali(files, odd, broken):
+    assert all(pipeline.is_plain(str(path)) for path in files)
+    assert {path.suffix for path in files} == {".jpg", ".png"}
+    damaged = broken.keys() - {"damaged.png"}  # only decoding shows it
+    wrong = [*odd.values(), *(broken[name] for name in damaged), Path("missing.jpg")]
+    assert [path.name for path in wrong if pipeline.is_plain(str(path))] == []
+
+
+@WITH_DALI
+def test_dali_gives_nearly_the_same_pixels_and_leaves_odd_files_to_pillow(files, odd, broken):
+    del broken["damaged.png"]
+    paths = [*files[:6], *odd.values(), *broken.values(), *files[6:]]
+    pixels, problems = read("dali", paths)
+    assert set(problems) == set(map(str, broken.values()))
+    for path, found in zip(paths, pixels, strict=True):
+        if path in odd.values():
+            np.testing.assert_array_equal(found, as_training_reads(path))
+        elif path in files:
+            difference = np.abs(found.astype(int) - as_training_reads(path))
+            assert difference.mean() < 1 and np.quantile(difference, 0.999) <= 8, path
+
+
+@WITH_DALI
+def test_where_dali_fails_pillow_decodes_and_dali_goes_on(files, broken, monkeypatch, capfd):
+    wrong = broken["text.jpg"]
+    monkeypatch.setattr(pipeline, "is_plain", lambda path: True)  # as if its header had looked right
+    paths = [*files[:9], wrong, *files[9:40]]
+    pixels, problems = read("dali", paths)
+    assert set(problems) == {str(wrong)}
+    assert "DALI failed, Pillow decodes" in capfd.readouterr().err
+    for path, found in zip(paths, pixels, strict=True):
+        if path != wrong:
+            assert np.abs(found.astype(int) - as_training_reads(path)).mean() < 1
+
+
+@pytest.mark.parametrize("name", ["pytorch", "onnx"])
+def test_logits_from_files_are_those_of_the_test_set(project, name):
+    checkpoint = project / "weights" / "best_resnet18_64.pth"
+    classes = model.load_facts(checkpoint)["classes"]
+    images, labels = load_test_images(project / "data", 64, classes)
+    listed = datasets.list_images(project / "data")["test"].values()
+    paths = [str(path) for of_class in listed for path in of_class]
+    backend = benchmark.make_backend(benchmark.BACKENDS[name], name)
+    with inference("cpu"), contextlib.closing(pipeline.Pillow(64, 8, "cpu", few=True)) as decoder:
+        backend.load(checkpoint, 64, [8], "cpu")
+        network, waited = pipeline.Network(backend, [8], 64, "cpu"), {}
+        found = list(pipeline.classify(decoder, network, paths, waited))
+        torch.testing.assert_close(
+            network.normalise(next(decoder.batches(paths)).pixels), images[:8], rtol=0, atol=0
+        )
+        expected = [whole_call(backend)(chunk).numpy() for chunk in images.split(8)]
+    assert [path for batch, _ in found for path in batch.paths] == paths and len(labels) == len(paths)
+    logits = np.concatenate([logits for _, logits in found])
+    np.testing.assert_allclose(logits, np.concatenate(expected), atol=1e-4)
+    assert waited["decoding"] > 0 and waited["inference"] > 0
+
+
+# ---- end_to_end.py
+
+
+def test_end_to_end_writes_a_row_for_every_backend_and_decoder(project, tmp_path):
+    arguments = [
+        "--quick",
+        "--backends",
+        "pytorch",
+        "onnx",
+        "--device",
+        "cpu",
+        "--runs",
+        5,
+        "--sustain-seconds",
+        0,
+    ]
+    run_script("benchmark.py", *arguments, "--results", tmp_path / "quick", cwd=project)
+    short = ["--results", tmp_path / "quick", "--rounds", 2, "--seconds", 0.2, "--backends", "onnx"]
+    decoders = ["pillow"] if dali.why_no_dali() else ["pillow", "dali"]
+    said = run_script("end_to_end.py", *short, "--decoders", *decoders, cwd=project).stdout
+    table = pd.read_csv(tmp_path / "quick" / "end_to_end.csv")
+    assert list(table) == list(end_to_end.Row.__dataclass_fields__) and list(table.decoder) == decoders
+    assert set(table.status) == {"ok"} and said.count("images/s") == len(table)
+    row = table.iloc[0]
+    assert row.agreement == 1 and row.max_abs_diff < 1e-4 and 0 < row.accuracy <= 1
+    assert row.images_per_s_low < row.images_per_s < row.images_per_s_high
+    assert row.limit in ("decode", "inference")
+    again = [*short[:2], "--rounds", 1, "--seconds", 0.2, "--backends", "pytorch"]
+    run_script("end_to_end.py", *again, cwd=project)
+    table = pd.read_csv(tmp_path / "quick" / "end_to_end.csv")
+    assert sorted(set(table.backend)) == ["onnx", "pytorch"]
+    assert table[table.backend == "pytorch"].images_per_s_low.isna().all()  # one round has no interval
+
+
+def test_rates_and_overlap_are_put_together_by_round():
+    asked = end_to_end.Asked("main", "onnx", "FP32", 64, 4, "cpu", (4,), ("pillow",), Path(), Path(), 1.0)
+    one = {"images_per_s": 50.0, "decode_images_per_s": 100.0, "infer_images_per_s": 100.0, "overlap": 1.0}
+    one |= {"limit": "decode", "serial_images_per_s": 40.0, "precision": "FP32", "agreement": 1.0}
+    two = one | {"images_per_s": 100.0, "overlap": 0.9, "limit": "inference"}
+    row = end_to_end.row_of(asked, "pillow", [one, two, two])
+    assert row.images_per_s == pytest.approx(3000 / (20 + 10 + 10))  # the mean of ms per image
+    assert (row.overlap, row.limit, row.status) == (0.9, "inference", "ok")
+    failed = end_to_end.row_of(asked, "pillow", [one, {"status": "failed", "reason": "it died"}])
+    assert (failed.status, failed.reason) == ("failed", "it died") and failed.images_per_s_low is None
+
+
+def test_a_missing_table_is_one_sentence(project, tmp_path):
+    done = run_script("end_to_end.py", "--results", tmp_path, cwd=project, ok=False)
+    assert done.returncode == 2 and "python benchmark.py" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,238 @@
+"""predict.py: a folder of images -> labels.csv, whatever lies among them and however it is interrupted."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import ROOT, load_test_images, run_script
+from PIL import Image
+from test_pipeline import broken  # noqa: F401  (a fixture)
+
+import model
+import predict
+
+
+def label(folder: Path, project: Path, *arguments, ok: bool = True, out: str = "labels.csv"):
+    """Run predict.py on a folder in the project; what it did and the rows it left."""
+    out = folder.parent / out
+    weights = ["--weights", project / "weights", "--results", folder.parent / "no results", "--device", "cpu"]
+    done = run_script("predict.py", folder, "--out", out, *weights, *arguments, cwd=folder.parent, ok=ok)
+    assert "Traceback" not in done.stderr
+    return done, read(out)
+
+
+def read(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def photos(project, tmp_path) -> Path:
+    return Path(shutil.copytree(project / "data" / "test", tmp_path / "photos"))
+
+
+@pytest.fixture(scope="module")
+def expected(project) -> list[str]:
+    """The class of every test image by PyTorch FP32 on the loader's tensors, in the order of their paths."""
+    network, facts = model.load(project / "weights" / "best_resnet18_64.pth", "cpu")
+    images, _ = load_test_images(project / "data", 64, facts["classes"])
+    return [facts["classes"][k] for k in network(images).argmax(1)]
+
+
+def test_every_image_has_its_row_in_order(project, photos, expected):
+    done, rows = label(photos, project, "--probabilities")
+    assert [Path(row["path"]) for row in rows] == sorted(path for path in photos.rglob("*") if path.is_file())
+    assert [row["class"] for row in rows] == expected
+    classes = model.load_facts(project / "weights" / "best_resnet18_64.pth")["classes"]
+    for row in rows:
+        shares = {name: float(row[name]) for name in classes}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
+        assert max(shares, key=shares.get) == row["class"] and shares[row["class"]] == float(
+            row["probability"]
+        )
+    assert "100 images in" in done.stdout and "in the way: " in done.stdout
+    assert sorted(path.name for path in photos.parent.iterdir()) == ["labels.csv", "photos"]
+
+
+def test_broken_files_are_named_and_the_exit_code_is_1(project, photos, expected, broken):  # noqa: F811
+    for path in broken.values():
+        target = photos / "deep" / "er" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            shutil.copy(path, target)
+    done, rows = label(photos, project, ok=False)
+    assert done.returncode == 1 and len(rows) == 100
+    assert [row["class"] for row in rows] == expected
+    named = [line for line in done.stderr.splitlines() if line.startswith("  ") and ": " in line]
+    assert len(named) == 9 and "9 files can't be read" in done.stderr
+
+
+def test_interrupted_at_any_byte_it_goes_on(project, photos, expected):
+    _, whole = label(photos, project)
+    key_part = None
+    out = photos.parent / "again.csv"
+    text = (photos.parent / "labels.csv").read_bytes().split(b"\n", 1)[1]
+    started = start(project, photos, out)
+    key_part = wait_for_part(out)
+    started.kill()
+    started.wait()
+    key_part.write_bytes(text[: len(text) * 2 // 3])  # cut within a row, as a full disk would
+    done, rows = label(photos, project, out="again.csv")
+    assert "going on: 6" in done.stdout and rows == whole
+    assert not list(photos.parent.glob("*.part*"))
+
+
+def start(project: Path, photos: Path, out: Path) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "predict.py", photos, "--out", out, "--weights", project / "weights"]
+    command += ["--results", photos.parent / "no results", "--device", "cpu"]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for_part(out: Path) -> Path:
+    for _ in range(1200):
+        if parts := list(out.parent.glob(f"{out.name}.*.part0")):
+            return parts[0]
+        time.sleep(0.05)
+    raise AssertionError("no part file")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals to one process are POSIX's")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_it(project, photos, how):
+    for copy in range(3):  # more than few: decoded by processes
+        shutil.copytree(photos / sorted(os.listdir(photos))[0], photos / f"more {copy}")
+    many = [shutil.copytree(photos, photos.parent / "many" / str(k)) for k in range(4)][0].parent
+    started = start(project, many, photos.parent / "many.csv")
+    wait_for_part(photos.parent / "many.csv")
+    workers = []
+    for _ in range(200):
+        workers = psutil.Process(started.pid).children(recursive=True) if started.poll() is None else workers
+        if len(workers) >= 2 or started.poll() is not None:
+            break
+        time.sleep(0.05)
+    started.send_signal(how)
+    started.wait(60)
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert alive == []
+
+
+def test_other_settings_start_anew(project, photos):
+    part = photos.parent / "labels.csv.00000000.part0"  # of another checkpoint, backend or option
+    part.write_text("photos/a.jpg,Nobody,0.9\n", encoding="utf-8")
+    done, rows = label(photos, project)
+    assert "going on" not in done.stdout and len(rows) == 100 and not part.exists()
+
+
+def test_names_that_csv_and_utf_8_find_hard(project, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    names = ['a "quoted", name.png', "Пудж.png", "e\u0301.png"]
+    if sys.platform == "linux":
+        names += ["two\nlines.png", os.fsdecode(b"\xff\xfe.png")]
+    for name in names:
+        Image.new("RGB", (9, 7), "red").save(folder / name)
+    _, rows = label(folder, project)
+    assert sorted(row["path"] for row in rows) == sorted(str(folder / name) for name in names)
+
+
+def test_two_processes_share_the_files_and_one_table_comes_out(project, photos):
+    _, alone = label(photos, project)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [ROOT / "predict.py", photos, "--out", photos.parent / "two.csv", "--device", "cpu"]
+    command += ["--weights", project / "weights", "--results", photos.parent / "no results"]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, encoding="utf-8", timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    two = read(photos.parent / "two.csv")
+    assert [row["path"] for row in two] == [row["path"] for row in alone]
+    assert [row["class"] for row in two] == [row["class"] for row in alone]
+    assert done.stdout.count("written: ") == 1 and not list(photos.parent.glob("*.part*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["missing"], "missing is not there"),
+        (["weights"], "holds no images"),
+        (["data/test", "--backend", "fastest"], "--backend fastest is not one of pytorch"),
+        (["data/test", "--backend", "pytorch-fp16-graph"], "--backend pytorch-fp16-graph: "),
+        (["data/test", "--weights", "data"], "holds no checkpoint; train one: python train.py"),
+        (["data/test", "--image-size", "96"], "python train.py --image-sizes 96"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_sentence(project, arguments, said):
+    done = run_script("predict.py", *arguments, "--device", "cpu", "--out", "no.csv", cwd=project, ok=False)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert not list(project.glob("no.csv*"))
+
+
+def test_a_row_is_kept_only_whole(tmp_path):
+    part = tmp_path / "part"
+    part.write_text('a.jpg,cat,0.5\n"b\nc.jpg",dog,0.7\nd.jpg,ca', encoding="utf-8")
+    assert list(predict.read_rows(part, 3)) == ["a.jpg", "b\nc.jpg"]
+    part.write_text('a.jpg,cat,0.5\n"b\n', encoding="utf-8")
+    assert list(predict.read_rows(part, 3)) == ["a.jpg"]
+
+
+def test_the_backend_is_the_fastest_measured_on_this_machine_and_no_other(project, tmp_path):
+    arguments = ["--quick", "--backends", "pytorch", "onnx", "--device", "cpu", "--runs", 5]
+    run_script("benchmark.py", *arguments, "--results", tmp_path / "quick", cwd=project)
+    rows = predict.measured_here(tmp_path / "quick", "cpu", 64)
+    fastest = rows.loc[rows.fps.idxmax()]
+    _, name, batch_size, sizes = predict.choose_backend(None, rows, "cpu")
+    assert (name, batch_size, sizes) == (fastest.backend, fastest.batch_size, [1, 4])
+    assert predict.choose_backend("pytorch", rows, "cpu")[1] == "pytorch"
+    path = tmp_path / "quick" / "environment.json"
+    path.write_text(path.read_text("utf-8").replace('"torch": "', '"torch": "0.'), encoding="utf-8")
+    assert predict.measured_here(tmp_path / "quick", "cpu", 64).empty  # measured by another version
+    assert predict.measured_here(tmp_path, "cpu", 64) is None
+
+
+@pytest.mark.slow
+def test_ten_thousand_files_of_which_a_hundred_are_broken(project, tmp_path, broken):  # noqa: F811
+    folder, random = tmp_path / "photos", np.random.default_rng(0)
+    originals = sorted(path for path in (project / "data" / "test").rglob("*") if path.is_file())
+    for k in range(9_900):
+        path = folder / f"{k % 37}" / f"{k:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(originals[k % 100]) as image:
+            image.convert("RGB").resize((64, 64)).save(path, quality=int(random.integers(75, 95)))
+    ways = [path for path in broken.values() if path.is_file()]
+    for k in range(100):
+        shutil.copy(ways[k % len(ways)], folder / f"{k % 37}" / f"broken {k} {ways[k % len(ways)].name}")
+    out = tmp_path / "labels.csv"
+    command = [sys.executable, ROOT / "predict.py", folder, "--out", out, "--weights", project / "weights"]
+    command += ["--device", "cpu", "--results", tmp_path]
+    with (tmp_path / "stderr").open("w") as errors:
+        started = subprocess.Popen(list(map(str, command)), stderr=errors)
+        peaks = []
+        while started.poll() is None:
+            peaks.append(memory(started.pid))
+            time.sleep(0.5)
+    said = (tmp_path / "stderr").read_text("utf-8")
+    assert started.returncode == 1 and "Traceback" not in said and "100 files can't be read" in said
+    rows = read(out)
+    assert len(rows) == 9_900 and not [row for row in rows if "broken" in row["path"]]
+    half = len(peaks) // 2
+    print(f"MB of all its processes: {max(peaks):.0f} at most, in the first half {max(peaks[:half]):.0f}")
+    assert max(peaks[half:]) < 1.1 * max(peaks[:half])  # it does not grow with what is done
+
+
+def memory(pid: int) -> float:
+    """MB that a process and its children hold, shared pages counted once."""
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        return sum(process.memory_full_info().pss for process in family) / 2**20
+    except psutil.Error:
+        return 0.0

@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-import benchmark
 from utils import check, findings, load, measure, records, timing
 from utils.utils import (
     UserError,
@@ -81,6 +80,8 @@ class Asked:
 
 
 def load_backend(asked: Asked):
+    import benchmark  # not above: the workers that decode import this file too
+
     backend = benchmark.make_backend(benchmark.BACKENDS[asked.backend], asked.backend)
     backend.data = asked.data  # to calibrate with
     checkpoint = checkpoint_path(asked.weights, asked.image_size)

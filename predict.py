@@ -30,6 +30,7 @@ from utils.utils import UserError, add_path_arguments, environment, run_main, sh
 # What else is needed is imported where it is used: the workers that decode import this file too.
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # whatever bytes a file name has
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
+NOTHING = {"images": 0, "problems": {}, "waited": {"decoding": 0.0, "inference": 0.0}, "seconds": 0.0}
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
@@ -96,9 +97,7 @@ def choose_backend(name: str | None, rows, device: str):
                 sizes = sorted(set(rows[rows.sweep == row.sweep].batch_size.tolist()))
                 return backend, row.backend, row.batch_size, sizes
     if not name:
-        say(
-            "nothing was measured here at this size: PyTorch serves; python benchmark.py finds what is faster"
-        )
+        say("nothing was measured here at this size: PyTorch serves; python benchmark.py finds faster ones")
     name = name or "pytorch"
     backend = benchmark.make_backend(benchmark.BACKENDS[name], name)
     if reason := backend.why_unavailable(device):
@@ -234,9 +233,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("source", type=Path, help="folder of images, or one image")
     parser.add_argument("--out", type=Path, default=Path("labels.csv"))
     parser.add_argument("--backend", help="default: the fastest measured on this machine, else pytorch")
-    parser.add_argument(
-        "--decoder", choices=["auto", "pillow", "dali"], default="auto", help="auto: DALI on GPUs"
-    )
+    decoders = ["auto", "pillow", "dali"]
+    parser.add_argument("--decoder", choices=decoders, default="auto", help="auto: DALI on a GPU")
+    batch = "default: the fastest measured, else 256 on a GPU and 16 on a CPU"
+    parser.add_argument("--batch-size", type=int, help=batch)
     parser.add_argument("--image-size", type=int, help="default: that of the most accurate checkpoint")
     parser.add_argument("--probabilities", action="store_true", help="of every class, a column each")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
@@ -262,6 +262,8 @@ def main() -> None:
     size, classes = facts["image_size"], facts["classes"]
     rows = measured_here(args.results, device, size)
     backend, name, batch_size, batch_sizes = choose_backend(args.backend, rows, device)
+    if args.batch_size:
+        batch_size, batch_sizes = args.batch_size, [args.batch_size]
     backend.data = args.data  # to calibrate with
     decoder_name = choose_decoder(args.decoder, device)
     say(f"{len(images):,} images, {checkpoint.name}, {name}, batch {batch_size}, {decoder_name}, {device}")
@@ -272,24 +274,26 @@ def main() -> None:
     mine = [path for path in images[RANK::WORLD_SIZE] if path not in done]
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    told = {
-        "images": 0,
-        "problems": {},
-        "waited": dict.fromkeys(("decoding", "inference"), 0.0),
-        "seconds": 0.0,
-    }
-    with measure.inference(device):
-        if RANK:
-            gather(None)  # the first process builds what the others load
-        backend.load(checkpoint, size, batch_sizes, device)
-        if not RANK:
-            gather(None)
-        if mine:
-            decoder = DECODERS[decoder_name](size, batch_size, device, few=len(mine) <= FEW)
-            with contextlib.closing(decoder):
-                network = Network(backend, [batch_size], size, device)
-                to_rows = functools.partial(rows_of, classes=classes, every=args.probabilities)
-                told = label(mine, own, decoder, network, to_rows)
+    told = {**NOTHING}
+    try:
+        with measure.inference(device):
+            if RANK:
+                gather(None)  # the first process builds what the others load
+            backend.load(checkpoint, size, batch_sizes, device)
+            if not RANK:
+                gather(None)
+            if mine:
+                decoder = DECODERS[decoder_name](size, batch_size, device, few=len(mine) <= FEW)
+                with contextlib.closing(decoder):
+                    network = Network(backend, [batch_size], size, device)
+                    to_rows = functools.partial(rows_of, classes=classes, every=args.probabilities)
+                    told = label(mine, own, decoder, network, to_rows)
+    except Exception as error:
+        if measure.failure(error) != "out_of_memory":
+            raise
+        raise UserError(
+            f"{measure.one_line(error)}; the rows stay, go on with a smaller --batch-size"
+        ) from error
     told = gather(told)
     if RANK == 0:
         count = merge(args.out, key, images, header)

@@ -27,7 +27,7 @@ class Dali(Pillow):
     The workers look at every file beforehand and decode what DALI would not decode as load_rgb() does.
     """
 
-    name, leave_plain, chunk, hold = "dali", True, 64, PREFETCH + 1
+    name, leave_plain, chunk, hold = "dali", True, 32, PREFETCH + 1
 
     def __init__(self, image_size: int, batch_size: int, device: str, few: bool = False):
         super().__init__(image_size, batch_size, device, few)

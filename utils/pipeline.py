@@ -213,7 +213,7 @@ class Network:
         if missing:
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
         logits = self.backend.predict(self.backend.prepare(self.normalise(pixels)))
-        logits = logits[:count].to("cpu", torch.float32, non_blocking=True, copy=True)
+        logits = logits[:count].float().to("cpu", non_blocking=True, copy=True)  # into pinned memory
         done = torch.cuda.Event() if self.device == "cuda" else None
         if done:
             done.record()

@@ -15,8 +15,6 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -33,8 +31,6 @@ from utils.utils import (
     run_main,
     write_atomic,
 )
-
-WARM_UP_SECONDS = 1.0  # and until everything that is decoded ahead has been served once
 
 
 @dataclasses.dataclass
@@ -92,21 +88,6 @@ def load_backend(asked: Asked):
 # ---- in the process that measures
 
 
-def rate(served: Iterator[int], warm_up: int, seconds: float) -> float:
-    """Images/s of an endless iterator of image counts, after `warm_up` batches and a second."""
-    with contextlib.closing(served):
-        begin, start, images = time.perf_counter(), None, 0
-        for number, count in enumerate(served):
-            now = time.perf_counter()
-            if start:
-                images += count
-                if now - start >= seconds:
-                    return images / (now - start)
-            elif number >= warm_up and now - begin >= WARM_UP_SECONDS:
-                start = now
-    raise RuntimeError("what is to be timed came to an end")
-
-
 def measure_here(asked: Asked, parity: bool) -> list[dict]:
     """Figures of every decoder, in one process; with `parity` also agreement and accuracy."""
     from utils.dali import DECODERS, why_no_dali
@@ -121,9 +102,8 @@ def measure_here(asked: Asked, parity: bool) -> list[dict]:
             if name == "dali" and (reason := why_no_dali()):
                 found.append({**figures, "status": "unavailable", "reason": reason})
                 continue
-            with contextlib.closing(
-                DECODERS[name](asked.image_size, asked.batch_size, asked.device)
-            ) as decoder:
+            decoder = DECODERS[name](asked.image_size, asked.batch_size, asked.device)
+            with contextlib.closing(decoder):
                 figures |= throughput(decoder, network, asked)
                 figures |= compare(decoder, network, asked) if parity else {}
             found.append(figures)
@@ -132,37 +112,11 @@ def measure_here(asked: Asked, parity: bool) -> list[dict]:
     return found
 
 
-def copied(batches: Iterator, device: str) -> Iterator[int]:
-    """Bring the pixels of every batch to the device, and wait."""
-    import torch
-
-    for batch in batches:
-        batch.pixels.to(device, non_blocking=True)
-        if device == "cuda":
-            torch.cuda.current_stream().synchronize()
-        yield len(batch.paths)
-
-
-def inferred(network, pixels) -> Iterator[int]:
-    """Run the network on pixels that lie on the device, starting a batch before waiting for the last."""
-    started = network.enqueue(pixels)
-    while True:
-        following = network.enqueue(pixels)
-        yield len(network.finish(started))
-        started = following
-
-
-def one_after_another(decoder, network, files: Iterator[str], batch_size: int) -> Iterator[int]:
-    while True:
-        for batch in decoder.batches(itertools.islice(files, batch_size)):
-            yield len(network.finish(network.enqueue(batch.pixels)))
-
-
 def throughput(decoder, network, asked: Asked) -> dict:
     """Images/s of the pipeline, of its halves alone and of one step after another; overlap and limit."""
-    from utils.pipeline import classify
+    from utils.pipeline import classify, copied, inferred, one_after_another, rate
 
-    files = itertools.cycle([str(path) for path, _ in test_set(asked)])
+    files = itertools.cycle([path for path, _ in read_test_set(asked)[1]])
     first = next(decoder.batches(itertools.islice(files, asked.batch_size)))
     resident = first.pixels.to(asked.device, copy=True)
     full, seconds, on_gpu = decoder.slots, asked.seconds, asked.device == "cuda"
@@ -180,29 +134,26 @@ def throughput(decoder, network, asked: Asked) -> dict:
     return {**figures, "overlap": both / possible, "limit": limit}
 
 
-def test_set(asked: Asked) -> list[tuple[Path, int]]:
-    """Every test image and the index of its class."""
+def read_test_set(asked: Asked) -> tuple:
+    """The loader that testing reads with, and in its order every file and the index of its class."""
     import datasets
     import model
 
     classes = model.load_facts(checkpoint_path(asked.weights, asked.image_size))["classes"]
-    listed = datasets.list_images(asked.data)["test"].items()
-    return [(path, classes.index(name)) for name, paths in listed for path in paths]
+    loader = datasets.make_test_loader(asked.data, asked.image_size, asked.batch_size, classes)
+    return loader, [(str(path), truth) for path, truth in loader.dataset.samples]
 
 
 def compare(decoder, network, asked: Asked) -> dict:
     """Logits from files against those of the test set as training reads it, on the same backend."""
-    import datasets
-    import model
     from utils.pipeline import classify
 
-    files, truth = zip(*test_set(asked), strict=True)
-    classes = model.load_facts(checkpoint_path(asked.weights, asked.image_size))["classes"]
-    loader = datasets.make_test_loader(asked.data, asked.image_size, asked.batch_size, classes)
+    loader, pairs = read_test_set(asked)
+    files, truth = zip(*pairs, strict=True)
     call = measure.whole_call(network.backend)
     parts = [check.classify(call, images, asked.batch_size, asked.device) for images, _ in loader]
     expected = np.concatenate(parts)
-    logits = np.concatenate([found for _, found in classify(decoder, network, map(str, files))])
+    logits = np.concatenate([found for _, found in classify(decoder, network, files)])
     chosen, different = logits.argmax(1), int((logits.argmax(1) != expected.argmax(1)).sum())
     figures = {
         "agreement": 1 - different / len(files),
@@ -299,12 +250,11 @@ def write_table(rows: list, path: Path, keys: list[str]) -> None:
 
 def describe(row: Row) -> str:
     head = f"{row.backend:<24} {row.image_size:>4} px batch {row.batch_size:<4} {row.decoder:<7}"
-    if row.images_per_s is None:
-        return f"{head} {row.status}: {row.reason}"
-    halves = f"decode {row.decode_images_per_s:,.0f}, inference {row.infer_images_per_s:,.0f}"
-    text = f"{head} {row.images_per_s:>8,.0f} images/s ({halves}; one after another "
-    text += f"{row.serial_images_per_s:,.0f}), overlap {row.overlap:.2f}, limit: {row.limit}"
-    return text if row.status == "ok" else f"{text}; {row.status}: {row.reason}"
+    if row.images_per_s:
+        halves = f"decode {row.decode_images_per_s:,.0f}, inference {row.infer_images_per_s:,.0f}"
+        head += f"{row.images_per_s:>8,.0f} images/s ({halves})"
+        head += f", overlap {row.overlap:.2f}, limit: {row.limit}"
+    return head if row.status == "ok" else f"{head} {row.status}: {row.reason}"
 
 
 def main() -> None:
@@ -354,7 +304,7 @@ def load_here(asked: Asked, max_latency_ms: float) -> list:
     from utils.pipeline import Network, Pillow
 
     sizes = [size for size in asked.batch_sizes if size <= asked.batch_size]
-    files = [str(path) for path, _ in test_set(asked)]
+    files = [path for path, _ in read_test_set(asked)[1]]
     with measure.inference(asked.device):
         backend = load_backend(asked)
         network = Network(backend, sizes, asked.image_size, asked.device)

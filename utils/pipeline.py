@@ -30,6 +30,7 @@ from utils.schema import Backend
 from utils.utils import fresh_processes
 
 IN_FLIGHT = 2  # batches that wait for the network while the decoder goes on
+WARM_UP_SECONDS = 1.0  # before a rate is timed, and until all that is decoded ahead has passed once
 FEW = 256  # images that threads have decoded before processes have started
 HUGE = 16_000_000  # pixels beyond which workers decode one picture at a time, to bound their memory
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB\x60\x82"
@@ -256,3 +257,48 @@ def stopwatch(spent: dict, name: str):
     start = time.perf_counter()
     yield
     spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+
+
+# ---- how fast: endless iterators of the images that each step has finished
+
+
+def rate(served: Iterator[int], warm_up: int, seconds: float) -> float:
+    """Images/s of an endless iterator of image counts, after `warm_up` batches and a second."""
+    with contextlib.closing(served):
+        begin, start, images = time.perf_counter(), None, 0
+        for number, count in enumerate(served):
+            now = time.perf_counter()
+            if start:
+                images += count
+                if now - start >= seconds:
+                    return images / (now - start)
+            elif number >= warm_up and now - begin >= WARM_UP_SECONDS:
+                start = now
+    raise RuntimeError("what is to be timed came to an end")
+
+
+def copied(batches: Iterable[Batch], device: str) -> Iterator[int]:
+    """Bring the pixels of every batch to the device, and wait."""
+    for batch in batches:
+        batch.pixels.to(device, non_blocking=True)
+        if device == "cuda":
+            torch.cuda.current_stream().synchronize()
+        yield len(batch.paths)
+
+
+def inferred(network: Network, pixels: torch.Tensor) -> Iterator[int]:
+    """Run the network on pixels that lie on the device, starting a batch before waiting for the last."""
+    started = network.enqueue(pixels)
+    while True:
+        following = network.enqueue(pixels)
+        yield len(network.finish(started))
+        started = following
+
+
+def one_after_another(
+    decoder: Pillow, network: Network, files: Iterator[str], batch_size: int
+) -> Iterator[int]:
+    """The old way: nothing goes on while something else does."""
+    while True:
+        for batch in decoder.batches(itertools.islice(files, batch_size)):
+            yield len(network.finish(network.enqueue(batch.pixels)))

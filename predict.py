@@ -143,7 +143,7 @@ def rows_of(batch, logits: np.ndarray, classes: list[str], every: bool) -> list[
 
 
 def write_rows(path: Path, rows: Iterable[list[str]], mode: str = "w") -> None:
-    with path.open(mode, encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with path.open(mode, **TEXT) as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 

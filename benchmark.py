@@ -19,7 +19,6 @@ import itertools
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -30,7 +29,7 @@ import pytorch_inference
 import tensorrt_inference
 from utils import ceilings, check, gpu, jobs, plot_utils, readme, records, report, timing, turns
 from utils.schema import BASELINE, Backend, Job, Record
-from utils.utils import builds_ahead, end_with_parent, fresh_processes, read_json, run_main, write_json
+from utils.utils import builds_ahead, read_json, run_main, write_json
 
 SCRIPTS = [pytorch_inference, onnx_inference, tensorrt_inference]
 BACKENDS = {name: script.__name__ for script in SCRIPTS for name in script.BACKENDS}
@@ -202,20 +201,14 @@ def describe(record: Record) -> str:
     return f"{head}  {'; '.join(cells)}"
 
 
-def in_fresh_process(function, *arguments):
-    """What the function returns in a process that ends afterwards."""
-    with ProcessPoolExecutor(1, fresh_processes(), end_with_parent) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def look_first(todo: list[Job]) -> None:
     """Before anything is replaced: the machine's ceilings, and PyTorch FP32's logits on every test image, for
     which checkpoints and images are read whole.  Raises UserError."""
     path = todo[0].record.with_name("ceilings.json")
     for job in {job.image_size: job for job in todo}.values():
-        in_fresh_process(check.reference, job, None)
+        turns.in_fresh_process(check.reference, job, None)
     if (read_json(path) or {}).get("settings_key") != todo[0].settings_key:
-        found = in_fresh_process(ceilings.measure, todo[0].device)
+        found = turns.in_fresh_process(ceilings.measure, todo[0].device)
         write_json(path, {"settings_key": todo[0].settings_key, **found})
 
 
@@ -258,7 +251,7 @@ def builds_of(todo: list[Job]) -> dict[Path, float | None]:
 
 
 def say_what_is_built(todo: list[Job]) -> None:
-    if ahead := in_fresh_process(builds_of, todo):  # on a GPU, only there a runtime may be loaded
+    if ahead := turns.in_fresh_process(builds_of, todo):  # on a GPU, only there a runtime may be loaded
         known = [seconds for seconds in ahead.values() if seconds]
         took = f"; last time {len(known)} of them took {sum(known):.0f} s" if known else ""
         print(f"to be built first: {', '.join(path.name for path in ahead)}{took}", file=sys.stderr)

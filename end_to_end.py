@@ -15,19 +15,17 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from utils import check, findings, load, measure, records, timing
+from utils import check, findings, load, measure, records, timing, turns
 from utils.utils import (
     UserError,
     add_path_arguments,
     checkpoint_path,
-    fresh_processes,
     run_main,
     write_atomic,
 )
@@ -169,11 +167,6 @@ def compare(decoder, network, asked: Asked) -> dict:
 # ---- all processes
 
 
-def in_fresh_process(function, *arguments) -> list[dict]:
-    with ProcessPoolExecutor(1, mp_context=fresh_processes()) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def make_asked(args: argparse.Namespace) -> list[Asked]:
     """The fastest batch of every backend of the table.  Raises UserError where there is none."""
     rows, _ = records.read_table(args.results)
@@ -203,9 +196,9 @@ def measure_rounds(asked: list[Asked], rounds: int) -> list[Row]:
             for one in asked[shift:] + asked[:shift]:
                 progress.set_postfix_str(f"{one.backend}, {one.image_size} px")
                 try:
-                    told = in_fresh_process(measure_here, one, k == 0)
+                    told = turns.in_fresh_process(measure_here, one, k == 0)
                 except Exception as error:  # costs its own rows
-                    failed = {"status": measure.failure(error), "reason": measure.one_line(error)}
+                    failed = vars(measure.problem_of(error))
                     told = [{"decoder": name, **failed} for name in one.decoders]
                 for figures in told:
                     found.setdefault((one, figures["decoder"]), []).append(figures)
@@ -225,10 +218,9 @@ def row_of(asked: Asked, decoder: str, rounds: list[dict]) -> Row:
     timed = [figures for figures in rounds if "images_per_s" in figures]
     if not timed:
         return row
-    ms = [[1000 / figures["images_per_s"]] for figures in timed]  # of an image
-    row.images_per_s = 1000 / float(np.mean(ms))
-    if len(timed) > 1:
-        row.images_per_s_low, row.images_per_s_high = timing.interval([ms], lambda mean: 1000 / mean)
+    rates = [figures["images_per_s"] for figures in timed]
+    row.images_per_s = 1 / float(np.mean(1 / np.array(rates)))
+    row.images_per_s_low, row.images_per_s_high = timing.interval(row.images_per_s, rates)
     for name in ("decode_images_per_s", "infer_images_per_s", "serial_images_per_s", "overlap"):
         setattr(row, name, float(np.median([figures.get(name) or np.nan for figures in timed])))
     limits = [figures["limit"] for figures in timed]
@@ -288,11 +280,12 @@ def measure_load(asked: list[Asked], max_latency_ms: float, path: Path) -> None:
         raise UserError(reason)
     for one in asked:
         try:
-            rows = in_fresh_process(load_here, one, max_latency_ms)
+            rows = turns.in_fresh_process(load_here, one, max_latency_ms)
         except UserError:
             raise
         except Exception as error:  # costs its own rows
-            print(f"{one.backend}, {one.image_size} px: {measure.failure(error)}: {measure.one_line(error)}")
+            problem = measure.problem_of(error)
+            print(f"{one.backend}, {one.image_size} px: {problem.status}: {problem.reason}")
             continue
         write_table(rows, path, ["sweep", "backend", "image_size"])
         print(load.describe(rows), flush=True)

@@ -289,11 +289,10 @@ def main() -> None:
                     to_rows = functools.partial(rows_of, classes=classes, every=args.probabilities)
                     told = label(mine, own, decoder, network, to_rows)
     except Exception as error:
-        if measure.failure(error) != "out_of_memory":
+        problem = measure.problem_of(error)
+        if problem.status != "out_of_memory":
             raise
-        raise UserError(
-            f"{measure.one_line(error)}; the rows stay, go on with a smaller --batch-size"
-        ) from error
+        raise UserError(f"{problem.reason}; the rows stay, go on with a smaller --batch-size") from error
     told = gather(told)
     if RANK == 0:
         count = merge(args.out, key, images, header)

@@ -152,7 +152,7 @@ def offline(network: Network, pixels: torch.Tensor) -> tuple[dict, float]:
         return network.backend.predict(x)
 
     def own_clock() -> list[float]:
-        return timing.sample(call, wait, 5, MIN_SECONDS / 2, 30).host_ms
+        return timing.warm_up(call, wait, 5, MIN_SECONDS / 2, 30)
 
     timing.warm_up(call, wait, 3, 0.5, 10)
     before = own_clock()

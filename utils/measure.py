@@ -6,6 +6,7 @@ What every backend script does, alone or called by benchmark.py.
 import contextlib
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import psutil
@@ -43,6 +44,7 @@ class Measuring:
         self.watch = job.settings.sustain_seconds if self.cuda and job.round == 0 else 0
         self.record = start(job, precision=backend.precision, adds=backend.adds)
         self.record.batches = kept_batches(read_record(job.record), job)
+        self.whole_call = whole_call(backend)
 
     def open(self) -> None:
         """Load; in round 0 classify the whole test set."""
@@ -56,10 +58,6 @@ class Measuring:
             record.process["context_mb"] = context_mb
             record.precision = self.backend.precision
             record.check, self.probe = check.whole_test_set(job, self.whole_call, record.precision)
-
-    def whole_call(self, images):
-        """Images float32 (N, 3, S, S) on the device -> logits (N, classes)."""
-        return self.backend.predict(self.backend.prepare(images))
 
     def begin(self, batch_size: int) -> float:
         """Check one batch size and warm it up; the milliseconds that a run takes."""
@@ -150,6 +148,11 @@ class Measuring:
             record.batch_sizes = [batch["batch_size"] for batch in record.batches]
         record.status, record.reason = status, reason
         write_record(self.job.record, record)
+
+
+def whole_call(backend: Backend) -> Callable:
+    """Images float32 (N, 3, S, S) on the device -> logits (N, classes)."""
+    return lambda images: backend.predict(backend.prepare(images))
 
 
 def turns_of(run_ms: list[float], settings: Settings) -> tuple[int, list[int]]:

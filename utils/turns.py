@@ -13,6 +13,7 @@ import multiprocessing.forkserver
 import os
 import random
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from utils import findings, records, timing
@@ -101,6 +102,12 @@ def serve(job: Job, pipe, log: Path) -> None:
                 except Exception as error:
                     result = problem_of(error)
                 pipe.send(result)
+
+
+def in_fresh_process(function, *arguments):
+    """What the function returns in a process that ends afterwards."""
+    with ProcessPoolExecutor(1, fresh_processes(), end_with_parent) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def new_server() -> None:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import onnx_inference
 import pytorch_inference
 import tensorrt_inference
-from utils import ceilings, check, gpu, jobs, plot_utils, readme, records, report, timing, turns
+from utils import ceilings, gpu, jobs, plot_utils, readme, records, report, timing, turns
 from utils.schema import BASELINE, Backend, Job, Record
 from utils.utils import builds_ahead, read_json, run_main, write_json
 
@@ -201,15 +201,12 @@ def describe(record: Record) -> str:
     return f"{head}  {'; '.join(cells)}"
 
 
-def look_first(todo: list[Job]) -> None:
-    """Before anything is replaced: the machine's ceilings, and PyTorch FP32's logits on every test image, for
-    which checkpoints and images are read whole.  Raises UserError."""
-    path = todo[0].record.with_name("ceilings.json")
-    for job in {job.image_size: job for job in todo}.values():
-        turns.in_fresh_process(check.reference, job, None)
-    if (read_json(path) or {}).get("settings_key") != todo[0].settings_key:
-        found = turns.in_fresh_process(ceilings.measure, todo[0].device)
-        write_json(path, {"settings_key": todo[0].settings_key, **found})
+def measure_ceilings(job: Job) -> None:
+    """Have a fresh process measure what this machine could do at most, unless it is known."""
+    path = job.record.with_name("ceilings.json")
+    if (read_json(path) or {}).get("settings_key") != job.settings_key:
+        found = turns.in_fresh_process(ceilings.measure, job.device)
+        write_json(path, {"settings_key": job.settings_key, **found})
 
 
 def sweep(asked: list[Job], timeout: float, precision: float, budget_minutes: float) -> None:
@@ -219,7 +216,8 @@ def sweep(asked: list[Job], timeout: float, precision: float, budget_minutes: fl
     with tqdm(total=len(todo), desc="benchmark", unit="process", disable=None) as progress:
         if todo:
             say_what_is_built(todo)
-            look_first(todo)
+            jobs.look_first(todo)
+            measure_ceilings(todo[0])
         records.note_sweep(asked[0], precision_pct=precision)
         for _, jobs_of_round in itertools.groupby(todo, key=lambda job: job.round):
             by_size = itertools.groupby(jobs_of_round, key=lambda job: job.image_size)
@@ -300,6 +298,8 @@ def main() -> None:
     if results.resolve() == ROOT / "results":
         readme.write_readme(ROOT / "README.md")
     print(f"written: {results / 'benchmark_results.csv'}, README.md, environment.json and charts beside it")
+    if not (rows.status == "ok").any():
+        sys.exit(1)
 
 
 if __name__ == "__main__":

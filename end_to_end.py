@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from utils import check, findings, load, measure, records, timing, turns
+from utils import check, findings, jobs, load, measure, records, timing, turns
 from utils.utils import (
     UserError,
     add_path_arguments,
@@ -265,6 +265,8 @@ def main() -> None:
     parser.add_argument("--max-latency-ms", type=float, default=15.0, help=limit)
     add_path_arguments(parser)
     args = parser.parse_args()
+    jobs.check_numbers(args, ["seconds", "max_latency_ms"], least=0.001)
+    jobs.check_numbers(args, ["rounds"], least=1)
     asked = make_asked(args)
     if args.load:
         measure_load(asked, args.max_latency_ms, args.results / "load.csv")

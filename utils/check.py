@@ -31,6 +31,19 @@ class Probe:
     images: object  # float32 tensor (N, 3, S, S) on the CPU
     expected: np.ndarray  # PyTorch FP32's logits (N, classes)
     tolerance: float  # the largest difference that passes
+    precision: str
+
+
+def gated(logits: np.ndarray, expected: np.ndarray, precision: str) -> float:
+    """The difference of logits (N, classes) that the tolerance is for: the largest; NaN if there is any.
+
+    INT8 clips what no training image showed, by design of its calibration, and so may be far off on a rare
+    image: one, or 1 % of them, is left out, as for the classes, but for batches of 8 or fewer.
+    """
+    each = np.abs(logits - expected).max(axis=1)
+    if precision == "INT8" and len(each) > 8 and np.isfinite(each).all():
+        each = np.sort(each)[: -max(1, math.ceil((1 - MIN_AGREEMENT) * len(each) - 1e-9))]
+    return float(each.max())
 
 
 def mismatch(check: dict) -> str:
@@ -42,7 +55,7 @@ def mismatch(check: dict) -> str:
         return f"classifies {lost} of {images} test images fewer correctly than PyTorch FP32"
     if different > few:
         return f"another class than PyTorch FP32 on {different} of {images} test images"
-    return too_far(check["max_abs_diff"], check["tolerance"])
+    return too_far(check.get("gated_abs_diff", check["max_abs_diff"]), check["tolerance"])
 
 
 def too_far(difference: float, tolerance: float) -> str:
@@ -100,11 +113,13 @@ def whole_test_set(job: Job, call: Callable, precision: str) -> tuple[dict | Non
             "correct": int((logits.argmax(1) == labels).sum()),
             "correct_fp32": int((expected.argmax(1) == labels).sum()),
             "max_abs_diff": float(np.abs(logits - expected).max()),
+            "gated_abs_diff": gated(logits, expected, precision),
             "tolerance": tolerance,
         }
     times = math.ceil(largest / len(first))
     images = first.repeat(times, 1, 1, 1)[:largest]
-    return found, Probe(images, np.tile(expected[: len(first)], (times, 1))[:largest], tolerance)
+    expected = np.tile(expected[: len(first)], (times, 1))[:largest]
+    return found, Probe(images, expected, tolerance, precision)
 
 
 def reference(job: Job, call: Callable) -> tuple[np.ndarray, np.ndarray]:

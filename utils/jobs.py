@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
 import datasets
-from utils import measure, records, report, turns
+import model
+from utils import check, measure, records, report, turns
 from utils.schema import Job, Settings
 from utils.utils import (
     BATCH_SIZES,
@@ -101,12 +103,24 @@ def check_arguments(args, settings: Settings, image_sizes: list[int], batch_size
     if not args.sweep.replace("-", "").replace(".", "").replace("_", "").isalnum():
         mend = "use letters, digits, '.', '-' and '_' in --sweep"
         raise UserError(f"the sweep's name {args.sweep!r} becomes a folder's; {mend}")
+    check_numbers(args, ["max_seconds", "precision", "timeout"], least=0.001)
+    check_numbers(args, ["min_seconds", "sustain_seconds", "budget"], least=0)
     missing = [size for size in image_sizes if not checkpoint_path(args.weights, size).is_file()]
     if missing:
         sizes = " ".join(map(str, missing))
         flags = f"--image-sizes {sizes}" if args.image_sizes or not args.quick else "--quick"
         path = checkpoint_path(args.weights, missing[0])
         raise UserError(f"{path} is missing; train it first: python train.py {flags}")
+    for size in image_sizes:
+        model.load_facts(checkpoint_path(args.weights, size))
+
+
+def check_numbers(args: argparse.Namespace, names: list[str], least: float) -> None:
+    """Raises UserError for arguments that are not numbers from `least` on; None is left to the defaults."""
+    for name in names:
+        value = getattr(args, name, None)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value:g} makes no sense; see --help")
 
 
 def make_jobs(
@@ -184,6 +198,13 @@ def staleness_key(settings: Settings, device: str, known: dict) -> str:
     return sha256(facts, *code)[:16]
 
 
+def look_first(todo: list[Job]) -> None:
+    """Before anything is replaced: PyTorch FP32's logits on every test image of every size, for which
+    checkpoints and images are read whole.  Raises UserError."""
+    for job in {job.image_size: job for job in todo}.values():
+        turns.in_fresh_process(check.reference, job, None)
+
+
 def main(description: str, script: str, backends: dict) -> None:
     """A backend script's main(): measure its backends in this process, one round, and print their table.
 
@@ -203,6 +224,7 @@ def main(description: str, script: str, backends: dict) -> None:
             if job.image_size == jobs[0].image_size:
                 measure.trace(job, backends[job.backend]())
         return
+    look_first(jobs)
     records.note_sweep(jobs[0])
     with measure.inference(jobs[0].device):
         for job in jobs:

@@ -41,14 +41,14 @@ def say(text: str) -> None:
 
 def find_images(source: Path) -> list[str]:
     """All images of a folder in order, or the one file.  Raises UserError."""
-    from utils.images import is_image
+    from utils.images import files_below, is_image
 
     if not source.exists():
         raise UserError(f"{source} is not there; name a folder of images: python predict.py FOLDER")
     if source.is_file():
         return [str(source)]
-    found = [Path(root, name) for root, _, names in os.walk(source) for name in names]
-    if images := sorted(str(path) for path in found if is_image(str(path))):
+    found = files_below(source)
+    if images := [str(path) for path in found if is_image(path)]:
         return images
     raise UserError(f"{source} holds no images, by the names of its {len(found)} files; name another folder")
 

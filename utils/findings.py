@@ -21,36 +21,31 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def level(a, b) -> bool:
-    """Whether two rows of one table show no difference in throughput.
+    """Whether two rows of one table show no difference in throughput: their 95 % intervals overlap.
 
-    At the same image and batch size in one sweep their speedups decide, in which cancels what drifted for
-    all: the intervals overlap.  Elsewhere those of the throughput do.  Without an interval nothing differs.
+    At the same image and batch size their speedups must overlap too, where known: what drifted for all
+    cancels in these.  A row without an interval, of a single round, differs from none.
     """
 
-    def interval(row, figure: str) -> tuple[float, float]:
-        if figure == "speedup" and row.backend == BASELINE:
-            return 1.0, 1.0
-        return getattr(row, f"{figure}_low"), getattr(row, f"{figure}_high")
-
     def overlap(figure: str) -> bool:
-        (a_low, a_high), (b_low, b_high) = interval(a, figure), interval(b, figure)
-        return not (a_low > b_high or b_low > a_high)  # so are those that are not known
+        (a_low, a_high), (b_low, b_high) = bounds(a, figure), bounds(b, figure)
+        return not (a_low > b_high or b_low > a_high)
 
-    return overlap("speedup" if neighbours(a, b) else "fps")
-
-
-def neighbours(a, b) -> bool:
-    """Whether two rows were measured in turns with the same baseline: then their speedups compare them."""
     alike = (a.sweep, a.image_size, a.batch_size) == (b.sweep, b.image_size, b.batch_size)
-    return alike and not (pd.isna(a.speedup) or pd.isna(b.speedup))
+    return overlap("fps") and (overlap("speedup") if alike else True)
+
+
+def bounds(row, figure: str) -> tuple[float, float]:
+    """A row's 95 % interval of fps or speedup; NaN where there is none."""
+    if figure == "speedup" and row.backend == BASELINE:
+        return 1.0, 1.0
+    return row[f"{figure}_low"], row[f"{figure}_high"]
 
 
 def fastest(rows: pd.DataFrame) -> list[pd.Series]:
     """The row with the highest throughput, and after it those that are level with it."""
     ordered = [row for _, row in measured(rows).sort_values("fps", ascending=False).iterrows()]
-    beside = [row for row in ordered if neighbours(ordered[0], row)] or ordered[:1]
-    best = max(beside, key=lambda row: row.speedup) if len(beside) > 1 else ordered[0]
-    return [best, *(row for row in ordered if row is not best and level(best, row))]
+    return [row for row in ordered if level(ordered[0], row)]
 
 
 def leaders(rows: pd.DataFrame, column: str) -> pd.DataFrame:

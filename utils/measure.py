@@ -4,6 +4,7 @@ What every backend script does, alone or called by benchmark.py.
 """
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from utils.schema import Backend, Job, Settings
 from utils.utils import UserError
 
 WARM_UP_SECONDS = 0.3  # at least, besides the calls asked for
-TURN_MS = 50.0  # of a turn at least: below, what the others left in the caches shows
-MOST_TURNS, LEAST_TURNS = 12, 2  # of a round, at each batch size
+TURN_MS = 30.0  # of a turn at least: below, what the others left in the caches shows
+MOST_TURNS, LEAST_TURNS = 24, 2  # of a round, at each batch size
 WAKE_MS, SLOW_MS = 10.0, 200.0  # untimed calls at the start of a turn: a run of 200 ms needs none
 SHORT_OF_MEMORY = ["out of memory", "outofmemory", "failed to allocate memory", "not enough memory"]
 SHORT_OF_MEMORY += ["can't allocate memory"]  # runtimes say it each in their own words
@@ -33,7 +34,7 @@ class Problem(Exception):  # noqa: N818 (it is a finding, handed on like one)
 
 
 class Measuring:
-    """One Job on its way to its Record: open(); for each batch size begin(), turns of run(), end(); close().
+    """One Job on its way to its Record: open(); begin() each batch size; turns of run(); end() each; close().
 
     Between the steps other processes may be at work (utils/turns.py).  A step that fails raises what went
     wrong; fail() and close() write it into the record, so that it costs this record alone.
@@ -45,6 +46,7 @@ class Measuring:
         self.record = start(job, precision=backend.precision, adds=backend.adds)
         self.record.batches = kept_batches(read_record(job.record), job)
         self.whole_call = whole_call(backend)
+        self.begun, self.calls = {}, {}  # batch size -> what goes into the record; the call that is timed
 
     def open(self) -> None:
         """Load; in round 0 classify the whole test set."""
@@ -80,53 +82,44 @@ class Measuring:
         took = [(time.perf_counter() - begin) * 1000]
         expected = probe.expected[:batch_size]
         difference = float(np.abs(logits - expected).max())
-        self.batch = {"batch_size": batch_size, "status": "ok", "reason": "", "max_abs_diff": difference}
-        self.batch["first_call_ms"] = took[0]
+        batch = {"batch_size": batch_size, "status": "ok", "reason": "", "max_abs_diff": difference}
+        self.begun[batch_size] = batch
         if reason := check.too_far(check.gated(logits, expected, probe.precision), probe.tolerance):
             raise Problem("mismatch", reason)
         x = self.backend.prepare(images)
-        self.call = lambda: self.backend.predict(x)
+        self.calls[batch_size] = call = functools.partial(self.backend.predict, x)
         at_most = settings.max_seconds / settings.rounds / 2
         if took[0] < at_most * 1000:
             limits = settings.warmup - 1, WARM_UP_SECONDS, at_most
-            took += timing.warm_up(self.call, self.synchronize, *limits)
-        self.run_ms = float(np.median(took[len(took) // 2 :]))
-        self.batch |= {"warmup": len(took), "host_ms": [], "enqueue_ms": [], "gpu_ms": [], "turns": []}
-        return self.run_ms
+            took += timing.warm_up(call, self.synchronize, *limits)
+        batch |= {"first_call_ms": took[0], "run_ms": float(np.median(took[len(took) // 2 :]))}
+        batch |= {"warmup": len(took), "host_ms": [], "enqueue_ms": [], "gpu_ms": [], "turns": []}
+        batch["gpu_memory_mb"], batch["memory_of"] = gpu.memory_mb() if self.cuda else (None, None)
+        batch["host_memory_mb"] = psutil.Process().memory_info().rss / 2**20
+        own = self.cuda and self.backend.torch_allocator
+        batch["torch_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if own else None
+        return batch["run_ms"]
 
-    def run(self, runs: int) -> float:
+    def run(self, batch_size: int, runs: int) -> float:
         """One turn: time so many runs; their mean in milliseconds."""
-        for _ in range(math.ceil(WAKE_MS / self.run_ms) if self.run_ms < SLOW_MS else 0):
-            self.call()  # others were at work: caches are cold
-        samples = timing.sample(self.call, self.synchronize, runs, self.new_event)
+        batch, call = self.begun[batch_size], self.calls[batch_size]
+        for _ in range(math.ceil(WAKE_MS / batch["run_ms"]) if batch["run_ms"] < SLOW_MS else 0):
+            call()  # others were at work: caches are cold
+        samples = timing.sample(call, self.synchronize, runs, self.new_event)
         for name, values in vars(samples).items():
-            self.batch[name] += values
-        self.batch["turns"].append(runs)
+            batch[name] += values
+        batch["turns"].append(runs)
         return timing.trimmed_mean(samples.host_ms)
 
-    def end(self, beside_ms: list[float] | None) -> None:
+    def end(self, batch_size: int, beside_ms: list[float] | None) -> None:
         """Write what one batch size gave, with the baseline's means in the same turns."""
-        import torch
-
-        memory_mb, memory_of = gpu.memory_mb() if self.cuda else (None, None)
-        torch_mb = None
-        if self.cuda and self.backend.torch_allocator:
-            torch_mb = torch.cuda.max_memory_allocated() / 2**20
-        sustained = gpu.sustain(self.call, self.synchronize, self.watch) if self.watch else None
-        self.batch |= {
-            "beside_ms": beside_ms,
-            "gpu_memory_mb": memory_mb,
-            "memory_of": memory_of,
-            "host_memory_mb": psutil.Process().memory_info().rss / 2**20,
-            "torch_memory_mb": torch_mb,
-            "sustained": sustained,
-        }
-        self.write(self.batch)
+        call, watch = self.calls[batch_size], self.watch
+        sustained = gpu.sustain(call, self.synchronize, watch) if watch else None
+        self.write(self.begun[batch_size] | {"beside_ms": beside_ms, "sustained": sustained})
 
     def fail(self, batch_size: int, status: str, reason: str) -> None:
         """Write that a batch size gave no figures, and why."""
-        known = getattr(self, "batch", {})
-        difference = known.get("max_abs_diff") if known.get("batch_size") == batch_size else None
+        difference = self.begun.get(batch_size, {}).get("max_abs_diff")
         failed = {"batch_size": batch_size, "status": status, "reason": reason}
         self.write(failed if difference is None else failed | {"max_abs_diff": difference})
 
@@ -166,7 +159,7 @@ def turns_of(run_ms: list[float], settings: Settings) -> tuple[int, list[int]]:
     wanted = [max(math.ceil(settings.runs / settings.rounds), math.ceil(least / ms)) for ms in run_ms]
     runs = [max(LEAST_TURNS, min(n, int(most / ms))) for n, ms in zip(wanted, run_ms, strict=True)]
     spans = [n * ms / TURN_MS for n, ms in zip(runs, run_ms, strict=True)]
-    turns = max(LEAST_TURNS, min(MOST_TURNS, *runs, *map(int, spans)))
+    turns = max(LEAST_TURNS, min([MOST_TURNS, *runs, *map(int, spans)])) if runs else 0
     return turns, [math.ceil(n / turns) for n in runs]
 
 

@@ -1,9 +1,9 @@
 """One round at one image size: processes that are alive together take turns, so that drift falls on all
 alike.
 
-Everyone is opened, checked and warmed up; then, at each batch size, they time small blocks of runs in random
-order, one at work while the others wait for word.  A row is later held against the baseline's block of the
-same turn.
+Everyone is opened, checked and warmed up at every batch size; then they time small blocks of runs in random
+order, one at work while the others wait for word, the turns of each batch size spread over the whole time.
+A row is later held against the baseline's block of the same turn.
 """
 
 import contextlib
@@ -146,34 +146,25 @@ class Round:
             else:
                 missing[one] = lacking(one)
         recorded = [one for one in missing if one.recorded]
-        for batch_size in self.job.batch_sizes:
-            if self.job.auto and self.job.round == 0 and all(has_saturated(one.job) for one in recorded):
+        sizes, finding_out = self.job.batch_sizes, self.job.auto and self.job.round == 0
+        for together in [[size] for size in sizes] if finding_out else [sizes]:
+            if finding_out and all(has_saturated(one.job) for one in recorded):
                 break
-            asked = [one for one in missing if batch_size in missing[one] and one not in self.short]
-            if any(one.recorded for one in asked):
-                self.play_batch(asked, batch_size)
+            asked = {size: [one for one in missing if size in missing[one]] for size in together}
+            self.play_sizes({size: them for size, them in asked.items() if any(one.recorded for one in them)})
         for one in recorded:
             if not one.is_gone() and one not in self.short:
                 attempt(one.close)
 
-    def play_batch(self, asked: list, batch_size: int) -> None:
-        ready = {one: self.step(one, batch_size, one.begin, batch_size) for one in asked}
-        ready = {one: run_ms for one, run_ms in ready.items() if run_ms is not None}
-        if not ready:
-            return
-        turns, runs = turns_of(list(ready.values()), self.job.settings)
-        runs, means = dict(zip(ready, runs, strict=True)), {one: [] for one in ready}
-        for _ in range(turns):
-            for one in self.rng.sample(list(means), len(means)):
-                mean = self.step(one, batch_size, one.run, runs[one])
-                if mean is None:
-                    del means[one]
-                else:
-                    means[one].append(mean)
-        beside = next((taken for one, taken in means.items() if one.job.backend == BASELINE), None)
-        for one in means:
-            if one.recorded:
-                self.step(one, batch_size, one.end, None if one.job.backend == BASELINE else beside)
+    def play_sizes(self, asked: dict[int, list]) -> None:
+        """Batch size -> members: warm all up, have them take turns, each spread over the whole time."""
+        tables = [Table(self, size, members) for size, members in asked.items()]
+        for turn in range(max((table.turns for table in tables), default=0)):
+            for table in self.rng.sample(tables, len(tables)):
+                if turn < table.turns:
+                    table.turn()
+        for table in tables:
+            table.end()
 
     def step(self, one, batch_size: int, step, *arguments):
         """What the step returns, or None where it failed, which is noted."""
@@ -195,6 +186,35 @@ class Round:
             attempt(one.close, problem.status, problem.reason)
         elif one.recorded:
             attempt(one.fail, batch_size, problem.status, problem.reason)
+
+
+class Table:
+    """The members that take turns at one batch size."""
+
+    def __init__(self, round_: Round, batch_size: int, members: list):
+        self.round, self.batch_size, ready = round_, batch_size, {}
+        for one in members:
+            if one not in round_.short:
+                run_ms = round_.step(one, batch_size, one.begin, batch_size)
+                ready |= {} if run_ms is None else {one: run_ms}
+        self.turns, runs = turns_of(list(ready.values()), round_.job.settings)
+        self.runs = dict(zip(ready, runs, strict=True))
+        self.means = {one: [] for one in ready}  # milliseconds, turn by turn
+
+    def turn(self) -> None:
+        for one in self.round.rng.sample(list(self.means), len(self.means)):
+            mean = self.round.step(one, self.batch_size, one.run, self.batch_size, self.runs[one])
+            if mean is None:
+                del self.means[one]
+            else:
+                self.means[one].append(mean)
+
+    def end(self) -> None:
+        beside = next((taken for one, taken in self.means.items() if one.job.backend == BASELINE), None)
+        for one in self.means:
+            if one.recorded:
+                own = None if one.job.backend == BASELINE else beside
+                self.round.step(one, self.batch_size, one.end, self.batch_size, own)
 
 
 def lacking(one) -> list[int]:

@@ -95,6 +95,12 @@ def further_jobs(asked: list[Job], wide: list[tuple], round_: int) -> list[list[
     return groups
 
 
+def next_round(job: Job) -> int:
+    """The first that the sweep has no record of, after those that are asked for anyway."""
+    found, _, _ = records.read_sweep(job.record.parent)
+    return max([job.settings.rounds, *(record.round + 1 for record in found)])
+
+
 def room_for(device: str) -> int:
     """How many processes may be alive together: two at least, a backend and the baseline beside it."""
     if device == "cuda":
@@ -223,7 +229,7 @@ def sweep(asked: list[Job], timeout: float, precision: float, budget_minutes: fl
             by_size = itertools.groupby(jobs_of_round, key=lambda job: job.image_size)
             measuring.measure_round([follow_round0(list(group)) for _, group in by_size], progress)
         later = 0
-        for round_ in itertools.count(asked[0].settings.rounds):
+        for round_ in itertools.count(next_round(asked[0])):
             wide = too_wide(asked[0], precision) if asked[0].settings.rounds > 1 else []
             groups = further_jobs(asked, wide, round_)
             spent = records.note_sweep(asked[0]).get("spent_s", 0.0)

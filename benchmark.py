@@ -27,7 +27,7 @@ from tqdm import tqdm
 import onnx_inference
 import pytorch_inference
 import tensorrt_inference
-from utils import ceilings, gpu, jobs, plot_utils, readme, records, report, timing, turns
+from utils import ceilings, gpu, jobs, plot_utils, readme, records, report, tables, timing, turns
 from utils.schema import BASELINE, Backend, Job, Record
 from utils.utils import builds_ahead, read_json, run_main, write_json
 
@@ -290,8 +290,8 @@ def main() -> None:
     budget = jobs.usual(args.budget, BUDGET_MINUTES[device], 0.0, args.quick)
     sweep(asked, args.timeout, precision, budget)
     results = asked[0].results
-    rows = records.write_csv(results)
-    _, environments = records.read_table(results)
+    rows = tables.write_csv(results)
+    _, environments = tables.read_table(results)
     plot_utils.draw_all(rows, environments, results)
     if args.end_to_end:
         sizes = map(str, sorted({job.image_size for job in asked}))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils import findings, plot_utils, readme, records, report
+from utils import findings, plot_utils, readme, report, tables
 from utils.schema import BASELINE
 from utils.utils import UserError, run_main
 
@@ -90,7 +90,7 @@ def environment_changes(before: dict, after: dict) -> list[str]:
 
 def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | None) -> int:
     """Print how the second table differs from the first and draw it; the exit code."""
-    (before, old), (after, new) = (records.read_table(path) for path in paths)
+    (before, old), (after, new) = (tables.read_table(path) for path in paths)
     first, second = (sweeps[0], sweeps[-1]) if sweeps else (before.sweep.iloc[0], after.sweep.iloc[0])
     if sweeps:
         before = only(before, paths[0], first).assign(sweep=second)
@@ -147,7 +147,7 @@ def limit(text: str) -> float:
 
 def tell(results: Path) -> None:
     """Print the table, the answers and the environment of each sweep."""
-    rows, environments = records.read_table(results)
+    rows, environments = tables.read_table(results)
     print(report.text_table(rows))
     print("\n".join(report.answers_of(rows)).replace("**", ""))
     for sweep, known in environments.items():
@@ -158,7 +158,7 @@ def write_readmes(path: Path) -> None:
     """Renew README.md's generated parts and, of every folder it names, the README and the charts."""
     readme.write_readme(path)
     for folder in readme.folders_of(path):
-        plot_utils.draw_all(*records.read_table(folder), folder)
+        plot_utils.draw_all(*tables.read_table(folder), folder)
         readme.write_folder_readme(folder)
     for *_, kind, folders in readme.marked(path):
         if kind == "machines":
@@ -210,7 +210,7 @@ def main() -> None:
     if len(args.results) == 2:
         code = compare_two(args.results, args.sweeps, args.fail_if_slower)
     elif args.best:
-        lines, fits = best_lines(records.read_table(args.results[0])[0], limits)
+        lines, fits = best_lines(tables.read_table(args.results[0])[0], limits)
         print("\n".join(lines))
         code = 0 if fits else 1
     else:

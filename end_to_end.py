@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from utils import check, findings, jobs, load, measure, records, timing, turns
+from utils import check, findings, jobs, load, measure, tables, timing, turns
 from utils.utils import (
     UserError,
     add_path_arguments,
@@ -169,7 +169,7 @@ def compare(decoder, network, asked: Asked) -> dict:
 
 def make_asked(args: argparse.Namespace) -> list[Asked]:
     """The fastest batch of every backend of the table.  Raises UserError where there is none."""
-    rows, _ = records.read_table(args.results)
+    rows, _ = tables.read_table(args.results)
     rows = rows[rows.sweep == args.sweep]
     chosen = findings.best_batch(findings.measured(rows))
     for column, wanted in (("image_size", args.image_sizes), ("backend", args.backends)):

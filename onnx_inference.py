@@ -19,8 +19,9 @@ import model
 import quantize
 from pytorch_inference import GRAPH
 from utils import jobs
+from utils.environment import package_version
 from utils.schema import Backend
-from utils.utils import is_fresh, package_version, run_main, sha256, store
+from utils.utils import is_fresh, run_main, sha256, store
 
 MAX_BATCH = 1024  # of the exported graph's free batch axis
 OLD_EXPORTER_OPSET = 17  # torch before 2.5 has no dependable dynamo exporter

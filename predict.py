@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.utils import UserError, add_path_arguments, environment, run_main, sha256, write_whole
+from utils.environment import environment
+from utils.utils import UserError, add_path_arguments, run_main, sha256, write_whole
 
 # What else is needed is imported where it is used: the workers that decode import this file too.
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # whatever bytes a file name has
@@ -71,11 +72,11 @@ def choose_checkpoint(weights: Path, image_size: int | None) -> Path:
 
 def measured_here(results: Path, device: str, image_size: int):
     """The table's rows that were measured on this machine with these packages, fastest first, or None."""
-    from utils import findings, records
+    from utils import findings, tables
 
     if not (results / "benchmark_results.csv").is_file():
         return None
-    rows, environments = records.read_table(results)
+    rows, environments = tables.read_table(results)
     here = environment()
     same = []
     for sweep, facts in environments.items():

@@ -22,7 +22,7 @@ import torch
 
 import onnx_inference
 import quantize
-from utils import utils
+from utils import environment, utils
 from utils.utils import UserError, is_fresh, sha256, store
 
 WORKSPACE_BYTES = 1 << 30  # at most; a quarter of the free memory where less, so that a 4 GB card can build
@@ -83,7 +83,7 @@ class Recipe:
         major, minor = torch.cuda.get_device_capability()
         images = {"images": quantize.fingerprint(self.data)} if self.int8 else {}
         return images | {
-            **{name: utils.package_version(name) for name in self.MADE_WITH},
+            **{name: environment.package_version(name) for name in self.MADE_WITH},
             "checkpoint": sha256(self.checkpoint),
             "tensorrt": tensorrt.__version__,
             "gpu": torch.cuda.get_device_name(),

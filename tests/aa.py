@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import pandas as pd
 
-from utils import findings, records, timing
+from utils import findings, tables, timing
 from utils.schema import BASELINE
 from utils.utils import run_main, write_atomic
 
@@ -59,18 +59,18 @@ def main() -> None:
     for folder in folders:
         command = [sys.executable, ROOT / "benchmark.py", *passed_on, "--results", folder]
         subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
-    tables, environments = zip(*map(records.read_table, folders), strict=True)
+    found, environments = zip(*map(tables.read_table, folders), strict=True)
     known = next(iter(environments[0].values()))
     spent = [next(iter(found.values()))["sweep"]["total_s"] for found in environments]
     rows = []
     for figure in ("fps", "speedup"):
-        found = summary(list(tables), figure)
-        rows.append({"machine": known["short"], "sweeps": len(tables), "rows": len(tables[0]), **found})
+        told = summary(list(found), figure)
+        rows.append({"machine": known["short"], "sweeps": len(found), "rows": len(found[0]), **told})
         rows[-1] |= {"minutes_each": sum(spent) / 60 / len(spent), "arguments": " ".join(passed_on)}
         print(
-            f"{found['figure']}: {found['different_pct']:.1f} % of {found['comparisons']} comparisons called "
-            f"different; half-width {found['half_width_median_pct']:.2f} % in the median, "
-            f"{found['half_width_90_pct']:.2f} % for 90 % of the rows"
+            f"{told['figure']}: {told['different_pct']:.1f} % of {told['comparisons']} comparisons called "
+            f"different; half-width {told['half_width_median_pct']:.2f} % in the median, "
+            f"{told['half_width_90_pct']:.2f} % for 90 % of the rows"
         )
     if args.out:
         old = [pd.read_csv(args.out)] if args.out.is_file() else []

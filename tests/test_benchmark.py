@@ -19,7 +19,7 @@ import compare
 import model
 import onnx_inference
 import pytorch_inference
-from utils import jobs, records
+from utils import jobs, records, tables
 from utils.timing import trimmed_mean
 from utils.utils import run_main
 
@@ -58,7 +58,7 @@ def results(project):
 
 
 def test_every_row_is_ok_checked_and_complete(results):
-    rows = records.read_csv(results)
+    rows = tables.read_csv(results)
     assert len(rows) == 2 * 2 and set(rows.status) == {"ok"}
     assert (rows.runs >= 6).all() and set(rows.rounds) == {2}
     assert (rows.agreement >= 0.99).all() and (rows.max_abs_diff < 0.01).all()
@@ -80,7 +80,7 @@ def test_every_row_is_ok_checked_and_complete(results):
 
 def test_the_csv_can_be_recomputed_from_the_raw_samples(results):
     before = (results / "benchmark_results.csv").read_bytes()
-    records.write_csv(results)
+    tables.write_csv(results)
     assert (results / "benchmark_results.csv").read_bytes() == before
 
 
@@ -136,7 +136,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path, c
     kept = first.stat().st_mtime_ns
     call(benchmark, *SMALL, "--batch-sizes", "1", "--results", tmp_path / "quick")
     assert first.stat().st_mtime_ns == kept
-    assert set(records.read_csv(tmp_path / "quick").status) == {"ok"}
+    assert set(tables.read_csv(tmp_path / "quick").status) == {"ok"}
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, run_script
 
 import compare
-from utils import findings, readme, records, report
+from utils import findings, readme, records, report, tables
 from utils.schema import COLUMNS
 from utils.utils import UserError, run_main
 
@@ -175,7 +175,7 @@ def test_two_tables_are_compared_with_intervals_and_environments(tmp_path):
         gpu=None,
         packages={"torch": "2.14"},
     )
-    both = findings.ratios(records.read_table(a)[0], records.read_table(b)[0]).set_index("backend")
+    both = findings.ratios(tables.read_table(a)[0], tables.read_table(b)[0]).set_index("backend")
     assert both.fps_ratio["onnx"] == pytest.approx(0.8)
     half = math.hypot(
         math.log(1.005 / 0.995) / 2, math.log(1.005 / 0.995) / 2
@@ -356,10 +356,10 @@ def test_a_damaged_environment_is_named_in_one_sentence(tmp_path, capsys, conten
 
 def test_a_table_of_an_earlier_version_is_read(tmp_path):
     rows = table(("onnx", 64, 1, 100.0)).drop(columns=records.NEW_COLUMNS)
-    read, environments = records.read_table(write(tmp_path / "a", rows, packages={}))
+    read, environments = tables.read_table(write(tmp_path / "a", rows, packages={}))
     assert list(read) == COLUMNS and read.adds[0] == "" and math.isnan(read.load_s[0])
     (tmp_path / "a" / "environment.json").unlink()
-    assert records.read_table(tmp_path / "a" / "benchmark_results.csv")[1] == {}
+    assert tables.read_table(tmp_path / "a" / "benchmark_results.csv")[1] == {}
 
 
 def test_the_gate_passes_only_where_something_was_judged(tmp_path):

@@ -6,7 +6,7 @@ import faulty_inference
 import pytest
 
 import benchmark
-from utils import jobs, records
+from utils import jobs, tables
 
 SETTINGS = {"device": "cpu", "runs": 5, "warmup": 1, "min_seconds": 0.0, "max_seconds": 1.0}
 
@@ -24,7 +24,7 @@ def rows(project, tmp_path_factory):
     folders = dict(data=project / "data", weights=project / "weights", results=results)
     args = Namespace(**SETTINGS, **asked, **folders, sustain_seconds=3.0, seed=0, quick=False)
     benchmark.sweep(jobs.make_jobs(args, backends, {}), timeout=15, precision=3, budget_minutes=0)
-    return records.write_csv(results).set_index(["backend", "batch_size"])
+    return tables.write_csv(results).set_index(["backend", "batch_size"])
 
 
 def test_everything_else_is_complete(rows):

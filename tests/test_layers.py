@@ -7,13 +7,13 @@ from conftest import ROOT
 
 LAYERS = [  # from the lowest; files in one layer do not import each other
     ["utils.gpu", "utils.timing", "utils.ceilings", "utils.schema"],
-    ["utils.utils", "utils.heroes"],
+    ["utils.utils", "utils.heroes", "utils.environment"],
     ["utils.images", "utils.devices", "utils.curves"],
     ["model", "datasets"],
     ["utils.check", "utils.pipeline"],
     ["utils.dali", "utils.load"],
     ["utils.records"],
-    ["utils.findings"],
+    ["utils.findings", "utils.tables"],
     ["utils.report", "utils.measure"],
     ["utils.readme", "utils.captions", "utils.style", "utils.turns"],
     ["utils.serving_plots", "utils.jobs"],

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 
-from utils import findings, plot_utils, readme, records, serving_plots, style
+from utils import findings, plot_utils, readme, serving_plots, style, tables
 from utils.plot_utils import CHARTS, draw, draw_all
 from utils.report import figure, label
 from utils.schema import COLUMNS
@@ -283,7 +283,7 @@ def test_the_same_rows_give_the_same_bytes_and_a_stale_chart_goes(tmp_path):
     rows.to_csv(tmp_path / "rows.csv", index=False)  # as benchmark.py hands them over
     again = {
         path.name: path.read_bytes()
-        for path in draw_all(records.read_csv(tmp_path / "rows.csv"), ENVIRONMENT, tmp_path)
+        for path in draw_all(tables.read_csv(tmp_path / "rows.csv"), ENVIRONMENT, tmp_path)
     }
     assert again == first
     assert MEMORY not in [path.name for path in draw_all(table(memory=None), {}, tmp_path)]

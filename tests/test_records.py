@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from utils import jobs, records
+from utils import jobs, records, tables
 from utils.schema import COLUMNS, Record, Row, Settings
 from utils.utils import write_json
 
@@ -164,19 +164,19 @@ def test_the_csv_is_a_pure_function_of_the_raw_records(tmp_path):
     for k in range(3):
         for backend, ms in (("pytorch", 10.0 + k), ("onnx", 5.0)):
             keep(folder, record(backend, k, host_ms=[ms + i / 10 for i in range(40)]))
-    first = records.write_csv(tmp_path)
+    first = tables.write_csv(tmp_path)
     text = (tmp_path / "benchmark_results.csv").read_bytes()
-    records.write_csv(tmp_path)
+    tables.write_csv(tmp_path)
     assert (tmp_path / "benchmark_results.csv").read_bytes() == text
     assert list(first.columns) == COLUMNS == text.decode().splitlines()[0].split(",")
-    pd.testing.assert_frame_equal(first, records.read_csv(tmp_path))
+    pd.testing.assert_frame_equal(first, tables.read_csv(tmp_path))
     assert "2 threads, torch 2.14.1" in (tmp_path / "environment.json").read_text(encoding="utf-8")
 
 
 def test_every_command_that_made_a_sweep_is_named_once_in_their_order(tmp_path):
     commands = ["python benchmark.py --backends pytorch", "python benchmark.py --backends onnx"]
     keep(tmp_path / "raw" / "main", record(), record("onnx"), commands=commands)
-    records.write_csv(tmp_path)
+    tables.write_csv(tmp_path)
     known = json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))
     assert known["main"]["command"] == " && ".join(commands)
 
@@ -199,6 +199,6 @@ PUBLISHED = sorted((ROOT / "results" / "published").glob("*"))
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
 def test_published_tables_can_be_recomputed_from_their_raw_samples(folder, tmp_path):
     shutil.copytree(folder / "raw", tmp_path / "raw")
-    records.write_csv(tmp_path)
+    tables.write_csv(tmp_path)
     for name in ("benchmark_results.csv", "environment.json"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (folder / name).read_text(encoding="utf-8")

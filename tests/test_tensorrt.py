@@ -17,7 +17,7 @@ import model
 import tensorrt_inference
 import torch_trt
 import trt
-from utils import check, utils
+from utils import check, environment, utils
 from utils.utils import UserError
 
 FACTS = {
@@ -222,7 +222,7 @@ def test_tensorrts_version_is_found_under_each_name_of_its_distribution(monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     reason = trt.why_unavailable(["tensorrt"], "cuda")
     assert reason.startswith("tensorrt 11.1.0.106 is installed but does not load: OSError: libcuda.so.1")
-    assert utils.environment()["packages"][distribution.replace("_", "-")] == "11.1.0.106"
+    assert environment.environment()["packages"][distribution.replace("_", "-")] == "11.1.0.106"
 
 
 @pytest.mark.parametrize("make", tensorrt_inference.BACKENDS.values(), ids=tensorrt_inference.BACKENDS)

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils.utils import UserError, cpu_name
+from utils.environment import cpu_name
+from utils.utils import UserError
 
 
 def start_processes(name: str) -> torch.device:

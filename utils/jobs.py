@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import model
 from utils import check, measure, records, report, turns
+from utils.environment import environment
 from utils.schema import Job, Settings
 from utils.utils import (
     BATCH_SIZES,
@@ -17,7 +18,6 @@ from utils.utils import (
     UserError,
     add_path_arguments,
     checkpoint_path,
-    environment,
     sha256,
 )
 

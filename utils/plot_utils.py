@@ -17,7 +17,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from utils import findings, serving_plots
 from utils.captions import batching, feet_of, leader, memory, not_measured, roofline_finding
-from utils.records import read_serving
 from utils.report import family, figure, label, without_figures
 from utils.schema import BASELINE
 from utils.style import (
@@ -37,6 +36,7 @@ from utils.style import (
     style,
     write_png,
 )
+from utils.tables import read_serving
 
 AXIS = {"image_size": "image size (px)", "batch_size": "batch size (images)"}
 MARK = {"out_of_memory": "OOM", "mismatch": "wrong", "ok": "no baseline"}

@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from utils import ceilings, findings, report
-from utils.records import read_serving, read_table
 from utils.report import figure, foot, label, markdown, name
 from utils.schema import BASELINE
+from utils.tables import read_serving, read_table
 from utils.utils import UserError, write_atomic
 
 BEGIN = re.compile(r"<!-- begin (\w+) (\S+)(?: (\S+))? -->")

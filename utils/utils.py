@@ -2,20 +2,16 @@
 
 import argparse
 import contextlib
-import datetime
 import errno
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -25,14 +21,8 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from utils import gpu
-
 IMAGE_SIZES = [224, 256, 384, 512]  # pixels, square
 BATCH_SIZES = [1, 8, 16]
-PACKAGES = ["torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime"]
-PACKAGES += ["torch-tensorrt", "tensorrt", "tensorrt-cu13", "tensorrt-cu12"]
-PACKAGES += ["pandas", "pillow", "nvidia-ml-py"]
-MADE = [":(top,exclude)results", ":(top,exclude)README.md"]  # by runs: with it the tree is still clean
 LARGE = ["torch", "torchvision", "torchvision.transforms.v2", "torch.utils.flop_counter", "pandas"]
 
 
@@ -309,59 +299,3 @@ def sha256(*parts: str | bytes | Path) -> str:
         content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         digest.update(str(len(content)).encode() + b":" + content)
     return digest.hexdigest()
-
-
-# ---- the environment
-
-
-def package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def environment() -> dict:
-    """What a figure depends on besides the code: machine, driver, packages; its commit and command."""
-    return {
-        "gpu": None,
-        **gpu.describe(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := package_version(name))},
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "clean": _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *MADE) == "",
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name as its maker writes it, as far as the system tells."""
-    if sys.platform == "darwin":
-        return _said_by("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
-    if sys.platform == "win32":
-        import winreg
-
-        where = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
-        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, where) as key:
-            return winreg.QueryValueEx(key, "ProcessorNameString")[0].strip()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    return _said_by("git", "-C", str(Path(__file__).parent), *arguments)
-
-
-def _said_by(*command: str) -> str | None:
-    """What a command printed, or None where it isn't there or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

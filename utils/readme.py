@@ -295,7 +295,7 @@ def environment_table(known: dict) -> str:
 
 def account(sweep: dict | None) -> str | None:
     """Where the sweep's time went, as a sentence."""
-    if not sweep or not sweep.get("total_s"):
+    if not sweep or not sweep.get("total_s") or "timed_s" not in sweep:  # or an earlier version's
         return None
     timed = f"{sweep['timed_s']:.0f} s of them timed runs"
     return f"{sweep['processes']} processes in {sweep['total_s']:.0f} s, {timed}"

@@ -167,23 +167,20 @@ class Sweep:
             tqdm.write(line)
 
     def play(self, part: list[Job]) -> None:
-        """Have these take turns with the baseline; what is short of memory tries beside it, then alone."""
-        if not part:
-            return
-        short = self.play_once(part)
-        for job in short:
-            for _ in self.play_once([job]) if len(part) > 1 else [job]:
-                self.play_once([job], company=False)
+        """Have these take turns with the baseline; what falls out tries again beside it, then alone."""
+        for job in self.play_once(part) if part else []:
+            for again in self.play_once([job], apart=True):
+                self.play_once([again], company=False, apart=True)
 
-    def play_once(self, part: list[Job], company: bool = True) -> list[Job]:
-        """Play one round with these; those that ran out of memory beside others."""
+    def play_once(self, part: list[Job], company: bool = True, apart: bool = False) -> list[Job]:
+        """Play one round with these; those that ran out of memory beside others, or whose process ended."""
         members = []
         try:
             if company and all(job.backend != BASELINE for job in part):
                 baseline = jobs.another(part[0], backend=BASELINE, script=BACKENDS[BASELINE])
                 members.append(turns.Remote(baseline, self.log, self.timeout, recorded=False))
             members += [turns.Remote(job, self.log, self.timeout) for job in part]
-            played = turns.Round(members)
+            played = turns.Round(members, apart)
             played.play()
         finally:
             for member in members:

@@ -182,7 +182,8 @@ def check(args: argparse.Namespace, limits: dict[str, float | None]) -> None:
         and (args.fail_if_slower is not None or args.sweeps),
         "--sweeps takes one name, or two": len(args.sweeps or []) > 2,
         "--best and --write-readme take one results folder": two and (args.best or args.write_readme),
-        "limits need --best": not args.best and any(limit is not None for limit in limits.values()),
+        "--max-latency-ms, --max-memory-mb and --min-accuracy need --best": not args.best
+        and any(limit is not None for limit in limits.values()),
         "--best and --write-readme are two commands": args.best and args.write_readme,
     }
     for sentence in (sentence for sentence, is_so in wrong.items() if is_so):

@@ -139,7 +139,7 @@ def read_test_set(asked: Asked) -> tuple:
 
     classes = model.load_facts(checkpoint_path(asked.weights, asked.image_size))["classes"]
     loader = datasets.make_test_loader(asked.data, asked.image_size, asked.batch_size, classes)
-    return loader, [(str(path), truth) for path, truth in loader.dataset.samples]
+    return loader, [(str(path), truth) for path, truth in loader.dataset.files]
 
 
 def compare(decoder, network, asked: Asked) -> dict:
@@ -176,8 +176,8 @@ def make_asked(args: argparse.Namespace) -> list[Asked]:
         chosen = chosen[chosen[column].isin(wanted)] if wanted else chosen
     if chosen.empty:
         path = args.results / "benchmark_results.csv"
-        mend = "make it with: python benchmark.py"
-        raise UserError(f"{path} has no measured row of sweep {args.sweep} for what was asked; {mend}")
+        wanted = f"sweep {args.sweep} for these --image-sizes and --backends"
+        raise UserError(f"{path} has no measured row of {wanted}; make it with: python benchmark.py")
     sizes = tuple(sorted(set(rows.batch_size.tolist())))
     asked = []
     for row in chosen.itertuples():
@@ -197,6 +197,8 @@ def measure_rounds(asked: list[Asked], rounds: int) -> list[Row]:
                 progress.set_postfix_str(f"{one.backend}, {one.image_size} px")
                 try:
                     told = turns.in_fresh_process(measure_here, one, k == 0)
+                except UserError:
+                    raise
                 except Exception as error:  # costs its own rows
                     failed = vars(measure.problem_of(error))
                     told = [{"decoder": name, **failed} for name in one.decoders]

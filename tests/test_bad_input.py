@@ -307,8 +307,9 @@ def cases() -> list[tuple]:
     for script in ("train", "datasets", "benchmark", "pytorch_inference"):
         found.append(("data", script, "--data nowhere", None, "nowhere"))
         found += [("data", script, "", damage, culprit) for damage, culprit in LAYOUTS.values()]
-    for script in ("train", "datasets", "benchmark"):
+    for script in ("train", "datasets"):
         found += [("image", script, "", damage, culprit) for damage, culprit in IMAGES.values()]
+    found.append(("image", "benchmark", "", *IMAGES["a test image"]))  # of the training images it needs none
     for script in ("train", "benchmark", "pytorch_inference", "end_to_end"):
         found += [("checkpoint", script, "", damage, "best_resnet18_64") for damage in CHECKPOINTS.values()]
     found += [("folder", script, "", damage, culprit) for script, damage, culprit in FOLDERS]

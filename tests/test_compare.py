@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, run_script
 
 import compare
-from utils import findings, readme, records, report, tables
+from utils import findings, readme, report, tables
 from utils.schema import COLUMNS
 from utils.utils import UserError, run_main
 
@@ -303,8 +303,8 @@ def refused(capsys, *arguments) -> str:
         (["a", "a", "--best"], "take one results folder"),
         (["a", "a", "--write-readme"], "take one results folder"),
         (["a", "a", "a"], "one results folder or two"),
-        (["a", "--max-latency-ms", "5"], "limits need --best"),
-        (["a", "--min-accuracy", "0.9"], "limits need --best"),
+        (["a", "--max-latency-ms", "5"], "need --best"),
+        (["a", "--min-accuracy", "0.9"], "need --best"),
         (["a", "--best", "--max-latency-ms", "nan"], "nan is no limit"),
         (["a", "--best", "--max-memory-mb=-1"], "-1 is no limit"),
         (["a", "--best", "--write-readme"], "are two commands"),
@@ -355,7 +355,7 @@ def test_a_damaged_environment_is_named_in_one_sentence(tmp_path, capsys, conten
 
 
 def test_a_table_of_an_earlier_version_is_read(tmp_path):
-    rows = table(("onnx", 64, 1, 100.0)).drop(columns=records.NEW_COLUMNS)
+    rows = table(("onnx", 64, 1, 100.0)).drop(columns=tables.NEW_COLUMNS)
     read, environments = tables.read_table(write(tmp_path / "a", rows, packages={}))
     assert list(read) == COLUMNS and read.adds[0] == "" and math.isnan(read.load_s[0])
     (tmp_path / "a" / "environment.json").unlink()

@@ -39,7 +39,8 @@ def bounds(row, figure: str) -> tuple[float, float]:
     """A row's 95 % interval of fps or speedup; NaN where there is none."""
     if figure == "speedup" and row.backend == BASELINE:
         return 1.0, 1.0
-    return row[f"{figure}_low"], row[f"{figure}_high"]
+    low, high = row[f"{figure}_low"], row[f"{figure}_high"]
+    return (math.nan, math.nan) if pd.isna(low) else (low, high)
 
 
 def fastest(rows: pd.DataFrame) -> list[pd.Series]:

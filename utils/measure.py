@@ -112,21 +112,24 @@ class Measuring:
         return timing.trimmed_mean(samples.host_ms)
 
     def end(self, batch_size: int, beside_ms: list[float] | None) -> None:
-        """Write what one batch size gave, with the baseline's means in the same turns."""
+        """Note what one batch size gave, with the baseline's means in the same turns; close() writes it."""
         call, watch = self.calls[batch_size], self.watch
         sustained = gpu.sustain(call, self.synchronize, watch) if watch else None
-        self.write(self.begun[batch_size] | {"beside_ms": beside_ms, "sustained": sustained})
+        self.note(self.begun[batch_size] | {"beside_ms": beside_ms, "sustained": sustained})
+
+    def save(self) -> None:
+        """Write the record as it is, before what may end this process."""
+        write_record(self.job.record, self.record)
 
     def fail(self, batch_size: int, status: str, reason: str) -> None:
-        """Write that a batch size gave no figures, and why."""
+        """Note that a batch size gave no figures, and why."""
         difference = self.begun.get(batch_size, {}).get("max_abs_diff")
         failed = {"batch_size": batch_size, "status": status, "reason": reason}
-        self.write(failed if difference is None else failed | {"max_abs_diff": difference})
+        self.note(failed if difference is None else failed | {"max_abs_diff": difference})
 
-    def write(self, batch: dict) -> None:
+    def note(self, batch: dict) -> None:
         others = [one for one in self.record.batches if one["batch_size"] != batch["batch_size"]]
         self.record.batches = sorted([*others, batch], key=lambda one: one["batch_size"])
-        write_record(self.job.record, self.record)
 
     def close(self, status: str = "ok", reason: str = "") -> None:
         """Write the record with its status; ask the profiler last, since it may slow down what follows."""

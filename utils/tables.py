@@ -92,6 +92,8 @@ def read_table(results: Path) -> tuple[pd.DataFrame, dict]:
     except (OSError, ValueError) as error:  # of pandas' parser and of other encodings too
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path} is no table of python benchmark.py ({said[0]}); {mend}") from None
+    if rows.empty:
+        raise UserError(f"{path} has no rows; {mend}")
     try:
         environments = json.loads(beside.read_text(encoding="utf-8"))
         parts = [facts.get(part) or {} for facts in environments.values() for part in FACTS]

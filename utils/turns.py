@@ -21,7 +21,7 @@ from utils.measure import Measuring, Problem, inference, problem_of, turns_of
 from utils.schema import BASELINE, Job
 from utils.utils import UserError, end_with_parent, fresh_processes
 
-STEPS = ["open", "begin", "run", "end", "fail", "close"]  # of a Measuring
+STEPS = ["open", "begin", "run", "end", "fail", "save", "close"]  # of a Measuring
 
 
 class Remote:
@@ -128,11 +128,16 @@ def attempt(step, *arguments):
 
 
 class Round:
-    """Members, which have Measuring's steps, at one image size; `short` collects those that ran out of memory
-    though they were not alone: that is not held against them."""
+    """Members, which have Measuring's steps, at one image size.
 
-    def __init__(self, members: list):
+    `apart`: one batch size after another, each written when it is measured.  `short` collects the members to
+    be played again: those that ran out of memory though they were not alone, and those whose process ended
+    though they were not played apart.  Neither is held against them yet.
+    """
+
+    def __init__(self, members: list, apart: bool = False):
         self.members, self.short = members, []
+        self.apart = apart or (members[0].job.auto and members[0].job.round == 0)
         job = members[0].job
         self.job, self.rng = job, random.Random(f"{job.settings.seed} {job.image_size} {job.round}")
 
@@ -146,9 +151,9 @@ class Round:
             else:
                 missing[one] = lacking(one)
         recorded = [one for one in missing if one.recorded]
-        sizes, finding_out = self.job.batch_sizes, self.job.auto and self.job.round == 0
-        for together in [[size] for size in sizes] if finding_out else [sizes]:
-            if finding_out and all(has_saturated(one.job) for one in recorded):
+        sizes = self.job.batch_sizes
+        for together in [[size] for size in sizes] if self.apart else [sizes]:
+            if self.job.auto and self.apart and all(has_saturated(one.job) for one in recorded):
                 break
             asked = {size: [one for one in missing if size in missing[one]] for size in together}
             self.play_sizes({size: them for size, them in asked.items() if any(one.recorded for one in them)})
@@ -165,6 +170,9 @@ class Round:
                     table.turn()
         for table in tables:
             table.end()
+        for one in self.members if self.apart else []:
+            if one.recorded and not one.is_gone():
+                attempt(one.save)
 
     def step(self, one, batch_size: int, step, *arguments):
         """What the step returns, or None where it failed, which is noted."""
@@ -176,7 +184,8 @@ class Round:
 
     def lose(self, one, problem: Problem, batch_size: int | None) -> None:
         """Note that a member failed: at one batch size, or on the whole where there is none."""
-        if problem.status == "out_of_memory" and len(self.members) > 1:
+        crowded = problem.status == "out_of_memory" and len(self.members) > 1
+        if crowded or (one.is_gone() and not self.apart):
             self.short.append(one)
         elif one.job.round >= one.job.settings.rounds:
             return  # it has its rounds: a further one that fails takes nothing away

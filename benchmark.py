@@ -29,7 +29,7 @@ import pytorch_inference
 import tensorrt_inference
 from utils import ceilings, gpu, jobs, plot_utils, readme, records, report, tables, timing, turns
 from utils.schema import BASELINE, Backend, Job, Record
-from utils.utils import builds_ahead, read_json, run_main, write_json
+from utils.utils import builds_ahead, in_fresh_process, read_json, run_main, write_json
 
 SCRIPTS = [pytorch_inference, onnx_inference, tensorrt_inference]
 BACKENDS = {name: script.__name__ for script in SCRIPTS for name in script.BACKENDS}
@@ -208,7 +208,7 @@ def measure_ceilings(job: Job) -> None:
     """Have a fresh process measure what this machine could do at most, unless it is known."""
     path = job.record.with_name("ceilings.json")
     if (read_json(path) or {}).get("settings_key") != job.settings_key:
-        found = turns.in_fresh_process(ceilings.measure, job.device)
+        found = in_fresh_process(ceilings.measure, job.device)
         write_json(path, {"settings_key": job.settings_key, **found})
 
 
@@ -252,7 +252,7 @@ def builds_of(todo: list[Job]) -> dict[Path, float | None]:
 
 
 def say_what_is_built(todo: list[Job]) -> None:
-    if ahead := turns.in_fresh_process(builds_of, todo):  # on a GPU, only there a runtime may be loaded
+    if ahead := in_fresh_process(builds_of, todo):  # on a GPU, only there a runtime may be loaded
         known = [seconds for seconds in ahead.values() if seconds]
         took = f"; last time {len(known)} of them took {sum(known):.0f} s" if known else ""
         print(f"to be built first: {', '.join(path.name for path in ahead)}{took}", file=sys.stderr)

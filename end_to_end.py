@@ -21,11 +21,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from utils import check, findings, jobs, load, measure, tables, timing, turns
+from utils import check, findings, jobs, load, measure, tables, timing
 from utils.utils import (
     UserError,
     add_path_arguments,
     checkpoint_path,
+    in_fresh_process,
     run_main,
     write_atomic,
 )
@@ -196,7 +197,7 @@ def measure_rounds(asked: list[Asked], rounds: int) -> list[Row]:
             for one in asked[shift:] + asked[:shift]:
                 progress.set_postfix_str(f"{one.backend}, {one.image_size} px")
                 try:
-                    told = turns.in_fresh_process(measure_here, one, k == 0)
+                    told = in_fresh_process(measure_here, one, k == 0)
                 except UserError:
                     raise
                 except Exception as error:  # costs its own rows
@@ -284,7 +285,7 @@ def measure_load(asked: list[Asked], max_latency_ms: float, path: Path) -> None:
         raise UserError(reason)
     for one in asked:
         try:
-            rows = turns.in_fresh_process(load_here, one, max_latency_ms)
+            rows = in_fresh_process(load_here, one, max_latency_ms)
         except UserError:
             raise
         except Exception as error:  # costs its own rows

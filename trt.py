@@ -11,11 +11,9 @@ With --int8 it is calibrated on images of data/train; 8.6 keeps the scales in we
 
 import argparse
 import functools
-import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,7 +21,7 @@ import torch
 import onnx_inference
 import quantize
 from utils import environment, utils
-from utils.utils import UserError, is_fresh, sha256, store
+from utils.utils import UserError, in_fresh_process, is_fresh, sha256, store
 
 WORKSPACE_BYTES = 1 << 30  # at most; a quarter of the free memory where less, so that a 4 GB card can build
 OLD_PARSER_OPSET = 17  # TensorRT 8.6 misreads ReduceMean from opset 18 on, where the axes are an input
@@ -158,8 +156,7 @@ class Recipe:
                 return self.open(), time.perf_counter() - start, True
             except Exception as error:  # whole and made from the same, yet refused, in whatever words
                 print(f"{self.path} does not load ({error}); building it anew", file=sys.stderr, flush=True)
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            seconds = pool.submit(self.build).result()
+        seconds = in_fresh_process(self.build)
         return self.open(), seconds, False
 
 

@@ -103,7 +103,7 @@ def test_training(small, times):  # noqa: F811
     rng = random.Random(11)
     epochs = 20 * times
     command = ["train.py", *arguments(small, "--image-sizes", 32, 64, "--epochs", epochs, "--workers", 1)]
-    for number in moments(rng, 8, 2, times):
+    for number in moments(rng, 6, 1, times):
         said = strike(command, small, lambda _, said: b"images" in said, rng.uniform(0, 2.5), number)
         for size, epoch in re.findall(r"(\d+) px, epoch (\d+)/", said):
             assert epochs_kept(small / "weights", int(size)) >= int(epoch)  # announced means saved
@@ -121,7 +121,7 @@ def test_drawing(tmp_path, times):
         drawn = data / "sample.part" / "train"
         return drawn.exists() and drawn.stat().st_ctime > began
 
-    for number in moments(rng, 8, 2, times):
+    for number in moments(rng, 6, 2, times):
         strike(command, tmp_path, is_drawing, rng.uniform(0, 2), number)
         if has_data(data):  # it was done, or nearly: the next one begins anew
             assert (data / "SAMPLE.txt").exists()
@@ -131,24 +131,49 @@ def test_drawing(tmp_path, times):
     assert len(datasets.all_images(data)) == 172 and temporary_files(tmp_path) == []
 
 
+def rows_kept(out: Path) -> set[bytes]:
+    """The whole rows of a list of labels, finished or not."""
+    files = [out, *out.parent.glob(f"{out.name}.*.part*")]
+    text = b"".join(path.read_bytes() for path in files if path.exists())
+    return {line for line in text.split(b"\n")[:-1] if not line.startswith(b"path,")}
+
+
 def measured(results: Path) -> dict[str, int]:
     """Record -> how many batch sizes in it were measured; every record is whole."""
     found = {}
-    for path in results.glob("quick/raw/main/*_round*.json"):
+    for path in results.glob("raw/main/*_round*.json"):
         batches = json.loads(path.read_text(encoding="utf-8"))["batches"]
         found[path.name] = sum(batch["status"] == "ok" for batch in batches)
     return found
 
 
 @pytest.mark.parametrize("times", TIMES)
-def test_benchmark(project, times):
-    rng, results = random.Random(13), project / "results"
+def test_benchmark(project, tmp_path, times):
+    rng, results = random.Random(13), tmp_path / "quick"
     command = ["benchmark.py", "--quick", "--rounds", 2, "--device", "cpu", "--backends", "pytorch", "onnx"]
-    before = measured(results)
+    command += ["--results", results]
+    before = {}
     for number in moments(rng, 4, 1, times):
         strike(command, project, lambda _, said: said, rng.uniform(0, 6), number)
         now = measured(results)
         assert all(now.get(name, 0) >= count for name, count in before.items())
         before = now
     run_script(*command, cwd=project)
-    assert temporary_files(project) == [] and len(measured(results)) == 4
+    for folder in (project / "weights", results):
+        assert temporary_files(folder) == []
+    assert len(measured(results)) == 4
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_predicting(project, tmp_path, times):
+    rng, photos, out = random.Random(14), tmp_path / "photos", tmp_path / "labels.csv"
+    for number in range(20 * times):
+        shutil.copytree(project / "data" / "test", photos / str(number))
+    command = ["predict.py", photos, "--out", out, "--weights", project / "weights", "--device", "cpu"]
+    for number in moments(rng, 4, 1, times):
+        before = rows_kept(out)
+        strike(command, project, lambda _, said: b"images," in said, rng.uniform(0, 5), number)
+        assert before <= rows_kept(out)
+        out.unlink(missing_ok=True)  # where it was done before, the next one begins anew
+    run_script(*command, cwd=project)
+    assert len(rows_kept(out)) == 2000 * times and list(tmp_path.glob("labels*")) == [out]

@@ -115,22 +115,6 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_half_one(engine, error)
     assert utils.is_fresh(engine, FACTS)
 
 
-class Inline:
-    """Stands in for a process pool: calls at once, here."""
-
-    def __init__(self, *_, **__):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *arguments):
-        return SimpleNamespace(result=lambda: function(*arguments))
-
-
 class Small(trt.Recipe):
     """Needs no GPU: its engine is a few bytes, and "a plan" does not load."""
 
@@ -148,7 +132,7 @@ class Small(trt.Recipe):
 
 
 def test_an_engine_that_does_not_load_is_built_anew(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trt, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(trt, "in_fresh_process", lambda function: function())
     checkpoint = tmp_path / "best_resnet18_64.pth"
     checkpoint.write_bytes(b"weights")
     recipe = Small(checkpoint, 64, [4], None)

@@ -2,15 +2,13 @@
 
 import dataclasses
 import math
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from utils.schema import BASELINE, Job
-from utils.utils import is_fresh, sha256, store
+from utils.utils import in_fresh_process, is_fresh, sha256, store
 
 MIN_AGREEMENT = 0.99  # of the test images, or all but one on small sets
 CPU_BATCH = 16  # of the accuracy pass on a CPU, where no shapes are fixed and memory is no concern
@@ -135,8 +133,7 @@ def reference(job: Job, call: Callable) -> tuple[np.ndarray, np.ndarray]:
         if job.backend == BASELINE:
             logits, labels = compute_reference(job, call)
         else:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                logits, labels = pool.submit(compute_reference, job).result()
+            logits, labels = in_fresh_process(compute_reference, job)
         store(path, facts, lambda file: np.savez(file, logits=logits, labels=labels))
     with np.load(path) as stored:
         return stored["logits"], stored["labels"]

@@ -18,6 +18,7 @@ from utils.utils import (
     UserError,
     add_path_arguments,
     checkpoint_path,
+    in_fresh_process,
     sha256,
 )
 
@@ -202,7 +203,7 @@ def look_first(todo: list[Job]) -> None:
     """Before anything is replaced: PyTorch FP32's logits on every test image of every size, for which
     checkpoints and images are read whole.  Raises UserError."""
     for job in {job.image_size: job for job in todo}.values():
-        turns.in_fresh_process(check.reference, job, None)
+        in_fresh_process(check.reference, job, None)
 
 
 def main(description: str, script: str, backends: dict) -> None:

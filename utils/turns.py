@@ -9,11 +9,9 @@ A row is later held against the baseline's block of the same turn.
 import contextlib
 import functools
 import importlib
-import multiprocessing.forkserver
 import os
 import random
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from utils import findings, records, timing
@@ -104,17 +102,13 @@ def serve(job: Job, pipe, log: Path) -> None:
                 pipe.send(result)
 
 
-def in_fresh_process(function, *arguments):
-    """What the function returns in a process that ends afterwards."""
-    with ProcessPoolExecutor(1, fresh_processes(), end_with_parent) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def new_server() -> None:
     """Have later processes forked from a server of their own: what another memory layout changes belongs
     into the spread between rounds."""
     if sys.platform == "linux":
-        multiprocessing.forkserver._forkserver._stop()  # the next process starts another; no public way
+        from multiprocessing import forkserver
+
+        forkserver._forkserver._stop()  # the next process starts another; no public way
 
 
 def attempt(step, *arguments):

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -124,12 +125,20 @@ def fresh_processes():
     """multiprocessing's means to start clean processes.
 
     On Linux they are forked from a server that has only imported the large libraries, which saves each
-    seconds; elsewhere each starts from nothing.
+    seconds; elsewhere each starts from nothing.  They leave Ctrl-C to the process that started them.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver, resource_tracker  # Windows has none
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LARGE)
+    resource_tracker.ensure_running()  # starting it would let signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -142,6 +151,17 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def in_fresh_process(function, *arguments):
+    """What the function returns in a process that ends afterwards, or with this one.
+
+    A process that was started itself starts it from nothing: a server of its own would stay beside it.
+    """
+    started = multiprocessing.parent_process() is not None
+    processes = multiprocessing.get_context("spawn") if started else fresh_processes()
+    with ProcessPoolExecutor(1, processes, end_with_parent) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """Measure every backend at every image size and batch size: which is fastest, by how much and at what cost.
 
 A round is fresh processes, from a server of their own: at each image size every backend's are alive together
-and take turns of a fraction of a second.  After three rounds the rows whose interval is still wider than
---precision get further ones, until all are narrow enough or --budget is spent.  What is measured already for
-the same settings and environment is not measured again.
+and take turns of a fraction of a second.  After three rounds the image sizes with an interval still wider
+than --precision get further ones, until all are narrow enough or --budget is spent.  What is measured already
+for the same settings and environment is not measured again.
 
 Reads weights/best_resnet18_<size>.pth and data/test; writes results/raw/ (every sample),
 benchmark_results.csv, environment.json, benchmark.log, README.md and the charts; a run into results/ also
@@ -28,7 +28,7 @@ import onnx_inference
 import pytorch_inference
 import tensorrt_inference
 from utils import ceilings, gpu, jobs, plot_utils, readme, records, report, tables, timing, turns
-from utils.schema import BASELINE, Backend, Job, Record
+from utils.schema import BASELINE, Backend, Job, Record, Row
 from utils.utils import builds_ahead, in_fresh_process, read_json, run_main, write_json
 
 SCRIPTS = [pytorch_inference, onnx_inference, tensorrt_inference]
@@ -69,28 +69,33 @@ def without_a_gpu(todo: list[Job]) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def too_wide(job: Job, precision: float) -> list[tuple[float, str, int, int]]:
-    """The sweep's rows whose interval is wider than `precision` percent, speedups first, the widest first:
-    (half-width in percent, backend, image size, batch size)."""
-    found, note, _ = records.read_sweep(job.record.parent)
+def measured_rows(asked: list[Job]) -> list[Row]:
+    """The rows of the sweep that are asked for and have figures."""
+    wanted = {(job.backend, job.image_size): job.batch_sizes for job in asked}
+    found, note, _ = records.read_sweep(asked[0].record.parent)
     rows = [row for row in records.rows_of(found, note) if row.status == "ok"]
-    rows.sort(key=lambda row: (row.backend == BASELINE, -records.width_pct(row)))
-    wide = [(records.width_pct(row), row.backend, row.image_size, row.batch_size) for row in rows]
-    return [row for row in wide if row[0] > precision]
+    return [row for row in rows if row.batch_size in wanted.get((row.backend, row.image_size), ())]
 
 
-def further_jobs(asked: list[Job], wide: list[tuple], round_: int) -> list[list[Job]]:
-    """A further round of the rows that are too wide: a group for each image size, the widest first."""
-    known, batches = {(job.backend, job.image_size): job for job in asked}, {}
-    for _, backend, size, batch in wide:
-        if (backend, size) in known and batch in known[backend, size].batch_sizes:
-            batches.setdefault(size, {}).setdefault(backend, []).append(batch)
+def too_wide(rows: list[Row], precision: float) -> list[Row]:
+    """The rows whose interval is wider than `precision` percent, the widest first."""
+    wide = [row for row in rows if records.width_pct(row) > precision]
+    return sorted(wide, key=records.width_pct, reverse=True)
+
+
+def further_jobs(asked: list[Job], rows: list[Row], wide: list[Row], round_: int) -> list[list[Job]]:
+    """A further round: a group for each image size that has a row too wide, the widest first.
+
+    All `rows` of the size are measured again: were each to stop as soon as its rounds agree, many would stop
+    where they agree by chance, and 95 % intervals would hold less often.
+    """
     groups = []
-    for size, wanted in batches.items():
+    for size in dict.fromkeys(row.image_size for row in wide):
         group = []
-        for backend, sizes in wanted.items():
-            changes = dict(round=round_, batch_sizes=tuple(sorted(sizes)), auto=False)
-            group.append(jobs.another(known[backend, size], **changes))
+        for job in asked:
+            batches = [row.batch_size for row in rows if (row.backend, row.image_size) == (job.backend, size)]
+            if job.image_size == size and job.round == 0 and batches:
+                group.append(jobs.another(job, round=round_, batch_sizes=tuple(sorted(batches)), auto=False))
         groups.append(group)
     return groups
 
@@ -227,12 +232,14 @@ def sweep(asked: list[Job], timeout: float, precision: float, budget_minutes: fl
             measuring.measure_round([follow_round0(list(group)) for _, group in by_size], progress)
         later = 0
         for round_ in itertools.count(next_round(asked[0])):
-            wide = too_wide(asked[0], precision) if asked[0].settings.rounds > 1 else []
-            groups = further_jobs(asked, wide, round_)
+            rows = measured_rows(asked) if asked[0].settings.rounds > 1 else []
+            wide = too_wide(rows, precision)
+            groups = further_jobs(asked, rows, wide, round_)
             spent = records.note_sweep(asked[0]).get("spent_s", 0.0)
             if not groups or spent >= limit_s:
                 break
-            progress.set_postfix_str(f"{len(wide)} rows still too wide, the widest ±{wide[0][0]:.1f} %")
+            widest = records.width_pct(wide[0])
+            progress.set_postfix_str(f"{len(wide)} rows still too wide, the widest ±{widest:.1f} %")
             progress.total += sum(map(len, groups))
             measuring.measure_round(groups, progress, limit_s)
             later += 1

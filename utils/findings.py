@@ -12,6 +12,10 @@ from utils.schema import BASELINE
 from utils.utils import UserError
 
 SATURATED = 0.05  # more throughput than this is worth another doubling of the batch
+DRIFT = {  # 95 % of sweeps of the same code differ by no more, besides what their rounds tell: tests/aa.py
+    "fps": {"cpu": 0.05},  # on a shared machine; on GPUs none was found yet
+    "speedup": {"cpu": 0.02},
+}
 CONFIGURATION = ["backend", "image_size", "batch_size"]
 
 
@@ -174,7 +178,8 @@ def ratios(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     either was measured in a single round and so has no interval.
 
     The two were measured independently, so the half-widths of their intervals, on a logarithmic scale, add as
-    squares.  Raises UserError where sweeps can't be matched: same names in both, or one sweep in each.
+    squares; so does DRIFT, since a machine's state outlasts a sweep.  Raises UserError where sweeps can't be
+    matched: same names in both, or one sweep in each.
     """
     before, after = measured(before), measured(after)
     names = sorted(set(before.sweep)), sorted(set(after.sweep))
@@ -190,7 +195,8 @@ def ratios(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
         widths = [
             both[f"{figure}_high_{when}"] / both[f"{figure}_low_{when}"] for when in ("before", "after")
         ]
-        half = np.exp(np.hypot(*(np.log(width) / 2 for width in widths)))
+        drift = np.log1p(both.device_after.map(DRIFT[figure]).fillna(0))
+        half = np.exp(np.sqrt(sum((np.log(width) / 2) ** 2 for width in widths) + drift**2))
         both[f"{figure}_ratio"] = ratio
         both[f"{figure}_ratio_low"], both[f"{figure}_ratio_high"] = ratio / half, ratio * half
     direction = np.where(both.fps_ratio > 1, "faster", "slower")

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import dataclasses
 import itertools
-import multiprocessing
 import os
 import signal
 import threading
@@ -21,13 +20,14 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 
 import datasets
 from utils.schema import Backend
-from utils.utils import fresh_processes
+from utils.utils import end_with_parent, fresh_processes
 
 IN_FLIGHT = 2  # batches that wait for the network while the decoder goes on
 WARM_UP_SECONDS = 1.0  # before a rate is timed, and until all that is decoded ahead has passed once
@@ -64,13 +64,9 @@ def start_worker(memory, image_size: int, alone, process: bool) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # of odd but readable files
     if process:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-        threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Where the parent is killed, a pool's workers would wait for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+        end_with_parent()
+        # On a CPU inference goes first: its threads wait for each other, and decoding fills what they leave.
+        psutil.Process().nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if os.name == "nt" else 10)
 
 
 def decode(first: int, paths: list[str], leave_plain: bool) -> list[str | None]:

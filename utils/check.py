@@ -21,6 +21,8 @@ CPU_BATCH = 16  # of the accuracy pass on a CPU, where no shapes are fixed and m
 # Networks, 2018, section 2).
 TOLERANCE = {"FP32": 1e-3, "TF32": 63 * 2**-11, "FP16": 63 * 2**-11, "BF16": 63 * 2**-8, "INT8": 42 * 2**-8}
 
+INT8_CLIPPED = 0.05  # share of the images whose logits may be further off
+
 
 @dataclasses.dataclass
 class Probe:
@@ -36,11 +38,11 @@ def gated(logits: np.ndarray, expected: np.ndarray, precision: str) -> float:
     """The difference of logits (N, classes) that the tolerance is for: the largest; NaN if there is any.
 
     INT8 clips what no training image showed, by design of its calibration, and so may be far off on a rare
-    image: one, or 1 % of them, is left out, as for the classes, but for batches of 8 or fewer.
+    image: 5 % of them are left out, but for batches of 8 or fewer.  Their classes count all the same.
     """
     each = np.abs(logits - expected).max(axis=1)
     if precision == "INT8" and len(each) > 8 and np.isfinite(each).all():
-        each = np.sort(each)[: -max(1, math.ceil((1 - MIN_AGREEMENT) * len(each) - 1e-9))]
+        each = np.sort(each)[: -math.ceil(INT8_CLIPPED * len(each))]
     return float(each.max())
 
 

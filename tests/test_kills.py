@@ -101,10 +101,10 @@ def epochs_kept(weights: Path, size: int) -> int:
 @pytest.mark.parametrize("times", TIMES)
 def test_training(small, times):  # noqa: F811
     rng = random.Random(11)
-    epochs = 12 * times
+    epochs = 8 * times
     command = ["train.py", *arguments(small, "--image-sizes", 32, 64, "--epochs", epochs, "--workers", 1)]
     for number in moments(rng, 6, 1, times):
-        said = strike(command, small, lambda pid, began, said: b"images" in said, rng.uniform(0, 2.5), number)
+        said = strike(command, small, lambda pid, began, said: b"images" in said, rng.uniform(0, 2), number)
         for size, epoch in re.findall(r"(\d+) px, epoch (\d+)/", said):
             assert epochs_kept(small / "weights", int(size)) >= int(epoch)  # announced means saved
     run_script(*command, cwd=small)
@@ -154,7 +154,7 @@ def test_benchmark(project, tmp_path, times):
     command += ["--results", results]
     before = {}
     for number in moments(rng, 4, 1, times):
-        strike(command, project, lambda pid, *_: len(alive(pid)) > 1, rng.uniform(0, 9), number)
+        strike(command, project, lambda pid, *_: len(alive(pid)) > 1, rng.uniform(0, 6), number)
         now = measured(results)
         assert all(now.get(name, 0) >= count for name, count in before.items())
         before = now
@@ -167,13 +167,13 @@ def test_benchmark(project, tmp_path, times):
 @pytest.mark.parametrize("times", TIMES)
 def test_predicting(project, tmp_path, times):
     rng, photos, out = random.Random(14), tmp_path / "photos", tmp_path / "labels.csv"
-    for number in range(10 * times):
+    for number in range(20 * times):
         shutil.copytree(project / "data" / "test", photos / str(number))
     command = ["predict.py", photos, "--out", out, "--weights", project / "weights", "--device", "cpu"]
     for number in moments(rng, 4, 1, times):
         before = rows_kept(out)
-        strike(command, project, lambda pid, began, said: b"images," in said, rng.uniform(0, 4), number)
+        strike(command, project, lambda pid, *_: len(alive(pid)) > 3, rng.uniform(0, 3), number)
         assert before <= rows_kept(out)
         out.unlink(missing_ok=True)  # where it was done before, the next one begins anew
     run_script(*command, cwd=project)
-    assert len(rows_kept(out)) == 1000 * times and list(tmp_path.glob("labels*")) == [out]
+    assert len(rows_kept(out)) == 2000 * times and list(tmp_path.glob("labels*")) == [out]

@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 import datasets
 from utils.schema import Backend
-from utils.utils import end_with_parent, fresh_processes
+from utils.utils import end_with_parent, fresh_processes, uninterrupted
 
 IN_FLIGHT = 2  # batches that wait for the network while the decoder goes on
 WARM_UP_SECONDS = 1.0  # before a rate is timed, and until all that is decoded ahead has passed once
@@ -143,6 +143,8 @@ class Pillow:
         start = {"initializer": start_worker, "initargs": (memory, image_size, alone, not few)}
         options = {} if few else {"mp_context": context}
         self.pool = (ThreadPoolExecutor if few else ProcessPoolExecutor)(workers, **start, **options)
+        with uninterrupted():  # a process that is on its way when this one ends would complain
+            self.pool.submit(int).result()
 
     def pin(self) -> bool:
         """Lock the shared memory: copies to the GPU then run beside all else.  Whether that was possible."""

@@ -118,6 +118,22 @@ def terminate(number: int, frame) -> None:
     raise Terminated
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put Ctrl-C and SIGTERM off until the block's end.  For the main thread; of no effect in others."""
+    caught, main = [], threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, lambda *told: caught.append(told)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number, frame in caught[:1]:
+            if callable(before[number]):
+                before[number](number, frame)
+
+
 # ---- processes
 
 

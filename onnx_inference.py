@@ -81,7 +81,7 @@ def write_onnx(checkpoint: Path, image_size: int, precision: str, path: Path) ->
 class OnnxRuntime(Backend):
     """ONNX Runtime, its input and output bound to PyTorch's tensors on the device: nothing is copied.
 
-    `nhwc`: the CUDA provider keeps channels last.  `graph`: it replays a CUDA graph, one session per batch.
+    `nhwc`: the CUDA provider keeps channels last.  `graph`: it replays a CUDA graph.
     `int8`: on CPUs, from a network that quantize.py made.
     """
 
@@ -131,7 +131,7 @@ class OnnxRuntime(Backend):
         self.run_options = onnxruntime.RunOptions()  # the clock synchronises:
         self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.bound = {}  # batch size -> input, logits, binding, session
-        self.session = None if self.graph else self.new_session()
+        self.sessions = [self.new_session()]
 
     def new_session(self):
         import onnxruntime
@@ -167,9 +167,16 @@ class OnnxRuntime(Backend):
             self.bind(x)
         return x
 
+    def session_for(self, batch_size: int):
+        """On CUDA one for each batch size: when that changes, a session plans convolutions anew (0.1 s)."""
+        if batch_size in self.bound:
+            return self.bound[batch_size][3]
+        if self.device == "cpu":
+            return self.sessions[0]
+        return self.sessions.pop() if self.sessions else self.new_session()
+
     def bind(self, x: torch.Tensor) -> None:
-        session = self.session or self.new_session()
-        binding = session.io_binding()
+        binding = (session := self.session_for(len(x))).io_binding()
         logits = torch.empty(len(x), self.classes, dtype=x.dtype, device=x.device)
         kind = np.float32 if x.dtype == torch.float32 else np.float16
         where = self.device, x.device.index or 0, kind

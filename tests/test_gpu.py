@@ -37,6 +37,10 @@ def call():
     return make
 
 
+def new_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
 def smi_memory_mb(pid: int) -> float | None:
     """What nvidia-smi says of a process, or None where it doesn't list it."""
     query = ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"]
@@ -99,9 +103,7 @@ def test_runs_with_and_without_nvml_beside_them_agree(call):
             gpu.memory_mb()
         else:
             timing.warm_up(run, torch.cuda.synchronize, 1, 0.3, 1.0)
-        samples = timing.sample(
-            run, torch.cuda.synchronize, 100, 0.2, 5.0, lambda: torch.cuda.Event(enable_timing=True)
-        )
+        samples = timing.sample(run, torch.cuda.synchronize, 100, new_event)
         means[watched].append(timing.trimmed_mean(samples.host_ms))
     noise = max(np.ptp(values) / np.mean(values) for values in means.values())
     assert np.mean(means[True]) == pytest.approx(np.mean(means[False]), rel=max(0.02, noise))
@@ -118,9 +120,8 @@ def test_the_sustained_loop_reads_everything(call):
 
 def test_busy_time_lies_within_the_time_of_a_call(call):
     run = call(224, 16)
-    samples = timing.sample(
-        run, torch.cuda.synchronize, 50, 0.1, 5.0, lambda: torch.cuda.Event(enable_timing=True)
-    )
+    timing.warm_up(run, torch.cuda.synchronize, 10, 0.3, 5.0)
+    samples = timing.sample(run, torch.cuda.synchronize, 50, new_event)
     assert 0.2 < gpu.busy_ms(run) / timing.trimmed_mean(samples.gpu_ms) < 1.1
 
 

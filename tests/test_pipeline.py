@@ -20,6 +20,7 @@ from utils import dali, pipeline
 from utils.measure import inference, whole_call
 
 SIZE, BATCH = 32, 4
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 WITH_DALI = pytest.mark.skipif(bool(dali.why_no_dali()), reason="DALI is not installed")
 
 
@@ -86,12 +87,14 @@ def as_training_reads(path) -> np.ndarray:
     return np.asarray(v2.Resize((SIZE, SIZE), antialias=True)(datasets.load_rgb(path)))
 
 
-def read(kind: str, paths, few: bool = True, batch_size: int = BATCH) -> tuple[np.ndarray, dict[str, str]]:
+def read(
+    kind: str, paths, few: bool = True, batch_size: int = BATCH, device: str = "cpu"
+) -> tuple[np.ndarray, dict[str, str]]:
     """All pixels in order, and what could not be read."""
     found, problems, seen = [], {}, []
-    with contextlib.closing(dali.DECODERS[kind](SIZE, batch_size, "cpu", few)) as decoder:
+    with contextlib.closing(dali.DECODERS[kind](SIZE, batch_size, device, few)) as decoder:
         for batch in decoder.batches(map(str, paths)):
-            found.append(batch.pixels.numpy().copy())
+            found.append(batch.pixels.cpu().numpy().copy())
             problems |= {batch.paths[k]: why for k, why in batch.problems.items()}
             seen += batch.paths
     assert seen == list(map(str, paths))
@@ -141,10 +144,11 @@ def test_only_whole_upright_8_bit_files_are_left_to_dali(files, odd, broken):
 
 
 @WITH_DALI
-def test_dali_gives_nearly_the_same_pixels_and_leaves_odd_files_to_pillow(files, odd, broken):
+@pytest.mark.parametrize("device", DEVICES)
+def test_dali_gives_nearly_the_same_pixels_and_leaves_odd_files_to_pillow(files, odd, broken, device):
     wrong = [path for name, path in broken.items() if name != "damaged.png"]  # DALI decodes as it can
     paths = [*files[:6], *odd.values(), *wrong, *files[6:]]
-    pixels, problems = read("dali", paths)
+    pixels, problems = read("dali", paths, device=device)
     assert set(problems) == set(map(str, wrong))
     for path, found in zip(paths, pixels, strict=True):
         if path in odd.values():
@@ -155,11 +159,12 @@ def test_dali_gives_nearly_the_same_pixels_and_leaves_odd_files_to_pillow(files,
 
 
 @WITH_DALI
-def test_where_dali_fails_pillow_decodes_and_dali_goes_on(files, broken, monkeypatch, capfd):
+@pytest.mark.parametrize("device", DEVICES)
+def test_where_dali_fails_pillow_decodes_and_dali_goes_on(files, broken, monkeypatch, capfd, device):
     wrong = broken["text.jpg"]
     monkeypatch.setattr(pipeline, "is_plain", lambda path: True)  # as if its header had looked right
     paths = [*files[:9], wrong, *files[9:40]]
-    pixels, problems = read("dali", paths)
+    pixels, problems = read("dali", paths, device=device)
     assert set(problems) == {str(wrong)}
     assert "DALI failed, Pillow decodes" in capfd.readouterr().err
     for path, found in zip(paths, pixels, strict=True):

@@ -209,7 +209,7 @@ def test_ten_thousand_files_of_which_a_hundred_are_broken(project, tmp_path, bro
         shutil.copy(ways[k % len(ways)], folder / f"{k % 37}" / f"broken {k} {ways[k % len(ways)].name}")
     out = tmp_path / "labels.csv"
     command = [sys.executable, ROOT / "predict.py", folder, "--out", out, "--weights", project / "weights"]
-    command += ["--device", "cpu", "--results", tmp_path]
+    command += ["--results", tmp_path]
     with (tmp_path / "stderr").open("w") as errors:
         started = subprocess.Popen(list(map(str, command)), stderr=errors)
         peaks = []

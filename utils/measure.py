@@ -20,8 +20,10 @@ from utils.schema import Backend, Job, Settings
 from utils.utils import UserError
 
 WARM_UP_SECONDS = 0.3  # at least, besides the calls asked for
-TURN_MS = 30.0  # of a turn at least: below, what the others left in the caches shows
-MOST_TURNS, LEAST_TURNS = 24, 2  # of a round, at each batch size
+# Of a turn at least: below, what the others left in the caches shows.  A core that shares its hardware with
+# a neighbour's changes between two speeds several times a second, which shows where launching is the limit.
+TURN_MS = {"cpu": 30.0, "cuda": 15.0}
+MOST_TURNS, LEAST_TURNS = 48, 2  # of a round, at each batch size
 WAKE_MS, SLOW_MS = 10.0, 200.0  # untimed calls at the start of a turn: a run of 200 ms needs none
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 SHORT_OF_MEMORY = ["out of memory", "outofmemory", "failed to allocate memory", "not enough memory"]
@@ -92,9 +94,7 @@ class Measuring:
         x = self.backend.prepare(images)
         self.calls[batch_size] = call = functools.partial(self.backend.predict, x)
         limits = settings.warmup - 1, WARM_UP_SECONDS, settings.max_seconds / settings.rounds / 2
-        took += timing.warm_up(
-            call, self.synchronize, *limits
-        )  # once more at least: memory may grow till then
+        took += timing.warm_up(call, self.synchronize, *limits)  # once at least: memory may grow till then
         batch |= {"first_call_ms": took[0], "run_ms": float(np.median(took[len(took) // 2 :]))}
         batch |= {"warmup": len(took), "host_ms": [], "enqueue_ms": [], "gpu_ms": [], "turns": []}
         batch["gpu_memory_mb"], batch["memory_of"] = gpu.memory_mb() if self.cuda else (None, None)
@@ -155,7 +155,7 @@ def whole_call(backend: Backend) -> Callable:
     return lambda images: backend.predict(backend.prepare(images))
 
 
-def turns_of(run_ms: list[float], settings: Settings) -> tuple[int, list[int]]:
+def turns_of(run_ms: list[float], settings: Settings, device: str) -> tuple[int, list[int]]:
     """How many turns a round has at one batch size, and how many runs each member then takes a turn.
 
     `run_ms` is what a run takes each of them.  Every member gets its share of the runs and seconds asked for,
@@ -164,7 +164,7 @@ def turns_of(run_ms: list[float], settings: Settings) -> tuple[int, list[int]]:
     least, most = 1000 * settings.min_seconds / settings.rounds, 1000 * settings.max_seconds / settings.rounds
     wanted = [max(math.ceil(settings.runs / settings.rounds), math.ceil(least / ms)) for ms in run_ms]
     runs = [max(LEAST_TURNS, min(n, int(most / ms))) for n, ms in zip(wanted, run_ms, strict=True)]
-    spans = [n * ms / TURN_MS for n, ms in zip(runs, run_ms, strict=True)]
+    spans = [n * ms / TURN_MS[device] for n, ms in zip(runs, run_ms, strict=True)]
     turns = max(LEAST_TURNS, min([MOST_TURNS, *runs, *map(int, spans)])) if runs else 0
     return turns, [math.ceil(n / turns) for n in runs]
 

@@ -200,7 +200,7 @@ class Table:
             if one not in round_.short:
                 run_ms = round_.step(one, batch_size, one.begin, batch_size)
                 ready |= {} if run_ms is None else {one: run_ms}
-        self.turns, runs = turns_of(list(ready.values()), round_.job.settings)
+        self.turns, runs = turns_of(list(ready.values()), round_.job.settings, round_.job.device)
         self.runs = dict(zip(ready, runs, strict=True))
         self.means = {one: [] for one in ready}  # milliseconds, turn by turn
 

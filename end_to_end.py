@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -74,14 +75,16 @@ class Asked:
     seconds: float
 
 
-def load_backend(asked: Asked):
+def load_backend(asked: Asked, further: Iterable[int] = ()):
+    """The backend for the table's batch sizes and, if its engine takes any, `further` ones."""
     import benchmark  # not above: the workers that decode import this file too
 
     backend = benchmark.make_backend(benchmark.BACKENDS[asked.backend], asked.backend)
     backend.data = asked.data  # to calibrate with
     checkpoint = checkpoint_path(asked.weights, asked.image_size)
-    backend.load(checkpoint, asked.image_size, list(asked.batch_sizes), asked.device)
-    return backend
+    batch_sizes = sorted({*asked.batch_sizes, *(further if backend.any_batch else ())})
+    backend.load(checkpoint, asked.image_size, batch_sizes, asked.device)
+    return backend, batch_sizes
 
 
 # ---- in the process that measures
@@ -94,7 +97,7 @@ def measure_here(asked: Asked, parity: bool) -> list[dict]:
 
     found = []
     with measure.inference(asked.device):
-        backend = load_backend(asked)
+        backend, _ = load_backend(asked)
         network = Network(backend, [asked.batch_size], asked.image_size, asked.device)
         for name in asked.decoders:
             figures = {"decoder": name, "precision": backend.precision}
@@ -301,10 +304,11 @@ def load_here(asked: Asked, max_latency_ms: float) -> list:
 
     from utils.pipeline import Network, Pillow
 
-    sizes = [size for size in asked.batch_sizes if size <= asked.batch_size]
+    between = [2**k for k in range(asked.batch_size.bit_length())]  # so that 2 images don't cost as much as 8
     files = [path for path, _ in read_test_set(asked)[1]]
     with measure.inference(asked.device):
-        backend = load_backend(asked)
+        backend, sizes = load_backend(asked, between)
+        sizes = [size for size in sizes if size <= asked.batch_size]
         network = Network(backend, sizes, asked.image_size, asked.device)
         with contextlib.closing(Pillow(asked.image_size, 16, "cpu", few=True)) as decoder:
             pixels = torch.cat([batch.pixels.clone() for batch in decoder.batches(files)])

@@ -90,7 +90,7 @@ class CudaGraph(Backend):
 
     def __init__(self, backend: Backend):
         self.backend, self.precision = backend, backend.precision
-        self.torch_allocator = backend.torch_allocator
+        self.any_batch, self.torch_allocator = backend.any_batch, backend.torch_allocator
         self.adds = ", ".join(filter(None, [backend.adds, GRAPH]))
 
     def why_unavailable(self, device: str) -> str | None:

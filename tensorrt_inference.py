@@ -33,6 +33,7 @@ class TensorRT(Backend):
     def __init__(self, recipe: type[trt.Recipe] = trt.Recipe, graph: bool = False, **options: bool):
         self.recipe, self.graph, self.options = recipe, graph, options
         self.precision = "INT8" if options.get("int8") else "FP16"
+        self.any_batch = not options.get("static")
         rungs = {"int8": quantize.ADDS, "static": "an engine for each batch size"}
         self.adds = ", ".join(text for name, text in rungs.items() if options.get(name))
 

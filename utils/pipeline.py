@@ -135,12 +135,15 @@ class Pillow:
         self.ahead = max(2, -(-2 * workers * self.chunk // batch_size))  # two chunks for every worker
         self.slots = self.ahead + self.hold + 1
         shape = self.slots * batch_size, image_size, image_size, 3
-        context = fresh_processes()
-        memory = context.RawArray(ctypes.c_uint8, int(np.prod(shape)))  # in a file where /dev/shm is small
+        if few:  # nor is a server started, whose imports would take seconds of a core
+            context, memory = threading, bytearray(int(np.prod(shape)))
+        else:
+            context = fresh_processes()
+            # Shared, or in a file where /dev/shm is small.
+            memory = context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
         self.pixels = torch.from_numpy(np.frombuffer(memory, np.uint8).reshape(shape))
         self.pinned = device == "cuda" and self.pin()
-        alone = threading.Lock() if few else context.Lock()
-        start = {"initializer": start_worker, "initargs": (memory, image_size, alone, not few)}
+        start = {"initializer": start_worker, "initargs": (memory, image_size, context.Lock(), not few)}
         options = {} if few else {"mp_context": context}
         self.pool = (ThreadPoolExecutor if few else ProcessPoolExecutor)(workers, **start, **options)
         with uninterrupted():  # a process that is on its way when this one ends would complain

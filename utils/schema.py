@@ -20,6 +20,7 @@ class Backend(abc.ABC):
     artefact: Path | None = None  # the file in weights/ that it runs from besides the checkpoint
     adds = ""  # what a variant adds to its plain method, in one clause
     data: Path | None = None  # the images' folder, set before load(): INT8 is calibrated on data/train
+    any_batch = True  # whether it takes every batch size up to the largest that load() is given
     torch_allocator = False  # whether PyTorch's allocator holds its memory, and so can tell how much
 
     def why_unavailable(self, device: str) -> str | None:

@@ -36,7 +36,7 @@ BACKENDS = {name: script.__name__ for script in SCRIPTS for name in script.BACKE
 METHODS = ["pytorch", "onnx", "torch-tensorrt", "tensorrt"]
 DEFAULT = {"cuda": METHODS, "cpu": ["pytorch", "onnx", "onnx-int8", *METHODS[2:]]}
 PRECISION_PCT = {"cuda": 1.0, "cpu": 3.0}
-BUDGET_MINUTES = {"cuda": 4.0, "cpu": 6.0}
+BUDGET_MINUTES = {"cuda": 3.5, "cpu": 7.0}
 MEMORY_EACH_GB = {"cuda": 4, "cpu": 2}  # that a process may take: says how many are alive together
 ROOT = Path(__file__).resolve().parent
 

@@ -42,7 +42,8 @@ def whole(tmp_path_factory) -> Path:
             split = "train" if index < 3 else "test"
             noise(folder / "data" / split / name / f"{index}.png", index, low)
     run_script("train.py", "--quick", "--workers", 0, "--device", "cpu", cwd=folder)
-    run_script("benchmark.py", "--quick", "--backends", "pytorch", "--device", "cpu", cwd=folder)
+    short = ["--backends", "pytorch", "--rounds", 1, "--runs", 4]
+    run_script("benchmark.py", "--quick", *short, "--device", "cpu", cwd=folder)
     return folder
 
 

@@ -103,7 +103,7 @@ def test_training(small, times):  # noqa: F811
     rng = random.Random(11)
     epochs = 8 * times
     command = ["train.py", *arguments(small, "--image-sizes", 32, 64, "--epochs", epochs, "--workers", 1)]
-    for number in moments(rng, 6, 1, times):
+    for number in moments(rng, 4, 1, times):
         said = strike(command, small, lambda pid, began, said: b"images" in said, rng.uniform(0, 2), number)
         for size, epoch in re.findall(r"(\d+) px, epoch (\d+)/", said):
             assert epochs_kept(small / "weights", int(size)) >= int(epoch)  # announced means saved
@@ -121,7 +121,7 @@ def test_drawing(tmp_path, times):
         drawn = data / "sample.part" / "train"
         return drawn.exists() and drawn.stat().st_ctime > began
 
-    for number in moments(rng, 6, 2, times):
+    for number in moments(rng, 9, 2, times):
         strike(command, tmp_path, is_drawing, rng.uniform(0, 2), number)
         if has_data(data):  # it was done, or nearly: the next one begins anew
             assert (data / "SAMPLE.txt").exists()
@@ -170,7 +170,7 @@ def test_predicting(project, tmp_path, times):
     for number in range(20 * times):
         shutil.copytree(project / "data" / "test", photos / str(number))
     command = ["predict.py", photos, "--out", out, "--weights", project / "weights", "--device", "cpu"]
-    for number in moments(rng, 4, 1, times):
+    for number in moments(rng, 3, 1, times):
         before = rows_kept(out)
         strike(command, project, lambda pid, *_: len(alive(pid)) > 3, rng.uniform(0, 3), number)
         assert before <= rows_kept(out)

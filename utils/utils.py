@@ -177,6 +177,8 @@ def in_fresh_process(function, *arguments):
     started = multiprocessing.parent_process() is not None
     processes = multiprocessing.get_context("spawn") if started else fresh_processes()
     with ProcessPoolExecutor(1, processes, end_with_parent) as pool:
+        with uninterrupted():  # a process that is on its way when this one ends would complain
+            pool.submit(int).result()
         return pool.submit(function, *arguments).result()
 
 

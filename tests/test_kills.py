@@ -111,7 +111,7 @@ def epochs_kept(weights: Path, size: int) -> int:
 @pytest.mark.parametrize("times", TIMES)
 def test_training(small, times):  # noqa: F811
     rng = random.Random(11)
-    epochs = 8 * times
+    epochs = 6 * times
     command = ["train.py", *arguments(small, "--image-sizes", 32, 64, "--epochs", epochs, "--workers", 1)]
     for number in moments(rng, 4, 1, times):
         said = strike(command, small, lambda pid, began, said: b"images" in said, rng.uniform(0, 1.5), number)
@@ -132,7 +132,7 @@ def test_drawing(tmp_path, times):
         return drawn.exists() and drawn.stat().st_ctime > began
 
     for number in moments(rng, 11, 2, times):
-        strike(command, tmp_path, is_drawing, rng.uniform(0, 1), number)
+        strike(command, tmp_path, is_drawing, rng.uniform(0, 0.8), number)
         if has_data(data):  # it was done, or nearly: the next one begins anew
             assert (data / "SAMPLE.txt").exists()
             shutil.rmtree(data)
@@ -164,7 +164,7 @@ def test_benchmark(project, tmp_path, times):
     command += ["--results", results]
     before = {}
     for number in moments(rng, 2, 1, times):
-        strike(command, project, has_server, rng.uniform(0, 5), number)
+        strike(command, project, has_server, rng.uniform(0, 4), number)
         now = measured(results)
         assert all(now.get(name, 0) >= count for name, count in before.items())
         before = now
@@ -177,7 +177,7 @@ def test_benchmark(project, tmp_path, times):
 @pytest.mark.parametrize("times", TIMES)
 def test_predicting(project, tmp_path, times):
     rng, photos, out = random.Random(14), tmp_path / "photos", tmp_path / "labels.csv"
-    for number in range(20 * times):
+    for number in range(12 * times):
         shutil.copytree(project / "data" / "test", photos / str(number))
     command = ["predict.py", photos, "--out", out, "--weights", project / "weights", "--device", "cpu"]
     for number in moments(rng, 3, 1, times):
@@ -186,4 +186,4 @@ def test_predicting(project, tmp_path, times):
         assert before <= rows_kept(out)
         out.unlink(missing_ok=True)  # where it was done before, the next one begins anew
     run_script(*command, cwd=project)
-    assert len(rows_kept(out)) == 2000 * times and list(tmp_path.glob("labels*")) == [out]
+    assert len(rows_kept(out)) == 1200 * times and list(tmp_path.glob("labels*")) == [out]

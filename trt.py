@@ -79,8 +79,10 @@ class Recipe:
         import tensorrt
 
         major, minor = torch.cuda.get_device_capability()
-        images = {"images": quantize.fingerprint(self.data)} if self.int8 else {}
-        return images | {
+        int8 = {}
+        if self.int8:
+            int8 = {"images": quantize.fingerprint(self.data), "precision": quantize.PRECISION}
+        return int8 | {
             **{name: environment.package_version(name) for name in self.MADE_WITH},
             "checkpoint": sha256(self.checkpoint),
             "tensorrt": tensorrt.__version__,

@@ -107,6 +107,18 @@ def test_a_network_calibrated_on_other_images_is_made_anew(project, exported, tm
     assert "was made for another images; building it anew" in capsys.readouterr().err
 
 
+def test_the_classifier_is_left_as_it_is(project, exported):
+    """Rounded like the rest it clips the features of a rare image, and with them half of its logits."""
+    import onnx
+
+    path, _ = quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, project / "data")
+    nodes = onnx.load(path).graph.node
+    made_by = {name: node.op_type for node in nodes for name in node.output}
+    (gemm,) = (node for node in nodes if node.op_type == "Gemm")
+    assert "DequantizeLinear" in made_by.values()
+    assert [made_by.get(name) for name in gemm.input] == ["Reshape", None, None]
+
+
 def spoil(data: Path, kind: str) -> None:
     """Replace what every training image shows; the files' names and numbers stay."""
     random = np.random.default_rng(0)
@@ -222,12 +234,20 @@ def test_a_scale_too_small_for_half_does_not_vanish():
 def tensorrt(monkeypatch):
     """As much of TensorRT 8.6 as a calibrator meets."""
     base = type("IInt8EntropyCalibrator2", (), {})
-    flags, types = SimpleNamespace(INT8="INT8"), SimpleNamespace(HALF="half")
-    fake = SimpleNamespace(IInt8EntropyCalibrator2=base, BuilderFlag=flags, DataType=types)
+    flags = SimpleNamespace(INT8="INT8", PREFER_PRECISION_CONSTRAINTS="prefer")
+    fake = SimpleNamespace(IInt8EntropyCalibrator2=base, BuilderFlag=flags)
+    fake.DataType = SimpleNamespace(HALF="half")
+    fake.LayerType = SimpleNamespace(REDUCE="reduce", MATRIX_MULTIPLY="product", ELEMENTWISE="sum")
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
     return fake
+
+
+class Layer:
+    def __init__(self, kind: str):
+        self.type, self.precision, self.outputs = kind, None, {}
+        self.set_output_type = self.outputs.__setitem__
 
 
 class Told:
@@ -237,6 +257,9 @@ class Told:
         self.flags, self.profile, self.dtype, self.int8_calibrator = [], None, "float", None
         self.set_flag, self.get_input = self.flags.append, lambda index: self
         self.get_output = self.get_input
+        kinds = ["convolution", "sum", "reduce", "shuffle", "constant", "product", "sum"]
+        self.layers = [Layer(kind) for kind in kinds]
+        self.num_layers, self.get_layer = len(kinds), self.layers.__getitem__
 
     def set_calibration_profile(self, profile):
         self.profile = profile
@@ -259,7 +282,10 @@ def test_with_a_known_table_nothing_is_calibrated_and_input_and_output_are_half(
     calibrator, config, network = quantize.calibrator(table=b"scales"), Told(), Told()
     calibrator.join(network, config, "profile")
     assert calibrator.read_calibration_cache() == b"scales" and calibrator.get_batch(["input"]) is None
-    assert config.profile is None and network.dtype == "half"
+    assert config.profile is None and network.dtype == "half" and config.flags == ["INT8", "prefer"]
+    asked = [(layer.type, layer.precision, layer.outputs) for layer in network.layers if layer.precision]
+    assert asked == [(kind, "half", {0: "half"}) for kind in ("reduce", "product", "sum")]
+    assert network.layers[1].precision is None  # a shortcut's sum
 
 
 class Recipe(trt.Recipe):

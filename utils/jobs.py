@@ -23,7 +23,7 @@ from utils.utils import (
 )
 
 AUTO_BATCH_SIZES = [2**k for k in range(9)]  # 1 to 256; measured until they saturate
-MAX_SECONDS = {"cuda": 30.0, "cpu": 3.0}  # of timed runs per configuration, over the rounds
+MAX_SECONDS = {"cuda": 30.0, "cpu": 2.0}  # of timed runs per configuration, over the rounds
 # A change of any of these makes an earlier measurement stale.
 MEASURING = ["model.py", "datasets.py", "quantize.py", "*_inference.py", "trt.py", "torch_trt.py"]
 MEASURING += [f"utils/{name}.py" for name in ("ceilings", "check", "gpu", "images")]

@@ -23,7 +23,7 @@ WARM_UP_SECONDS = 0.3  # at least, besides the calls asked for
 # Of a turn at least: below, what the others left in the caches shows.  A core that shares its hardware with
 # a neighbour's changes between two speeds several times a second, which shows where launching is the limit.
 TURN_MS = {"cpu": 30.0, "cuda": 15.0}
-MOST_TURNS, LEAST_TURNS = 48, 2  # of a round, at each batch size
+MOST_TURNS = 48  # of a round, at each batch size: further rounds tell more than further turns
 WAKE_MS, SLOW_MS = 10.0, 200.0  # untimed calls at the start of a turn: a run of 200 ms needs none
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 SHORT_OF_MEMORY = ["out of memory", "outofmemory", "failed to allocate memory", "not enough memory"]
@@ -163,9 +163,9 @@ def turns_of(run_ms: list[float], settings: Settings, device: str) -> tuple[int,
     """
     least, most = 1000 * settings.min_seconds / settings.rounds, 1000 * settings.max_seconds / settings.rounds
     wanted = [max(math.ceil(settings.runs / settings.rounds), math.ceil(least / ms)) for ms in run_ms]
-    runs = [max(LEAST_TURNS, min(n, int(most / ms))) for n, ms in zip(wanted, run_ms, strict=True)]
+    runs = [max(1, min(n, int(most / ms))) for n, ms in zip(wanted, run_ms, strict=True)]
     spans = [n * ms / TURN_MS[device] for n, ms in zip(runs, run_ms, strict=True)]
-    turns = max(LEAST_TURNS, min([MOST_TURNS, *runs, *map(int, spans)])) if runs else 0
+    turns = max(1, min([MOST_TURNS, *runs, *map(int, spans)])) if runs else 0
     return turns, [math.ceil(n / turns) for n in runs]
 
 

@@ -36,6 +36,33 @@ def test_the_clock_includes_what_the_device_still_does_after_the_call_returned()
     assert min(samples.host_ms) >= 10 and max(samples.enqueue_ms) < 10
 
 
+class HostEvent:
+    """What CUDA's events are to sample(), by the host's clock."""
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return (other.time - self.time) * 1000
+
+
+def test_on_a_gpu_a_fixed_piece_of_python_tells_how_fast_the_core_was_beside_each_run():
+    samples = timing.sample(lambda: time.sleep(0.001), lambda: None, runs=5, new_event=HostEvent)
+    assert len(samples.core_ms) == len(samples.gpu_ms) == 5
+    assert 0 < min(samples.core_ms) < 1 and min(samples.gpu_ms) >= 1
+
+
+def test_runs_beside_which_the_core_was_disturbed_give_way_to_others():
+    first = timing.Samples([1.0, 9.0, 1.1, 8.0], [0.1] * 4, [0.5, 0.6, 0.7, 0.8], [0.02, 0.04, 0.02, 0.03])
+    again = timing.Samples([7.0, 1.2, 0.9, 6.0], [0.1] * 4, [0.5, 0.6, 0.7, 0.8], [0.05, 0.02, 0.02, 0.04])
+    assert not timing.is_quiet(first, quickest_ms=0.02)
+    kept = timing.quietest([first, again], runs=4)
+    assert kept.host_ms == [1.0, 1.1, 1.2, 0.9] and kept.gpu_ms == [0.5, 0.7, 0.6, 0.7]
+    assert timing.is_quiet(kept, quickest_ms=0.02)
+    on_cpu = timing.Samples([3.0, 4.0], [3.0, 4.0], [], [])  # there nothing is asked of the core
+    assert timing.is_quiet(on_cpu, 0.02) and timing.quietest([on_cpu], runs=2) == on_cpu
+
+
 def test_warm_up_makes_the_calls_and_lasts_the_time_but_not_longer_than_the_limit():
     def wait():
         time.sleep(0.01)

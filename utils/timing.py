@@ -14,15 +14,22 @@ import numpy as np
 
 TRIM = 0.1  # share of the runs dropped at either end
 CONFIDENCE = 0.95
+CORE_LOOP = 1000  # passes of a Python loop that tells how fast the core is: 0.02 to 0.03 ms
+DISTURBED = 1.10  # times the quickest such loop: then something else uses the core
+ATTEMPTS = 4  # at as many undisturbed runs as are asked for
 
 
 @dataclasses.dataclass
 class Samples:
-    """Milliseconds of each run: host clock, time until the call returned, GPU events (none on a CPU)."""
+    """Milliseconds of each run: host clock, time until the call returned, GPU events (none on a CPU).
+
+    `core_ms` says how long a fixed piece of Python took beside each run, the longer of before and after.
+    """
 
     host_ms: list[float]
     enqueue_ms: list[float]
     gpu_ms: list[float]
+    core_ms: list[float]
 
 
 def warm_up(call: Callable, synchronize: Callable, calls: int, seconds: float, at_most: float) -> list[float]:
@@ -46,7 +53,7 @@ def sample(call: Callable, synchronize: Callable, runs: int, new_event: Callable
     """
     clock = time.perf_counter
     events = [(new_event(), new_event()) for _ in range(runs)] if new_event else []
-    starts, enqueued, ends = [], [], []
+    starts, enqueued, ends, core = [], [], [], []
     gc.freeze()  # what has been loaded is not looked through again, which takes a third of a second
     gc.collect()
     gc.disable()
@@ -54,6 +61,7 @@ def sample(call: Callable, synchronize: Callable, runs: int, new_event: Callable
         synchronize()
         for k in range(runs):
             if events:
+                core.append(core_ms())
                 events[k][0].record()
             starts.append(clock())
             call()
@@ -62,11 +70,38 @@ def sample(call: Callable, synchronize: Callable, runs: int, new_event: Callable
                 events[k][1].record()
             synchronize()
             ends.append(clock())
+        core += [core_ms()] if events else []
     finally:
         gc.enable()
     start = np.array(starts)
     on_gpu = [round(before.elapsed_time(after), 4) for before, after in events]
-    return Samples(_ms(np.array(ends) - start), _ms(np.array(enqueued) - start), on_gpu)
+    beside = list(map(max, core[:-1], core[1:]))
+    return Samples(_ms(np.array(ends) - start), _ms(np.array(enqueued) - start), on_gpu, beside)
+
+
+def core_ms() -> float:
+    """Milliseconds of a fixed piece of Python: longer where another program, or another machine on the same
+    host, works on the same core, as it does in rented machines for fractions of a second."""
+    start = time.perf_counter()
+    for _ in range(CORE_LOOP):
+        pass
+    return (time.perf_counter() - start) * 1000
+
+
+def is_quiet(samples: Samples, quickest_ms: float) -> bool:
+    """Whether the core was undisturbed beside nine runs of ten; the slowest tenth is trimmed anyway."""
+    beside = samples.core_ms
+    return not beside or float(np.quantile(beside, 1 - TRIM)) <= DISTURBED * quickest_ms
+
+
+def quietest(samples: list[Samples], runs: int) -> Samples:
+    """As many of all runs, in order, as are asked for: those beside which the core was quickest.
+
+    They are chosen by what the core did with something else, not by the figure that is measured.
+    """
+    joined = {name: [ms for one in samples for ms in getattr(one, name)] for name in vars(samples[0])}
+    kept = sorted(np.argsort(joined["core_ms"], kind="stable")[:runs]) if joined["core_ms"] else range(runs)
+    return Samples(**{name: [values[k] for k in kept] if values else [] for name, values in joined.items()})
 
 
 def _ms(seconds: np.ndarray) -> list[float]:

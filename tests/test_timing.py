@@ -1,5 +1,6 @@
 """The statistics against hand-worked cases and simulated truths."""
 
+import os
 import time
 
 import numpy as np
@@ -52,13 +53,21 @@ def test_on_a_gpu_a_fixed_piece_of_python_tells_how_fast_the_core_was_beside_eac
     assert 0 < min(samples.core_ms) < 1 and min(samples.gpu_ms) >= 1
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux lets one choose a core")
+def test_a_thread_stays_on_one_core_and_may_go_anywhere_afterwards():
+    before = os.sched_getaffinity(0)
+    with timing.on_quickest_core():
+        assert len(os.sched_getaffinity(0)) == 1 and os.sched_getaffinity(0) <= before
+    assert os.sched_getaffinity(0) == before
+
+
 def test_runs_beside_which_the_core_was_disturbed_give_way_to_others():
     first = timing.Samples([1.0, 9.0, 1.1, 8.0], [0.1] * 4, [0.5, 0.6, 0.7, 0.8], [0.02, 0.04, 0.02, 0.03])
     again = timing.Samples([7.0, 1.2, 0.9, 6.0], [0.1] * 4, [0.5, 0.6, 0.7, 0.8], [0.05, 0.02, 0.02, 0.04])
-    assert not timing.is_quiet(first, quickest_ms=0.02)
+    assert not timing.is_quiet(first, usual_ms=0.02)
     kept = timing.quietest([first, again], runs=4)
     assert kept.host_ms == [1.0, 1.1, 1.2, 0.9] and kept.gpu_ms == [0.5, 0.7, 0.6, 0.7]
-    assert timing.is_quiet(kept, quickest_ms=0.02)
+    assert timing.is_quiet(kept, usual_ms=0.02)
     on_cpu = timing.Samples([3.0, 4.0], [3.0, 4.0], [], [])  # there nothing is asked of the core
     assert timing.is_quiet(on_cpu, 0.02) and timing.quietest([on_cpu], runs=2) == on_cpu
 

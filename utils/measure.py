@@ -52,7 +52,7 @@ class Measuring:
         self.record = start(job, precision=backend.precision, adds=backend.adds)
         self.record.batches = kept_batches(read_record(job.record), job)
         self.whole_call = whole_call(backend)
-        self.core_ms = math.inf  # of a fixed piece of Python, the quickest seen
+        self.core_ms = math.inf  # what timing.core_ms() is in an undisturbed turn
         self.begun, self.calls = {}, {}  # batch size -> what goes into the record; the call that is timed
 
     def open(self) -> None:
@@ -108,14 +108,15 @@ class Measuring:
 
     def run(self, batch_size: int, runs: int) -> float:
         """One turn: time so many runs; their mean in milliseconds."""
-        batch, call = self.begun[batch_size], self.calls[batch_size]
-        for _ in range(math.ceil(WAKE_MS / batch["run_ms"]) if batch["run_ms"] < SLOW_MS else 0):
-            call()  # others were at work: caches are cold
-        tried = []
+        batch, call, tried = self.begun[batch_size], self.calls[batch_size], []
+        wake_ups = math.ceil(WAKE_MS / batch["run_ms"]) if batch["run_ms"] < SLOW_MS else 0
         for _ in range(timing.ATTEMPTS):
-            tried.append(timing.sample(call, self.synchronize, runs, self.new_event))
+            with timing.on_quickest_core() if self.cuda else contextlib.nullcontext():
+                for _ in range(wake_ups):
+                    call()  # others were at work: caches are cold
+                tried.append(timing.sample(call, self.synchronize, runs, self.new_event))
             samples = timing.quietest(tried, runs)
-            self.core_ms = min([self.core_ms, *samples.core_ms])
+            self.core_ms = min(self.core_ms, float(np.median(samples.core_ms or [math.inf])))
             if timing.is_quiet(samples, self.core_ms):
                 break
         for name, values in vars(samples).items():

@@ -5,7 +5,6 @@ What every backend script does, alone or called by benchmark.py.
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import math
 import sys
@@ -52,7 +51,6 @@ class Measuring:
         self.record = start(job, precision=backend.precision, adds=backend.adds)
         self.record.batches = kept_batches(read_record(job.record), job)
         self.whole_call = whole_call(backend)
-        self.core_ms = math.inf  # what timing.core_ms() is in an undisturbed turn
         self.begun, self.calls = {}, {}  # batch size -> what goes into the record; the call that is timed
 
     def open(self) -> None:
@@ -98,8 +96,8 @@ class Measuring:
         limits = settings.warmup - 1, WARM_UP_SECONDS, settings.max_seconds / settings.rounds / 2
         took += timing.warm_up(call, self.synchronize, *limits)  # once at least: memory may grow till then
         batch |= {"first_call_ms": took[0], "run_ms": float(np.median(took[len(took) // 2 :]))}
-        batch |= {"warmup": len(took), "turns": [], "tried": 0}
-        batch |= {field.name: [] for field in dataclasses.fields(timing.Samples)}
+        batch |= {name: [] for name in ("host_ms", "enqueue_ms", "gpu_ms", "turns", "core_ms")}
+        batch["warmup"] = len(took)
         batch["gpu_memory_mb"], batch["memory_of"] = gpu.memory_mb() if self.cuda else (None, None)
         batch["host_memory_mb"] = psutil.Process().memory_info().rss / 2**20
         own = self.cuda and self.backend.torch_allocator
@@ -108,21 +106,14 @@ class Measuring:
 
     def run(self, batch_size: int, runs: int) -> float:
         """One turn: time so many runs; their mean in milliseconds."""
-        batch, call, tried = self.begun[batch_size], self.calls[batch_size], []
-        wake_ups = math.ceil(WAKE_MS / batch["run_ms"]) if batch["run_ms"] < SLOW_MS else 0
-        for _ in range(timing.ATTEMPTS):
-            with timing.on_quickest_core() if self.cuda else contextlib.nullcontext():
-                for _ in range(wake_ups):
-                    call()  # others were at work: caches are cold
-                tried.append(timing.sample(call, self.synchronize, runs, self.new_event))
-            samples = timing.quietest(tried, runs)
-            self.core_ms = min(self.core_ms, float(np.median(samples.core_ms or [math.inf])))
-            if timing.is_quiet(samples, self.core_ms):
-                break
+        batch, call = self.begun[batch_size], self.calls[batch_size]
+        for _ in range(math.ceil(WAKE_MS / batch["run_ms"]) if batch["run_ms"] < SLOW_MS else 0):
+            call()  # others were at work: caches are cold
+        samples = timing.sample(call, self.synchronize, runs, self.new_event)
         for name, values in vars(samples).items():
             batch[name] += values
-        batch["tried"] += runs * len(tried)
         batch["turns"].append(runs)
+        batch["core_ms"].append(round(timing.core_ms(), 4))
         return timing.trimmed_mean(samples.host_ms)
 
     def end(self, batch_size: int, beside_ms: list[float] | None) -> None:

@@ -16,6 +16,7 @@ from utils.schema import BASELINE, COLUMNS, Job, Record, Row
 from utils.utils import read_json, write_json
 
 TARGET_PCT = 3.0  # half-width of an interval, where the sweep says no other
+SHARED_CORE = 1.3  # times that the core was slower in one turn of ten than in the quickest tenth
 CPU_BOUND = 0.80  # time until the call returned / time on the GPU
 VERDICTS = {  # what puts a row in doubt, and what to do about it
     "noisy": "close other programs, or raise --budget",
@@ -284,6 +285,9 @@ def doubts(row: Row, results: list[dict], asked: int, target: float) -> dict[str
     width, several = width_pct(row), len(results) > 1
     figure = "throughput" if row.backend == BASELINE or row.speedup is None else "speedup"
     reached = f"{figure} ±{width:.2g} %, target {target:g} %"
+    core_ms = [ms for batch in results for ms in batch.get("core_ms") or []]  # what older records lack
+    if core_ms and (slower := np.quantile(core_ms, 0.9) / np.quantile(core_ms, 0.1)) > SHARED_CORE:
+        reached += f", the processor's core was at times {slower:.1f} times as slow by itself"
     short = row.runs < asked
     found = {
         "noisy": several and width > target and not short and reached,

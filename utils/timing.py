@@ -5,11 +5,8 @@ device has finished (`perf_counter` around the call and a synchronise); its GPU 
 events on the same stream.
 """
 
-import contextlib
 import dataclasses
 import gc
-import os
-import random
 import time
 from collections.abc import Callable
 
@@ -18,22 +15,15 @@ import numpy as np
 TRIM = 0.1  # share of the runs dropped at either end
 CONFIDENCE = 0.95
 CORE_LOOP = 1000  # passes of a Python loop that tells how fast the core is: 0.01 to 0.03 ms
-DISTURBED = 1.15  # times what is usual: then something else is at work on that core
-ATTEMPTS = 4  # at as many undisturbed runs as are asked for
-MOST_CORES = 32  # to choose from
 
 
 @dataclasses.dataclass
 class Samples:
-    """Milliseconds of each run: host clock, time until the call returned, GPU events (none on a CPU).
-
-    `core_ms` says how long a fixed piece of Python took beside each run, the longer of before and after.
-    """
+    """Milliseconds of each run: host clock, time until the call returned, GPU events (none on a CPU)."""
 
     host_ms: list[float]
     enqueue_ms: list[float]
     gpu_ms: list[float]
-    core_ms: list[float]
 
 
 def warm_up(call: Callable, synchronize: Callable, calls: int, seconds: float, at_most: float) -> list[float]:
@@ -57,7 +47,7 @@ def sample(call: Callable, synchronize: Callable, runs: int, new_event: Callable
     """
     clock = time.perf_counter
     events = [(new_event(), new_event()) for _ in range(runs)] if new_event else []
-    starts, enqueued, ends, core = [], [], [], []
+    starts, enqueued, ends = [], [], []
     gc.freeze()  # what has been loaded is not looked through again, which takes a third of a second
     gc.collect()
     gc.disable()
@@ -65,7 +55,6 @@ def sample(call: Callable, synchronize: Callable, runs: int, new_event: Callable
         synchronize()
         for k in range(runs):
             if events:
-                core.append(core_ms())
                 events[k][0].record()
             starts.append(clock())
             call()
@@ -74,13 +63,11 @@ def sample(call: Callable, synchronize: Callable, runs: int, new_event: Callable
                 events[k][1].record()
             synchronize()
             ends.append(clock())
-        core += [core_ms()] if events else []
     finally:
         gc.enable()
     start = np.array(starts)
     on_gpu = [round(before.elapsed_time(after), 4) for before, after in events]
-    beside = list(map(max, core[:-1], core[1:]))
-    return Samples(_ms(np.array(ends) - start), _ms(np.array(enqueued) - start), on_gpu, beside)
+    return Samples(_ms(np.array(ends) - start), _ms(np.array(enqueued) - start), on_gpu)
 
 
 def core_ms() -> float:
@@ -90,41 +77,6 @@ def core_ms() -> float:
     for _ in range(CORE_LOOP):
         pass
     return (time.perf_counter() - start) * 1000
-
-
-@contextlib.contextmanager
-def on_quickest_core():
-    """Within, this thread stays on the core that is quickest at the start; only Linux lets one choose."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
-    took = {}
-    try:
-        with contextlib.suppress(OSError):  # some containers forbid it
-            for core in random.sample(sorted(allowed), min(len(allowed), MOST_CORES)):
-                os.sched_setaffinity(0, {core})
-                core_ms()  # having moved costs some
-                took[core] = core_ms()
-            if took:
-                os.sched_setaffinity(0, {min(took, key=took.get)})
-        yield
-    finally:
-        if took:
-            os.sched_setaffinity(0, allowed)
-
-
-def is_quiet(samples: Samples, usual_ms: float) -> bool:
-    """Whether the core was undisturbed beside nine runs of ten; the slowest tenth is trimmed anyway."""
-    beside = samples.core_ms
-    return not beside or float(np.quantile(beside, 1 - TRIM)) <= DISTURBED * usual_ms
-
-
-def quietest(samples: list[Samples], runs: int) -> Samples:
-    """As many of all runs, in order, as are asked for: those beside which the core was quickest.
-
-    They are chosen by what the core did with something else, not by the figure that is measured.
-    """
-    joined = {name: [ms for one in samples for ms in getattr(one, name)] for name in vars(samples[0])}
-    kept = sorted(np.argsort(joined["core_ms"], kind="stable")[:runs]) if joined["core_ms"] else range(runs)
-    return Samples(**{name: [values[k] for k in kept] if values else [] for name, values in joined.items()})
 
 
 def _ms(seconds: np.ndarray) -> list[float]:

@@ -21,7 +21,7 @@ from utils.utils import UserError, run_main
 
 LIMITS = {  # column: what a row that misses the limit does, and the limit's unit
     "p95_ms": ("takes longer than", "ms (p95)"),
-    "gpu_memory_mb": ("takes more than", "MB of GPU memory, or unknown"),
+    "memory_mb": ("takes more than", "MB of memory, or unknown"),
     "accuracy": ("has less than", "top-1 accuracy"),
 }
 PASSING = ["short", "settings", "packages", "date", "command", "commit", "clean", "sweep", "ceilings"]
@@ -55,7 +55,8 @@ def best_lines(rows: pd.DataFrame, limits: dict[str, float | None]) -> tuple[lis
 def costs(row: pd.Series) -> str:
     place = f"sweep {row.sweep}, {report.name(row)}, {row.image_size} px, batch {row.batch_size}"
     speed = f"{report.figure(row.fps)} images/s, p95 {report.figure(row.p95_ms)} ms"
-    memory = f"{report.figure(row.gpu_memory_mb) or 'an unknown number of'} MB of GPU memory"
+    whose = "GPU memory" if row.device == "cuda" else "memory"
+    memory = f"{report.figure(row.memory_mb) or 'an unknown number of'} MB of {whose}"
     built = f"built in {report.figure(row.build_s) or 'unknown'} s"
     return f"{place}: {speed}, {memory}, accuracy {report.percent(row.accuracy) or 'unknown'}; {built}"
 
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("--fail-if-slower", type=share, metavar="5%", help=slower)
     parser.add_argument("--best", action="store_true", help="only the fastest within the limits below")
     parser.add_argument("--max-latency-ms", type=limit, help="95th percentile of a batch")
-    parser.add_argument("--max-memory-mb", type=limit, help="GPU memory of the process")
+    parser.add_argument("--max-memory-mb", type=limit, help="of the process: GPU memory, on a CPU the host's")
     parser.add_argument("--min-accuracy", type=limit, help="top-1 on the test set, 0 to 1")
     anew = "renew the charts, README.md's generated parts and the results' READMEs"
     parser.add_argument("--write-readme", action="store_true", help=anew)

@@ -136,7 +136,7 @@ def test_nothing_measured_is_said_and_not_a_crash():
 
 def test_best_within_limits_names_the_cost_the_runner_up_or_why_none_fits():
     rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0), ("onnx", 64, 4, 300.0)).assign(
-        build_s=1.0, gpu_memory_mb=[500.0, 600.0, None]
+        build_s=1.0, device="cuda", gpu_memory_mb=[500.0, 600.0, None], host_memory_mb=[300.0, 200.0, 100.0]
     )
     rows["p95_ms"] = [11.0, 7.0, 14.0]
 
@@ -146,13 +146,16 @@ def test_best_within_limits_names_the_cost_the_runner_up_or_why_none_fits():
 
     lines, fits = best()
     assert fits and "ONNX Runtime FP32, 64 px, batch 4" in lines[0] and lines[1].startswith("Runner-up")
-    assert "an unknown number of MB" in lines[0]
+    assert "an unknown number of MB of GPU memory" in lines[0]
     assert "batch 1: 150 images/s, p95 7 ms, 600 MB" in best(max_latency_ms=10)[0][0]
     assert "batch 1" in best(max_memory_mb=1000)[0][0]  # unknown memory does not fit
     lines, fits = best(max_latency_ms=5, min_accuracy=0.95)
     text = "\n".join(lines)
     assert not fits and "No row fits" in text and "3 of 3 rows: takes longer than 5 ms" in text
     assert "p95_ms 7" in text and "3 of 3 rows: has less than 0.95 top-1 accuracy" in text
+    rows["device"] = "cpu"
+    assert "batch 1: 150 images/s, p95 7 ms, 200 MB of memory, " in best(max_latency_ms=10)[0][0]
+    assert "batch 4" in best(max_memory_mb=150)[0][0] and not best(max_memory_mb=50)[1]
 
 
 def write(folder, rows, **environment):

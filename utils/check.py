@@ -122,7 +122,7 @@ def whole_test_set(job: Job, call: Callable, precision: str) -> tuple[dict | Non
     return found, Probe(images, expected, tolerance, precision)
 
 
-def reference(job: Job, call: Callable) -> tuple[np.ndarray, np.ndarray]:
+def reference(job: Job, call: Callable | None) -> tuple[np.ndarray, np.ndarray]:
     """PyTorch FP32's logits (N, classes) and the labels (N,) of the test set, kept in weights/.
 
     Where they are stale, the baseline's own process computes them by `call`; for any other backend a process
@@ -139,6 +139,12 @@ def reference(job: Job, call: Callable) -> tuple[np.ndarray, np.ndarray]:
         store(path, facts, lambda file: np.savez(file, logits=logits, labels=labels))
     with np.load(path) as stored:
         return stored["logits"], stored["labels"]
+
+
+def references(baselines: list[Job]) -> None:
+    """Bring what is kept in weights/ up to date for the baseline's jobs."""
+    for job in baselines:
+        reference(job, None)
 
 
 def compute_reference(job: Job, call: Callable | None = None) -> tuple[np.ndarray, np.ndarray]:

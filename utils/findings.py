@@ -148,6 +148,11 @@ def _ends(rows: pd.DataFrame, axis: str, first_over_last: bool) -> dict[str, flo
     return found
 
 
+def memory_mb(rows: pd.DataFrame) -> pd.Series:
+    """What each row's process takes in MB: of the GPU's memory, on a CPU of the host's."""
+    return rows.gpu_memory_mb.where(rows.device == "cuda", rows.host_memory_mb).astype(float)
+
+
 def best_within(
     rows: pd.DataFrame, max_latency_ms: float | None, max_memory_mb: float | None, min_accuracy: float | None
 ) -> tuple[pd.DataFrame, list[tuple[str, int, float]]]:
@@ -157,10 +162,11 @@ def best_within(
     Latency is the 95th percentile of a batch.  A row whose figure is not known does not fit.
     """
     ok = measured(rows)
+    ok = ok.assign(memory_mb=memory_mb(ok))
     fits, missed = pd.Series(True, ok.index), []
     for column, limit in (
         ("p95_ms", max_latency_ms),
-        ("gpu_memory_mb", max_memory_mb),
+        ("memory_mb", max_memory_mb),
         ("accuracy", min_accuracy),
     ):
         if limit is None:

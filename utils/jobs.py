@@ -11,7 +11,7 @@ import datasets
 import model
 from utils import check, measure, records, report, turns
 from utils.environment import environment
-from utils.schema import Job, Settings
+from utils.schema import BASELINE, Job, Settings
 from utils.utils import (
     BATCH_SIZES,
     IMAGE_SIZES,
@@ -23,7 +23,9 @@ from utils.utils import (
 )
 
 AUTO_BATCH_SIZES = [2**k for k in range(9)]  # 1 to 256; measured until they saturate
-MAX_SECONDS = {"cuda": 30.0, "cpu": 2.0}  # of timed runs per configuration, over the rounds
+# Of timed runs per configuration, over the rounds.  On a GPU half a second a round told no more.
+MIN_SECONDS = {"cuda": 0.75, "cpu": 1.5}
+MAX_SECONDS = {"cuda": 30.0, "cpu": 2.0}
 # A change of any of these makes an earlier measurement stale.
 MEASURING = ["model.py", "datasets.py", "quantize.py", "*_inference.py", "trt.py", "torch_trt.py"]
 MEASURING += [f"utils/{name}.py" for name in ("ceilings", "check", "gpu", "images")]
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser, backends: list[str]) -> None:
     parser.add_argument("--runs", type=int, help="timed runs per configuration, over the rounds; default 100")
     parser.add_argument("--warmup", type=int, default=10, help="untimed calls, and at least 0.3 s of them")
     parser.add_argument("--rounds", type=int, help="of fresh processes, at least; default 3")
-    parser.add_argument("--min-seconds", type=float, help="of timed runs per configuration; default 1.5")
+    parser.add_argument("--min-seconds", type=float, help=f"of timed runs; default {MIN_SECONDS}")
     parser.add_argument("--max-seconds", type=float, help=f"of timed runs; default {MAX_SECONDS}")
     watched = "on a GPU, an untimed loop in which the driver is asked; 0: none"
     parser.add_argument("--sustain-seconds", type=float, default=1.5, help=watched)
@@ -82,7 +84,7 @@ def settings_of(args: argparse.Namespace, device: str, rounds: int | None) -> Se
         runs=usual(args.runs, 100, 20, args.quick),
         rounds=rounds or usual(args.rounds, 3, 3, args.quick),
         warmup=args.warmup,
-        min_seconds=usual(args.min_seconds, 1.5, 0.0, args.quick),
+        min_seconds=usual(args.min_seconds, MIN_SECONDS[device], 0.0, args.quick),
         max_seconds=args.max_seconds or MAX_SECONDS[device],
         sustain_seconds=args.sustain_seconds,
         seed=args.seed,
@@ -202,8 +204,8 @@ def staleness_key(settings: Settings, device: str, known: dict) -> str:
 def look_first(todo: list[Job]) -> None:
     """Before anything is replaced: PyTorch FP32's logits on every test image of every size, for which
     checkpoints and images are read whole.  Raises UserError."""
-    for job in {job.image_size: job for job in todo}.values():
-        in_fresh_process(check.reference, job, None)
+    baselines = {job.image_size: another(job, backend=BASELINE) for job in todo}
+    in_fresh_process(check.references, list(baselines.values()))
 
 
 def main(description: str, script: str, backends: dict) -> None:

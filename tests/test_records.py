@@ -104,13 +104,11 @@ def test_a_single_round_has_no_interval_and_what_missed_its_target_says_by_how_m
     width = records.width_pct(row)
     assert 20 < width < 30 and row.notes.startswith(f"noisy: speedup ±{width:.2g} %, target 5 %, ")
     assert "noisy" not in records.rows_of(own, note | {"precision_pct": 30})[0].notes
-    assert "core" not in row.notes
+    assert "shared core" not in row.notes
     for one in own:
         one.batches[0]["core_ms"] = [0.01] * 5 + [0.02] * 5
-    assert (
-        "target 5 %, the processor's core was at times 2.0 times as slow by itself, close"
-        in records.rows_of(own, note)[0].notes
-    )
+    assert "; shared core: a core was 2 times as slow at times, " in records.rows_of(own, note)[0].notes
+    assert "shared core" not in records.rows_of(own, note | {"precision_pct": 30})[0].notes
     for one in own:
         one.runs = 100
     assert records.rows_of(own, note)[0].notes.startswith("too short: ")

@@ -20,6 +20,8 @@ SHARED_CORE = 1.3  # times that the core was slower in one turn of ten than in t
 CPU_BOUND = 0.80  # time until the call returned / time on the GPU
 VERDICTS = {  # what puts a row in doubt, and what to do about it
     "noisy": "close other programs, or raise --budget",
+    "shared core": "something else used the processor's cores for moments, close other programs "
+    "(on a rented machine its neighbours may be the cause)",
     "throttled": "the GPU slowed itself down, cool it or raise its power limit",
     "too short": "not all the runs asked for fitted into the time allowed, raise --max-seconds or --budget",
     "CPU-bound": "launching takes over 80 % of the time on the GPU, take a larger batch or a CUDA graph",
@@ -286,13 +288,14 @@ def doubts(row: Row, results: list[dict], asked: int, target: float) -> dict[str
     figure = "throughput" if row.backend == BASELINE or row.speedup is None else "speedup"
     reached = f"{figure} ±{width:.2g} %, target {target:g} %"
     core_ms = [ms for batch in results for ms in batch.get("core_ms") or []]  # what older records lack
-    if core_ms and (slower := np.quantile(core_ms, 0.9) / np.quantile(core_ms, 0.1)) > SHARED_CORE:
-        reached += f", the processor's core was at times {slower:.1f} times as slow by itself"
+    slower = np.quantile(core_ms, 0.9) / np.quantile(core_ms, 0.1) if core_ms else 1.0
     short = row.runs < asked
+    wide = several and width > target
     found = {
-        "noisy": several and width > target and not short and reached,
+        "noisy": wide and not short and reached,
         "throttled": any(words not in (None, "no") for words in throttled),
-        "too short": several and width > target and short and reached,
+        "too short": wide and short and reached,
+        "shared core": wide and slower > SHARED_CORE and f"a core was {slower:.2g} times as slow at times",
         "CPU-bound": len(on_gpu) > 0 and np.median(enqueue) / np.median(on_gpu) > CPU_BOUND,
         "device memory": any(batch["memory_of"] == "device" for batch in results),
         "one round": not several,

@@ -26,11 +26,12 @@ from pathlib import Path
 import numpy as np
 
 from utils.environment import environment
-from utils.utils import UserError, add_path_arguments, run_main, sha256, write_whole
+from utils.utils import UserError, add_path_arguments, fresh_processes, run_main, sha256, write_whole
 
 # What else is needed is imported where it is used: the workers that decode import this file too.
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # whatever bytes a file name has
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
+FEW = 256  # images that threads have decoded before processes have started
 NOTHING = {"images": 0, "problems": {}, "waited": {"decoding": 0.0, "inference": 0.0}, "seconds": 0.0}
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
@@ -247,17 +248,20 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    images = find_images(args.source)
+    if len(images) > FEW:
+        fresh_processes()  # what the decoding ones come from imports meanwhile
     import torch
 
     import benchmark
     import model
     from utils import jobs, measure
     from utils.dali import DECODERS
-    from utils.pipeline import FEW, Network
+    from utils.pipeline import Network
 
     if args.backend not in (None, *benchmark.BACKENDS):
         raise UserError(f"--backend {args.backend} is not one of {', '.join(benchmark.BACKENDS)}")
-    images, device = find_images(args.source), jobs.pick_device(args.device)
+    device = jobs.pick_device(args.device)
     checkpoint = choose_checkpoint(args.weights, args.image_size)
     facts = model.load_facts(checkpoint)
     size, classes = facts["image_size"], facts["classes"]

@@ -31,7 +31,6 @@ from utils.utils import end_with_parent, fresh_processes, uninterrupted
 
 IN_FLIGHT = 2  # batches that wait for the network while the decoder goes on
 WARM_UP_SECONDS = 1.0  # before a rate is timed, and until all that is decoded ahead has passed once
-FEW = 256  # images that threads have decoded before processes have started
 HUGE = 16_000_000  # pixels beyond which workers decode one picture at a time, to bound their memory
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB\x60\x82"
 ORIENTATION = 0x0112  # EXIF's tag

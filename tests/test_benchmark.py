@@ -196,6 +196,9 @@ def test_a_backend_script_alone_leaves_the_same_kind_of_record(project, results,
     swept = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
     assert alone.keys() == swept.keys() and alone["batches"][1].keys() == swept["batches"][1].keys()
     assert "ONNX Runtime FP32" in said.out
+    assert alone["wall"] is None and swept["wall"]["run"] > 0 and {"start", "open"} <= swept["wall"].keys()
+    for batch in alone["batches"] + swept["batches"]:
+        assert len(batch["core_ms"]) == len(batch["turns"]) and min(batch["core_ms"]) > 0
 
 
 def test_a_profile_is_a_table_by_operator_and_a_trace(project, tmp_path, call):

@@ -107,7 +107,7 @@ class Record:
     process: dict | None = None  # threads, cuda, cudnn, context_mb
     work: dict | None = None  # model.count_work(), in round 0
     check: dict | None = None  # check.whole_test_set(), in round 0
-    wall: dict | None = None  # seconds of loading, checking, timing and of the whole process
+    wall: dict | None = None  # seconds that its process took to start and for each of Measuring's steps
     batches: list[dict] = dataclasses.field(default_factory=list)
 
     def batch(self, batch_size: int) -> dict | None:

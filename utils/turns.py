@@ -12,7 +12,10 @@ import importlib
 import os
 import random
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from utils import findings, records, timing
 from utils.measure import Measuring, Problem, inference, problem_of, turns_of
@@ -90,15 +93,18 @@ def serve(job: Job, pipe, log: Path) -> None:
             os.dup2(file.fileno(), stream)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):  # the pipe is closed, or Ctrl-C
         measuring = Measuring(job, importlib.import_module(job.script).BACKENDS[job.backend]())
+        wall = measuring.record.wall = {"start": round(time.time() - psutil.Process().create_time(), 2)}
         with inference(job.device):
             while True:
                 step, arguments = pipe.recv()
+                began = time.perf_counter()
                 try:
                     result = getattr(measuring, step)(*arguments)
                 except UserError as error:
                     result = error
                 except Exception as error:
                     result = problem_of(error)
+                wall[step] = round(wall.get(step, 0.0) + time.perf_counter() - began, 2)
                 pipe.send(result)
 
 

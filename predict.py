@@ -186,12 +186,14 @@ def gather(value) -> list:
     """The value of every process; waits for all of them."""
     if WORLD_SIZE == 1:
         return [value]
+    import torch
     import torch.distributed as dist
 
     if not dist.is_initialized():  # Gloo: no GPU has anything to exchange
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     values = [None] * WORLD_SIZE
-    dist.all_gather_object(values, value)
+    with torch.inference_mode(False):  # torch 2.2 can't exchange anything within it
+        dist.all_gather_object(values, value)
     return values
 
 

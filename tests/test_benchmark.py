@@ -230,13 +230,13 @@ def test_the_export_is_used_again_until_its_checkpoint_changes(project, results)
 
 
 def test_an_onnx_runtime_that_does_not_load_costs_its_own_row(project, tmp_path, monkeypatch):
-    (tmp_path / "onnxruntime.py").write_text("raise RuntimeError('its libraries are of another version')")
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('its libraries are of another version')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     results = tmp_path / "quick"
     run_script("benchmark.py", *SMALL, "--batch-sizes", 1, "--results", results, cwd=project)
     rows = tables.read_csv(results).set_index("backend")
     assert rows.status.to_dict() == {"pytorch": "ok", "onnx": "unavailable"}
-    assert "installed but does not load: RuntimeError: its libraries" in rows.reason["onnx"]
+    assert "installed but does not load: ImportError: its libraries" in rows.reason["onnx"]
 
 
 @pytest.mark.parametrize(

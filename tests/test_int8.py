@@ -116,7 +116,8 @@ def test_the_classifier_is_left_as_it_is(project, exported):
     made_by = {name: node.op_type for node in nodes for name in node.output}
     (gemm,) = (node for node in nodes if node.op_type == "Gemm")
     assert "DequantizeLinear" in made_by.values()
-    assert [made_by.get(name) for name in gemm.input] == ["Reshape", None, None]
+    first, *weights = [made_by.get(name) for name in gemm.input]
+    assert first in ("Reshape", "Flatten") and weights == [None, None]  # by exporter
 
 
 def spoil(data: Path, kind: str) -> None:
@@ -167,13 +168,19 @@ def test_on_a_gpu_it_says_what_to_use_instead():
 # ---- TensorRT 10 and 11: a QDQ network
 
 
-@pytest.fixture(scope="module")
-def network(project, exported):
+def need_scales_in_fp16(exported: Path) -> None:
     import onnx
 
     opsets = {entry.domain: entry.version for entry in onnx.load(exported).opset_import}
     if opsets[""] < 19:
         pytest.skip("scales in FP16 need opset 19: TensorRT 10 and 11 go with newer versions of torch")
+
+
+@pytest.fixture(scope="module")
+def network(project, exported):
+    import onnx
+
+    need_scales_in_fp16(exported)
     return onnx.load(quantize.for_tensorrt(exported, 64, project / "data")[0])
 
 
@@ -318,6 +325,8 @@ def built(tensorrt, monkeypatch):
 def test_each_tensorrt_is_given_its_own_kind_of_int8(tensorrt, built, project, exported, version, kinds):
     import onnx
 
+    if version != "8.6.0":
+        need_scales_in_fp16(exported)
     tensorrt.__version__, tensorrt.NetworkDefinitionCreationFlag = version, SimpleNamespace(**kinds)
     checkpoint = exported.with_name("best_resnet18_64.pth")
     recipe = Recipe(checkpoint, 64, [1, 16], project / "data", int8=True)

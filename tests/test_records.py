@@ -105,6 +105,8 @@ def test_a_single_round_has_no_interval_and_what_missed_its_target_says_by_how_m
     assert 20 < width < 30 and row.notes.startswith(f"noisy: speedup ±{width:.2g} %, target 5 %, ")
     assert "noisy" not in records.rows_of(own, note | {"precision_pct": 30})[0].notes
     assert "shared core" not in row.notes
+    wild = [record("onnx", k, batch={"beside_ms": [10.0 * 2**k], "turns": [10]}) for k in range(3)]
+    assert records.rows_of(wild, note)[0].notes.startswith("noisy: speedup ±459 %, ")  # exp(4.303 ln 2 / √3)
     for one in own:
         one.batches[0]["core_ms"] = [0.01] * 5 + [0.02] * 5
     assert "; shared core: a core was 2 times as slow at times, " in records.rows_of(own, note)[0].notes

@@ -286,7 +286,8 @@ def doubts(row: Row, results: list[dict], asked: int, target: float) -> dict[str
     on_gpu = np.concatenate([batch["gpu_ms"] for batch in results])
     width, several = width_pct(row), len(results) > 1
     figure = "throughput" if row.backend == BASELINE or row.speedup is None else "speedup"
-    reached = f"{figure} ±{width:.2g} %, target {target:g} %"
+    shown = f"{width:.2g}" if width < 99.5 else f"{width:.0f}"
+    reached = f"{figure} ±{shown} %, target {target:g} %"
     core_ms = [ms for batch in results for ms in batch.get("core_ms") or []]  # what older records lack
     slower = np.quantile(core_ms, 0.9) / np.quantile(core_ms, 0.1) if core_ms else 1.0
     short = row.runs < asked

@@ -19,6 +19,7 @@ from PIL import Image
 from utils.pipeline import IN_FLIGHT, Batch, Pillow, cores, decode
 
 PREFETCH = 3  # batches that DALI works on at a time
+HARDWARE = 0.65  # share of JPEGs for the GPU's decoding engine; CPU and CUDA cores unpack the others
 
 
 class Dali(Pillow):
@@ -77,7 +78,9 @@ class Dali(Pillow):
         from nvidia.dali import fn, pipeline_def, types
 
         on_gpu = self.device == "cuda"
-        mixed = {"hw_decoder_load": 0.65, "affine": "LOCAL_WORLD_SIZE" not in os.environ} if on_gpu else {}
+        mixed = (
+            {"hw_decoder_load": HARDWARE, "affine": "LOCAL_WORLD_SIZE" not in os.environ} if on_gpu else {}
+        )
         square = (self.image_size, self.image_size)
 
         @pipeline_def(

@@ -23,13 +23,18 @@ def package_version(name: str) -> str | None:
         return None
 
 
+def cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def environment() -> dict:
     """What a figure depends on besides the code: machine, driver, packages; its commit and command."""
     return {
         "gpu": None,
         **gpu.describe(),
         "cpu": cpu_name(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "os": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := package_version(name))},

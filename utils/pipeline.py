@@ -26,6 +26,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import datasets
+from utils import environment
 from utils.schema import Backend
 from utils.utils import end_with_parent, fresh_processes, uninterrupted
 
@@ -115,8 +116,7 @@ def is_plain(path: str) -> bool:
 
 def cores() -> int:
     """The cores that are this process's share."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, environment.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class Pillow:

@@ -221,7 +221,7 @@ def test_it_chooses_the_classes_that_pytorch_chooses(project, network):
     (logits,) = session.run(None, {"input": pictures.numpy().astype(np.float16)})
     assert (logits.argmax(1) == expected.argmax(1)).mean() >= 0.95  # a network of one epoch: many a tie
     tolerance = check.TOLERANCE["INT8"] * np.abs(expected).max()
-    assert check.gated(logits, expected, "INT8") <= tolerance
+    assert np.abs(logits - expected).max() <= tolerance
 
 
 def test_a_scale_too_small_for_half_does_not_vanish():
@@ -365,16 +365,3 @@ def test_a_calibration_serves_every_engine_and_is_made_anew_when_damaged_or_fore
     said = [line for line in capsys.readouterr().err.splitlines() if "anew" in line]
     reasons = ["is damaged", "was made for another tensorrt"]
     assert said == [f"{kept} {reason}; building it anew" for reason in reasons]
-
-
-def test_int8_may_be_far_off_on_a_rare_image_other_precisions_on_none():
-    expected = np.zeros((100, 4))
-    logits = expected + 0.1
-    logits[7, 2] = 5.0  # one of 100 images
-    assert check.gated(logits, expected, "INT8") == pytest.approx(0.1)
-    assert check.gated(logits, expected, "FP16") == 5.0
-    logits[20:25, 2] = 4.0  # and five more: six are more than 5 %
-    assert check.gated(logits, expected, "INT8") == 4.0
-    assert check.gated(logits[7:8], expected[7:8], "INT8") == 5.0  # nothing is rare among so few
-    logits[9, 0] = np.nan
-    assert np.isnan(check.gated(logits, expected, "INT8"))

@@ -167,11 +167,10 @@ def write_readmes(path: Path) -> None:
 
 
 def draw_machines(a: Path, b: Path) -> None:
-    """Two machines' plain methods at the smallest image size -> machines.png in the second's folder."""
+    """Two machines at the smallest image size that both have -> machines.png in the second's folder."""
     both, names = readme.machine_ratios(a, b)
-    plain = both[both.backend.map(report.family) == both.backend]
-    plain = plain[plain.image_size == plain.image_size.min()]
-    plot_utils.draw_comparison(plain, " → ".join(names), b / "machines.png")
+    smallest = both[both.image_size == both.image_size.min()]
+    plot_utils.draw_comparison(smallest, " → ".join(names), b / "machines.png")
 
 
 def check(args: argparse.Namespace, limits: dict[str, float | None]) -> None:

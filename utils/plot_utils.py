@@ -297,9 +297,10 @@ def draw_comparison(both: pd.DataFrame, title: str, path: Path) -> None:
     """A second table's throughput over a first's, with 95 % intervals; `both` as findings.ratios() gives."""
     fig = Figure(figsize=(WIDTH, 1.3 + 0.24 * len(both)), dpi=DPI, layout="constrained")
     ax, names = fig.add_subplot(), []
+    several = both.get("sweep", pd.Series()).nunique() > 1
     for y, row in enumerate(both.itertuples()):
         look = style(row.backend, row.precision_after) | {"linestyle": "none"}
-        who = label(row.backend, row.precision_after)
+        who = f"{row.sweep}: " * several + label(row.backend, row.precision_after)
         names.append(f"{who}, {row.image_size} px, batch {row.batch_size}")
         ax.plot([row.fps_ratio_low, row.fps_ratio_high], [y, y], color=look["color"], linewidth=2)
         ax.plot(row.fps_ratio, y, **look)

@@ -252,7 +252,7 @@ def main() -> None:
     args = parse()
     images = find_images(args.source)
     if len(images) > FEW:
-        fresh_processes()  # what the decoding ones come from imports meanwhile
+        fresh_processes("utils.pipeline")  # what the decoding ones come from imports meanwhile
     import torch
 
     import benchmark

@@ -137,7 +137,7 @@ class Pillow:
         if few:  # nor is a server started, whose imports would take seconds of a core
             context, memory = threading, bytearray(int(np.prod(shape)))
         else:
-            context = fresh_processes()
+            context = fresh_processes(__name__)
             # Shared, or in a file where /dev/shm is small.
             memory = context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
         self.pixels = torch.from_numpy(np.frombuffer(memory, np.uint8).reshape(shape))

@@ -137,18 +137,19 @@ def uninterrupted() -> Iterator[None]:
 # ---- processes
 
 
-def fresh_processes():
+def fresh_processes(*modules: str):
     """multiprocessing's means to start clean processes.
 
-    On Linux they are forked from a server that has only imported the large libraries, which saves each
-    seconds; elsewhere each starts from nothing.  They leave Ctrl-C to the process that started them.
+    On Linux they are forked from a server that has only imported the large libraries and `modules`, which
+    saves each seconds; elsewhere each starts from nothing.  They leave Ctrl-C to the process that started
+    them.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver, resource_tracker  # Windows has none
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LARGE)
+    context.set_forkserver_preload([*LARGE, *modules])
     resource_tracker.ensure_running()  # starting it would let signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
     try:

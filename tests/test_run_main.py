@@ -149,6 +149,29 @@ if __name__ == "__main__":
     assert gone or worker.status() == psutil.STATUS_ZOMBIE
 
 
+def test_a_fresh_process_stands_where_this_one_does_and_imports_nothing_from_there(tmp_path):
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils" / "__init__.py").write_text("")  # a package of the user's by one of our names
+    (tmp_path / "pandas.py").write_text("raise RuntimeError('not the library')")
+    script = tmp_path / "elsewhere" / "where.py"
+    script.parent.mkdir()
+    script.write_text(
+        f"""{HEAD}
+def where():
+    import os, sys
+    import utils.pipeline
+    return os.getcwd(), utils.pipeline.__file__, "torchvision" in sys.modules
+if __name__ == "__main__":
+    fresh_processes("utils.pipeline")
+    print(*in_fresh_process(where), sep="\\n")
+""",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    pipeline = str(ROOT / "utils" / "pipeline.py")
+    assert done.stdout.splitlines() == [str(tmp_path), pipeline, "True"], done.stderr
+
+
 def test_a_lock_keeps_a_second_one_out_and_is_free_again(tmp_path):
     with alone(tmp_path / ".lock", "training"):
         process = start(f"with alone(Path({str(tmp_path / '.lock')!r}), 'training', 0.1): pass")

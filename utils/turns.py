@@ -15,8 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
-
 from utils import findings, records, timing
 from utils.measure import Measuring, Problem, inference, problem_of, turns_of
 from utils.schema import BASELINE, Job
@@ -38,7 +36,7 @@ class Remote:
         self.said_before = log.stat().st_size
         processes = fresh_processes()
         self.pipe, theirs = processes.Pipe()
-        self.process = processes.Process(target=serve, args=(job, theirs, log))
+        self.process = processes.Process(target=serve, args=(job, theirs, log, time.time()))
         self.process.start()
         theirs.close()
 
@@ -85,15 +83,15 @@ class Local(Measuring):
         return False
 
 
-def serve(job: Job, pipe, log: Path) -> None:
-    """What a member's process does: the steps it is asked for.  Whatever anyone says goes to the log."""
+def serve(job: Job, pipe, log: Path, asked: float) -> None:
+    """What a member's process, `asked` for then, does: its steps.  Whatever anyone says goes to the log."""
     end_with_parent()
     with log.open("ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):  # the pipe is closed, or Ctrl-C
         measuring = Measuring(job, importlib.import_module(job.script).BACKENDS[job.backend]())
-        wall = measuring.record.wall = {"start": round(time.time() - psutil.Process().create_time(), 2)}
+        wall = measuring.record.wall = {"start": round(time.time() - asked, 2)}
         with inference(job.device):
             while True:
                 step, arguments = pipe.recv()

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 IMAGE_SIZES = [224, 256, 384, 512]  # pixels, square
 BATCH_SIZES = [1, 8, 16]
+ROOT = Path(__file__).resolve().parent.parent
 LARGE = ["torch", "torchvision", "torchvision.transforms.v2", "torch.utils.flop_counter", "pandas"]
 
 
@@ -140,21 +141,26 @@ def uninterrupted() -> Iterator[None]:
 def fresh_processes(*modules: str):
     """multiprocessing's means to start clean processes.
 
-    On Linux they are forked from a server that has only imported the large libraries and `modules`, which
-    saves each seconds; elsewhere each starts from nothing.  They leave Ctrl-C to the process that started
-    them.
+    On Linux they are forked from a server that has only imported the large libraries, what the running
+    script imports and `modules`, which saves each seconds; elsewhere each starts from nothing.  They leave
+    Ctrl-C to the process that started them.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver, resource_tracker  # Windows has none
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*LARGE, *modules])
+    script = Path(getattr(sys.modules["__main__"], "__file__", "") or "")
+    own = [script.stem] if script.resolve().parent == ROOT else []
+    context.set_forkserver_preload([*LARGE, *own, *modules])
     resource_tracker.ensure_running()  # starting it would let signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
+    here = Path.cwd()
+    os.chdir(ROOT)  # the server imports from where it is started; its processes go to where this one is
     try:
         forkserver.ensure_running()
     finally:
+        os.chdir(here)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 

@@ -1,6 +1,8 @@
 """Every file imports only what lies below it: no circle, no arrow upwards, also not inside functions."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -63,3 +65,23 @@ def test_an_upward_import_is_seen_wherever_it_stands():
     assert upward("utils.records", hidden) == {"utils.report"}
     assert upward("compare", "import train\n") == {"train"}
     assert not upward("utils.report", "from utils import findings\n")
+
+
+def test_importing_touches_no_gpu():
+    """Processes are forked from one that has imported all: had it started CUDA, none of them could use it."""
+    code = f"""
+import ctypes
+import torch
+def started(*_):
+    raise SystemExit("CUDA or NVML was started")
+torch._C._cuda_init = torch._C._cuda_getDeviceCount = torch.cuda.is_available = started
+import pynvml
+pynvml.nvmlInit = started
+class Library(ctypes.CDLL):
+    def __init__(self, name, *arguments, **options):
+        started() if "cuda" in str(name) else super().__init__(name, *arguments, **options)
+ctypes.CDLL = Library
+import {", ".join(sorted(LEVEL))}
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

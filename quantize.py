@@ -221,6 +221,7 @@ def calibrator(batches: Iterable[torch.Tensor] = (), table: bytes | None = None)
             config.int8_calibrator = self
             if table is None:
                 config.set_calibration_profile(profile)
+                config.builder_optimization_level = 0  # of the engine nothing is wanted but the table
             else:
                 network.get_input(0).dtype = network.get_output(0).dtype = tensorrt.DataType.HALF
                 config.set_flag(tensorrt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)

@@ -18,7 +18,8 @@ from PIL import Image
 
 from utils.pipeline import IN_FLIGHT, Batch, Pillow, cores, decode
 
-PREFETCH = 3  # batches that DALI works on at a time
+PIPELINES = 2  # of DALI, in turn: while one waits for PNGs from the processor, the other has the JPEG engine
+PREFETCH = 3  # batches that each works on at a time
 HARDWARE = 0.65  # share of JPEGs for the decoding engine; on an H100 0.8, 0.9 and 1 were no faster
 
 
@@ -28,7 +29,7 @@ class Dali(Pillow):
     The workers look at every file beforehand and decode what DALI would not decode as load_rgb() does.
     """
 
-    name, leave_plain, chunk, hold = "dali", True, 32, PREFETCH + 1
+    name, leave_plain, chunk, hold = "dali", True, 32, PIPELINES * PREFETCH + 1
 
     def __init__(self, image_size: int, batch_size: int, device: str, few: bool = False):
         super().__init__(image_size, batch_size, device, few)
@@ -53,22 +54,28 @@ class Dali(Pillow):
                         raise
                     said = str(error).strip().splitlines()[0]
                     print(f"DALI failed, Pillow decodes these {len(fed)} batches: {said}", file=sys.stderr)
-                for batch in fed:
+                for batch, _ in fed:
                     yield self.finished(batch, None, next(targets))
 
     def decoded(self, looked_at: Iterator[Batch], fed: deque, filler: str, targets) -> Iterator[Batch]:
-        """What one DALI pipeline makes of the batches; `fed` holds those that it has not given back yet."""
+        """What DALI's pipelines make of the batches, in order.
 
-        def source() -> list[np.ndarray]:
-            fed.append(next(looked_at))  # StopIteration ends DALI's epoch
-            names = [fed[-1].paths[k] for k in fed[-1].plain] or [filler]
-            return [np.frombuffer(os.fsencode(name), np.uint8) for name in names]
+        `fed` holds those that they have not given back yet, each with its pipeline.
+        """
 
-        pipeline = self.make_pipeline(source)
-        pipeline.schedule_run()
+        def source(number: int) -> Iterator[list[np.ndarray]]:
+            for batch in looked_at:
+                fed.append((batch, pipelines[number]))
+                names = [batch.paths[k] for k in batch.plain] or [filler]
+                yield [np.frombuffer(os.fsencode(name), np.uint8) for name in names]
+
+        pipelines = [self.make_pipeline(source(number)) for number in range(PIPELINES)]
+        for pipeline in pipelines:
+            pipeline.schedule_run()
         while fed:
+            batch, pipeline = fed[0]
             (images,) = pipeline.share_outputs()
-            batch = self.finished(fed[0], images.as_tensor(), next(targets))
+            batch = self.finished(batch, images.as_tensor(), next(targets))
             fed.popleft()
             pipeline.release_outputs()
             pipeline.schedule_run()

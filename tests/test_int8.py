@@ -240,9 +240,9 @@ def test_a_scale_too_small_for_half_does_not_vanish():
 @pytest.fixture
 def tensorrt(monkeypatch):
     """As much of TensorRT 8.6 as a calibrator meets."""
-    base = type("IInt8EntropyCalibrator2", (), {})
+    base = type("IInt8MinMaxCalibrator", (), {})
     flags = SimpleNamespace(INT8="INT8", PREFER_PRECISION_CONSTRAINTS="prefer")
-    fake = SimpleNamespace(IInt8EntropyCalibrator2=base, BuilderFlag=flags)
+    fake = SimpleNamespace(IInt8MinMaxCalibrator=base, BuilderFlag=flags)
     fake.DataType = SimpleNamespace(HALF="half")
     fake.LayerType = SimpleNamespace(REDUCE="reduce", MATRIX_MULTIPLY="product", ELEMENTWISE="sum")
     monkeypatch.setitem(sys.modules, "tensorrt", fake)

@@ -84,31 +84,29 @@ def generate(scenario: str, images: int, issue: Callable, **settings) -> dict:
     return {entry["key"]: entry["value"] for entry in entries}
 
 
-def responses(ids) -> list:
+def answer(samples) -> None:
     import mlperf_loadgen
 
-    return [mlperf_loadgen.QuerySampleResponse(each, 0, 0) for each in ids]
+    ready = [mlperf_loadgen.QuerySampleResponse(sample.id, 0, 0) for sample in samples]
+    mlperf_loadgen.QuerySamplesComplete(ready)
 
 
-def answer(ready: list) -> None:
-    import mlperf_loadgen
-
-    if ready:
-        mlperf_loadgen.QuerySamplesComplete(ready)
+def answer_all(done: queue.SimpleQueue) -> None:
+    """Answer what comes until None does."""
+    for samples in iter(done.get, None):
+        answer(samples)
 
 
 def in_background(scenario: str, images: int, waiting: queue.SimpleQueue, told: dict, **settings):
     """Start the generator in a thread: this one stays the worker, since CUDA streams belong to threads.
 
-    Lists of (id, image) arrive in `waiting`, None at the end; `told` then holds the results.
+    Lists of samples, with `id` and `index`, arrive in `waiting`, None at the end; `told` then holds the
+    results.
     """
-
-    def issue(samples) -> None:
-        waiting.put([(sample.id, sample.index) for sample in samples])
 
     def offer() -> None:
         try:
-            told.update(generate(scenario, images, issue, **settings))
+            told.update(generate(scenario, images, waiting.put, **settings))
         finally:
             waiting.put(None)
 
@@ -133,11 +131,11 @@ def server(network: Network, pixels, rate: float, max_latency_ms: float, queries
                 waiting.put(None)  # the end, seen early: the generator failed
                 break
             arrived += more
-        ids, indices = zip(*arrived[:largest], strict=True)
-        arrived = arrived[largest:]
-        torch.index_select(pixels, 0, torch.tensor(indices), out=batch[: len(ids)])
-        network.finish(network.enqueue(batch[: len(ids)]))
-        answer(responses(ids))
+        taken, arrived = arrived[:largest], arrived[largest:]
+        indices = torch.tensor([sample.index for sample in taken])
+        torch.index_select(pixels, 0, indices, out=batch[: len(taken)])
+        network.finish(network.enqueue(batch[: len(taken)]))
+        answer(taken)
     thread.join()
     return told
 
@@ -156,18 +154,20 @@ def offline(network: Network, pixels: torch.Tensor) -> tuple[dict, float]:
 
     timing.warm_up(call, wait, 3, 0.5, 10)
     before = own_clock()
-    waiting, told = queue.SimpleQueue(), {}
+    waiting, done, told = queue.SimpleQueue(), queue.SimpleQueue(), {}
     expected = batch_size / timing.trimmed_mean(before) * 1000
     longer = int(2 * MIN_SECONDS * 1000)  # handing over all images at once takes a while, too
     settings = {"offline_expected_qps": expected, "min_duration_ms": longer}
     thread = in_background("Offline", len(pixels), waiting, told, **settings)
-    samples, ready = waiting.get() or [], []
+    answering = threading.Thread(target=answer_all, args=[done], daemon=True)
+    answering.start()  # beside the next batch: else each costs what its answers do
+    samples = waiting.get() or []
     for first in range(0, len(samples), batch_size):
         call()
-        answer(ready)  # the last batch's, while the device works on this one
-        ready = responses(each for each, _ in samples[first : first + batch_size])
         wait()
-    answer(ready)
+        done.put(samples[first : first + batch_size])
+    done.put(None)
+    answering.join()
     thread.join()
     fps = batch_size / timing.trimmed_mean(before + own_clock()) * 1000  # both sides: what drifts cancels
     return told, fps

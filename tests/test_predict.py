@@ -200,17 +200,19 @@ def test_ten_thousand_files_of_which_a_hundred_are_broken(project, tmp_path, bro
     folder, random = tmp_path / "photos", np.random.default_rng(0)
     originals = sorted(path for path in (project / "data" / "test").rglob("*") if path.is_file())
     for k in range(9_900):
-        path = folder / f"{k // 4_950}" / f"{k:05d}.jpg"
+        path = folder / f"{k // 2_500}" / f"{k:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         with Image.open(originals[k % 100]) as image:
             image.convert("RGB").resize((64, 64)).save(path, quality=int(random.integers(75, 95)))
     ways = [path for path in broken.values() if path.is_file()]
     for k in range(100):
-        shutil.copy(ways[k % len(ways)], folder / f"{k % 2}" / f"broken {k} {ways[k % len(ways)].name}")
-    half = peak_mb(folder / "0", project, tmp_path / "half.csv", 4_950, 50)
-    whole = peak_mb(folder, project, tmp_path / "whole.csv", 9_900, 100)
-    print(f"MB of all its processes at most: {half:.0f} for half of the files, {whole:.0f} for all")
-    assert whole < 1.1 * half  # it does not grow with the files
+        shutil.copy(ways[k % len(ways)], folder / f"{k % 4}" / f"broken {k} {ways[k % len(ways)].name}")
+    for k in range(3):
+        shutil.copytree(folder, tmp_path / "thrice" / str(k), copy_function=os.link)
+    once = peak_mb(folder, project, tmp_path / "once.csv", 9_900, 100)
+    thrice = peak_mb(tmp_path / "thrice", project, tmp_path / "thrice.csv", 29_700, 300)
+    print(f"MB of all its processes at most: {once:.0f}, and {thrice:.0f} for three times as many files")
+    assert thrice < 1.1 * once  # it does not grow with the files
 
 
 def peak_mb(folder: Path, project: Path, out: Path, right: int, wrong: int) -> float:

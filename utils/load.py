@@ -5,8 +5,8 @@ MLPerf's own load generator (mlcommons-loadgen) asks and judges: its Server scen
 it should have arrived and ends with its logits on the host: waiting, gathering into a batch, copying uint8
 pixels, normalising, inference, copying back.  Reading and decoding are outside: the pixels lie in memory.
 
-Its Offline scenario is a check of this project's clock: batches that lie on the device in the backend's own
-form, as benchmark.py times them.
+Its Offline scenario is a check of this project's clock: both time the same runs, on batches that lie on the
+device in the backend's own form.
 """
 
 import dataclasses
@@ -141,7 +141,7 @@ def server(network: Network, pixels, rate: float, max_latency_ms: float, queries
 
 
 def offline(network: Network, pixels: torch.Tensor) -> tuple[dict, float]:
-    """The generator's results for batches on the device, and images/s of the same by this project's clock."""
+    """The generator's results for batches on the device; images/s of the same runs by our clock."""
     batch_size, on_gpu = network.batch_sizes[-1], network.device == "cuda"
     x = network.backend.prepare(network.normalise(pixels[torch.arange(batch_size) % len(pixels)]))
     wait = torch.cuda.current_stream().synchronize if on_gpu else lambda: None
@@ -149,28 +149,26 @@ def offline(network: Network, pixels: torch.Tensor) -> tuple[dict, float]:
     def call():
         return network.backend.predict(x)
 
-    def own_clock() -> list[float]:
-        return timing.warm_up(call, wait, 5, MIN_SECONDS / 2, 30)
-
-    timing.warm_up(call, wait, 3, 0.5, 10)
-    before = own_clock()
+    timed = timing.warm_up(call, wait, 3, MIN_SECONDS / 2, 30)
     waiting, done, told = queue.SimpleQueue(), queue.SimpleQueue(), {}
-    expected = batch_size / timing.trimmed_mean(before) * 1000
-    longer = int(2 * MIN_SECONDS * 1000)  # handing over all images at once takes a while, too
-    settings = {"offline_expected_qps": expected, "min_duration_ms": longer}
+    settings = {"offline_expected_qps": batch_size / timing.trimmed_mean(timed) * 1000}
+    settings["min_duration_ms"] = int(
+        2 * MIN_SECONDS * 1000
+    )  # handing over all images at once takes a while, too
     thread = in_background("Offline", len(pixels), waiting, told, **settings)
     answering = threading.Thread(target=answer_all, args=[done], daemon=True)
     answering.start()  # beside the next batch: else each costs what its answers do
-    samples = waiting.get() or []
+    samples, timed = waiting.get() or [], []
     for first in range(0, len(samples), batch_size):
+        start = time.perf_counter()
         call()
         wait()
+        timed.append((time.perf_counter() - start) * 1000)
         done.put(samples[first : first + batch_size])
     done.put(None)
     answering.join()
     thread.join()
-    fps = batch_size / timing.trimmed_mean(before + own_clock()) * 1000  # both sides: what drifts cancels
-    return told, fps
+    return told, batch_size / timing.trimmed_mean(timed) * 1000
 
 
 def measure(where: dict, network: Network, pixels: torch.Tensor, max_latency_ms: float) -> list[Row]:

@@ -10,6 +10,7 @@ it goes on: rows stand in labels.csv.<key>.part<rank> until all are there.
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import datetime
@@ -191,6 +192,7 @@ def gather(value) -> list:
 
     if not dist.is_initialized():  # Gloo: no GPU has anything to exchange
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        atexit.register(dist.destroy_process_group)  # else Gloo's threads may abort the process as it ends
     values = [None] * WORLD_SIZE
     with torch.inference_mode(False):  # torch 2.2 can't exchange anything within it
         dist.all_gather_object(values, value)

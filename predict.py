@@ -19,6 +19,7 @@ import glob
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -190,11 +191,14 @@ def gather(value) -> list:
     import torch
     import torch.distributed as dist
 
-    if not dist.is_initialized():  # Gloo: no GPU has anything to exchange
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-        atexit.register(dist.destroy_process_group)  # else Gloo's threads may abort the process as it ends
     values = [None] * WORLD_SIZE
-    with torch.inference_mode(False):  # torch 2.2 can't exchange anything within it
+    with contextlib.ExitStack() as undo:
+        for number in (signal.SIGINT, signal.SIGTERM):  # which who waits inside torch would not hear
+            undo.callback(signal.signal, number, signal.signal(number, signal.SIG_DFL))
+        undo.enter_context(torch.inference_mode(False))  # torch 2.2 can't exchange anything within it
+        if not dist.is_initialized():  # Gloo: no GPU has anything to exchange
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+            atexit.register(dist.destroy_process_group)  # else Gloo's threads may abort the process
         dist.all_gather_object(values, value)
     return values
 

@@ -1,5 +1,6 @@
 """predict.py: a folder of images -> labels.csv, whatever lies among them and however it is interrupted."""
 
+import contextlib
 import csv
 import os
 import shutil
@@ -154,6 +155,32 @@ def test_two_processes_share_the_files_and_one_table_comes_out(project, photos):
     assert [row["path"] for row in two] == [row["path"] for row in alone]
     assert [row["class"] for row in two] == [row["class"] for row in alone]
     assert done.stdout.count("written: ") == 1 and not list(photos.parent.glob("*.part*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals to a group of processes are POSIX's")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_the_others_ends_when_told(tmp_path, how):
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import sys, time\nfrom pathlib import Path\n\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\nimport predict\n\n"
+        f"Path({str(tmp_path)!r}, f'here {{predict.RANK}}').touch()\n"
+        "if predict.RANK == 0:\n    time.sleep(60)\n"
+        "predict.run_main(lambda: predict.gather(None))\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    started = subprocess.Popen(list(map(str, command)), **quiet)
+    try:
+        while len(list(tmp_path.glob("here *"))) < 2 and started.poll() is None:
+            time.sleep(0.1)
+        time.sleep(5)  # by then the second one waits inside torch
+        os.killpg(started.pid, how)
+        assert started.wait(timeout=15) != 0  # torchrun waits 30 s before it kills
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

@@ -296,9 +296,9 @@ def main() -> None:
             if not RANK:
                 gather(None)
             if mine:
+                network = Network(backend, [batch_size], size, device)
                 decoder = DECODERS[decoder_name](size, batch_size, device, few=len(mine) <= FEW)
                 with contextlib.closing(decoder):
-                    network = Network(backend, [batch_size], size, device)
                     to_rows = functools.partial(rows_of, classes=classes, every=args.probabilities)
                     told = label(mine, own, decoder, network, to_rows)
     except Exception as error:

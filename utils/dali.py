@@ -36,52 +36,72 @@ class Dali(Pillow):
         shape = IN_FLIGHT + 1, batch_size, image_size, image_size, 3
         self.on_device = torch.empty(shape, dtype=torch.uint8, device=device)
         self.stream = torch.cuda.Stream() if device == "cuda" else None
+        self.folder = tempfile.TemporaryDirectory()
+        names = ("filler.png", "filler.jpg")[:batch_size]
+        self.fillers = [str(Path(self.folder.name, name)) for name in names]
+        for path in self.fillers:  # a JPEG too: the first one of a process takes longer
+            Image.new("RGB", (64, 64)).save(path)
+        self.looked_at, self.ended = iter(()), True
+        self.start()
+
+    def start(self) -> None:
+        """Make the pipelines, which takes seconds on a GPU, and have them decode what is there, or fillers.
+
+        `fed` holds the batches that the pipelines have not given back yet, in order, None for fillers, each
+        with the number of its pipeline.
+        """
+        self.fed, self.pipelines = deque(), []
+        self.pipelines = [self.make_pipeline(number) for number in range(PIPELINES)]
+        for pipeline in self.pipelines:
+            pipeline.schedule_run()
+
+    def close(self) -> None:
+        self.pipelines.clear()
+        self.folder.cleanup()
+        super().close()
 
     def batches(self, paths: Iterable[str]) -> Iterator[Batch]:
-        looked_at, targets = super().batches(paths), itertools.cycle(self.on_device)
-        with contextlib.closing(looked_at), tempfile.TemporaryDirectory() as folder:
-            filler = str(Path(folder, "filler.png"))  # DALI wants at least one image in a batch
-            Image.new("RGB", (8, 8)).save(filler)
+        targets = itertools.cycle(self.on_device)
+        self.fed = deque((None, number) for _, number in self.fed)  # nobody waits for what was broken off
+        self.looked_at, self.ended = super().batches(paths), False
+        with contextlib.closing(self.looked_at):
             while True:
-                fed = deque()
                 try:
-                    yield from self.decoded(looked_at, fed, filler, targets)
+                    yield from self.decoded(targets)
                     return
-                except (
-                    RuntimeError
-                ) as error:  # DALI can't go on after an error, and doesn't say which file it was
-                    if not fed:
+                except RuntimeError as error:  # DALI can't go on then, and doesn't say which file it was
+                    left = [batch for batch, _ in self.fed if batch]
+                    if not left:
                         raise
                     said = str(error).strip().splitlines()[0]
-                    print(f"DALI failed, Pillow decodes these {len(fed)} batches: {said}", file=sys.stderr)
-                for batch, _ in fed:
+                    print(f"DALI failed, Pillow decodes these {len(left)} batches: {said}", file=sys.stderr)
+                for batch in left:
                     yield self.finished(batch, None, next(targets))
+                self.start()
 
-    def decoded(self, looked_at: Iterator[Batch], fed: deque, filler: str, targets) -> Iterator[Batch]:
-        """What DALI's pipelines make of the batches, in order.
-
-        `fed` holds those that they have not given back yet, each with its pipeline.
-        """
-
-        def source(number: int) -> Iterator[list[np.ndarray]]:
-            for batch in looked_at:
-                fed.append((batch, pipelines[number]))
-                names = [batch.paths[k] for k in batch.plain] or [filler]
-                yield [np.frombuffer(os.fsencode(name), np.uint8) for name in names]
-
-        pipelines = [self.make_pipeline(source(number)) for number in range(PIPELINES)]
-        for pipeline in pipelines:
-            pipeline.schedule_run()
-        while fed:
-            batch, pipeline = fed[0]
+    def decoded(self, targets: Iterator[torch.Tensor]) -> Iterator[Batch]:
+        """What DALI's pipelines make of the batches, in order."""
+        while not self.ended or any(batch for batch, _ in self.fed):
+            batch, number = self.fed[0]
+            pipeline = self.pipelines[number]
             (images,) = pipeline.share_outputs()
-            batch = self.finished(batch, images.as_tensor(), next(targets))
-            fed.popleft()
+            if batch:
+                batch = self.finished(batch, images.as_tensor(), next(targets))
+            self.fed.popleft()
             pipeline.release_outputs()
             pipeline.schedule_run()
-            yield batch
+            if batch:
+                yield batch
 
-    def make_pipeline(self, source):
+    def make_pipeline(self, number: int):
+        def source() -> list[np.ndarray]:
+            """The names of the next files; never none, since DALI wants at least one image in a batch."""
+            batch = next(self.looked_at, None)
+            self.ended = batch is None
+            self.fed.append((batch, number))
+            names = [batch.paths[k] for k in batch.plain] if batch else []
+            return [np.frombuffer(os.fsencode(name), np.uint8) for name in names or self.fillers]
+
         from nvidia.dali import fn, pipeline_def, types
 
         on_gpu = self.device == "cuda"

@@ -1,5 +1,4 @@
-"""What several tests share: the repo on the path, and one small trained project that the real scripts
-made."""
+"""What several tests share: the repo on the path, and one small project that the real scripts trained."""
 
 import os
 import shutil
@@ -11,12 +10,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock  # PyTorch brings it along
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # tests run beside one another: threads that wait spinning would take each other's cores
-)
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # what runs in the background ignores it, and so would the scripts started here
+# Tests run beside one another: threads that wait spinning would take each other's cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+# What runs in the background ignores it, and so would the scripts started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

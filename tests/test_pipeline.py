@@ -201,18 +201,8 @@ def test_logits_from_files_are_those_of_the_test_set(project, name):
 
 
 def test_end_to_end_writes_a_row_for_every_backend_and_decoder(project, tmp_path):
-    arguments = [
-        "--quick",
-        "--backends",
-        "pytorch",
-        "onnx",
-        "--device",
-        "cpu",
-        "--runs",
-        5,
-        "--sustain-seconds",
-        0,
-    ]
+    arguments = ["--quick", "--backends", "pytorch", "onnx", "--device", "cpu", "--runs", 5]
+    arguments += ["--sustain-seconds", 0]
     run_script("benchmark.py", *arguments, "--results", tmp_path / "quick", cwd=project)
     short = ["--results", tmp_path / "quick", "--rounds", 2, "--seconds", 0.2, "--backends", "onnx"]
     decoders = ["pillow"] if dali.why_no_dali() else ["pillow", "dali"]

@@ -34,7 +34,7 @@ def test_sample_times_just_the_runs_asked_for():
 
 def test_the_clock_includes_what_the_device_still_does_after_the_call_returned():
     samples = timing.sample(lambda: None, lambda: time.sleep(0.01), runs=3)
-    assert min(samples.host_ms) >= 10 and max(samples.enqueue_ms) < 10
+    assert min(samples.host_ms) >= 10 and min(samples.enqueue_ms) < 10
 
 
 def test_a_fixed_piece_of_python_tells_when_something_else_uses_the_core():

@@ -104,12 +104,12 @@ def answer_all(done: queue.SimpleQueue) -> None:
 def in_background(scenario: str, images: int, waiting: queue.SimpleQueue, told: dict, **settings):
     """Start the generator in a thread: this one stays the worker, since CUDA streams belong to threads.
 
-    Lists of samples, each a number and an image's index, arrive in `waiting`, None at the end; `told` then
-    holds the results.
+    The samples' numbers and their images' indices, two lists, arrive in `waiting`, None at the end; `told`
+    then holds the results.
     """
 
     def issue(numbers: list[int], indices: list[int]) -> None:
-        waiting.put(list(zip(numbers, indices, strict=True)))
+        waiting.put((numbers, indices))
 
     def offer() -> None:
         try:
@@ -132,12 +132,12 @@ def server(network: Network, pixels, rate: float, max_latency_ms: float, queries
     batch = torch.empty(largest, *pixels.shape[1:], dtype=torch.uint8, pin_memory=network.device == "cuda")
     arrived = []
     while arrived or (more := waiting.get()) is not None:
-        arrived += [] if arrived else more
+        arrived += [] if arrived else zip(*more, strict=True)
         while len(arrived) < largest and not waiting.empty():
             if (more := waiting.get()) is None:
                 waiting.put(None)  # the end, seen early: the generator failed
                 break
-            arrived += more
+            arrived += zip(*more, strict=True)
         taken, arrived = arrived[:largest], arrived[largest:]
         numbers, indices = zip(*taken, strict=True)
         torch.index_select(pixels, 0, torch.tensor(indices), out=batch[: len(taken)])
@@ -165,7 +165,7 @@ def offline(network: Network, pixels: torch.Tensor) -> tuple[dict, float]:
     thread = in_background("Offline", len(pixels), waiting, told, **settings)
     answering = threading.Thread(target=answer_all, args=[done], daemon=True)
     answering.start()  # beside the next batch: else each costs what its answers do
-    numbers, timed = [number for number, _ in waiting.get() or []], []
+    (numbers, _), timed = waiting.get() or ([], []), []
     for first in range(0, len(numbers), batch_size):
         start = time.perf_counter()
         call()

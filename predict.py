@@ -15,10 +15,10 @@ import contextlib
 import csv
 import datetime
 import functools
-import glob
 import io
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -28,13 +28,24 @@ from pathlib import Path
 import numpy as np
 
 from utils.environment import environment
-from utils.utils import UserError, add_path_arguments, fresh_processes, run_main, sha256, write_whole
+from utils.utils import (
+    UserError,
+    add_path_arguments,
+    alone,
+    check_folder,
+    fresh_processes,
+    named,
+    run_main,
+    sha256,
+    write_whole,
+)
 
 # What else is needed is imported where it is used: the workers that decode import this file too.
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # whatever bytes a file name has
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
 FEW = 256  # images that threads have decoded before processes have started
 NOTHING = {"images": 0, "problems": {}, "waited": {"decoding": 0.0, "inference": 0.0}, "seconds": 0.0}
+BEGINS = b"path,class,probability"  # a table
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
@@ -55,6 +66,31 @@ def find_images(source: Path) -> list[str]:
     if images := [str(path) for path in found if is_image(path)]:
         return images
     raise UserError(f"{source} holds no images, by the names of its {len(found)} files; name another folder")
+
+
+def check_out(out: Path) -> Path:
+    """The file to write, at the end of a link.  Raises UserError where something else than a table lies."""
+    out = out.resolve() if out.is_symlink() else out
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name a file in it: --out {out / 'labels.csv'}")
+    check_folder(out.parent)
+    if out.exists():
+        begins = out.read_bytes()[: len(BEGINS)] if out.is_file() else None
+        if begins not in (b"", BEGINS):
+            raise UserError(f"{out} is there and no table of this script; name another file: --out FILE")
+    return out
+
+
+@contextlib.contextmanager
+def alone_at(out: Path):
+    """Keep a second run from writing the same table: each would take the other's rows for its own."""
+    lock = out.with_name(f"{out.name}.lock")
+    with alone(lock, f"writing {out.name}"):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows lets nobody remove it yet
+                lock.unlink()
 
 
 # ---- what classifies
@@ -147,12 +183,30 @@ def rows_of(batch, logits: np.ndarray, classes: list[str], every: bool) -> list[
 
 
 def write_rows(path: Path, rows: Iterable[list[str]], mode: str = "w") -> None:
-    with path.open(mode, **TEXT) as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+    kinds = csv.QUOTE_MINIMAL, csv.QUOTE_ALL
+    with named(path), path.open(mode, **TEXT) as file:
+        usual, quoted = (csv.writer(file, lineterminator="\n", quoting=kind) for kind in kinds)
+        for row in rows:  # a name's "\r" is not quoted of itself, and would end the row when read
+            (quoted if "\r" in row[0] else usual).writerow(row)
 
 
 def parts_of(out: Path, key: str) -> list[Path]:
-    return sorted(out.parent.glob(f"{glob.escape(out.name)}.{key}.part*"))
+    """The parts of a table by their key, a regular expression: of nothing else that lies there."""
+    name = re.compile(rf"{re.escape(out.name)}\.{key}\.part\d+")
+    return sorted(path for path in out.parent.iterdir() if name.fullmatch(path.name) and path.is_file())
+
+
+def still_right(part: Path, columns: int) -> dict[str, list[str]]:
+    """The rows of a part whose files have not changed since."""
+
+    def is_same(path: str) -> bool:
+        with contextlib.suppress(OSError):
+            found = Path(path).stat()
+            return max(found.st_mtime, found.st_ctime) <= written
+        return False
+
+    written = part.stat().st_mtime
+    return {path: row for path, row in read_rows(part, columns).items() if is_same(path)}
 
 
 def resume(out: Path, key: str, columns: int) -> tuple[Path, dict]:
@@ -160,25 +214,26 @@ def resume(out: Path, key: str, columns: int) -> tuple[Path, dict]:
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {}
     for part in parts_of(out, key):
-        done |= read_rows(part, columns)
+        done |= still_right(part, columns)
     own = out.with_name(f"{out.name}.{key}.part{RANK}")
-    kept = read_rows(own, columns).values() if own.exists() else []
+    kept = still_right(own, columns).values() if own.exists() else []
     write_whole(own, lambda path: write_rows(path, kept))
     if done:
         say(f"going on: {len(done):,} rows are there already")
     return own, done
 
 
-def merge(out: Path, key: str, images: list[str], header: list[str]) -> int:
-    """Write the rows of all parts to `out` in the order of the images, whole or not at all; how many."""
+def merge(out: Path, key: str, images: list[str], header: list[str]) -> dict:
+    """Write the rows of all parts to `out` in the order of the images, whole or not at all; path -> row."""
     rows = {}
-    for part in parts_of(out, key):
+    for part in sorted(parts_of(out, key), key=lambda part: part.stat().st_mtime):  # the newest counts
         rows |= read_rows(part, len(header))
-    kept = [rows[path] for path in images if path in rows]
-    write_whole(out, lambda path: write_rows(path, [header, *kept]))
-    for part in parts_of(out, "*"):  # also those of other settings
+    kept = {path: rows[path] for path in images if path in rows}
+    write_whole(out, lambda path: write_rows(path, [header, *kept.values()]))
+    source = key.partition("-")[0]
+    for part in parts_of(out, f"{source}-[0-9a-f]+"):  # also those of this folder by other settings
         part.unlink()
-    return len(kept)
+    return kept
 
 
 # ---- several processes, by torchrun
@@ -219,9 +274,9 @@ def label(images: list[str], part: Path, decoder, network, to_rows: Callable) ->
     return {**told, "seconds": time.perf_counter() - start}
 
 
-def summarise(told: list[dict], rows: int, out: Path) -> int:
-    """Say how fast it was, what was in the way and what can't be read; the exit code."""
-    print(f"written: {out}, {rows:,} rows")
+def summarise(told: list[dict], paths: list[str], rows: dict, out: Path) -> int:
+    """Say how fast it was, what was in the way and which images have no row; the exit code."""
+    print(f"written: {out}, {len(rows):,} rows")
     images, seconds = sum(part["images"] for part in told), max(part["seconds"] for part in told)
     if images:
         spent = {name: sum(part["waited"][name] for part in told) for name in ("decoding", "inference")}
@@ -229,7 +284,8 @@ def summarise(told: list[dict], rows: int, out: Path) -> int:
         share = f"it waited {spent[most] / sum(spent.values()):.0%} of the time for it"
         speed = f"{images:,} images in {seconds:.1f} s, {images / seconds:,.0f} images/s"
         print(f"{speed}; in the way: {most} ({share})")
-    problems = {path: why for part in told for path, why in part["problems"].items()}
+    problems = {path: "its row is gone; run the same command again" for path in paths if path not in rows}
+    problems |= {path: why for part in told for path, why in part["problems"].items()}
     if problems:
         print(f"{len(problems):,} files can't be read and have no row:", file=sys.stderr)
     for path, why in sorted(problems.items()):
@@ -256,7 +312,13 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    images = find_images(args.source)
+    images, out = find_images(args.source), check_out(args.out)
+    with alone_at(out) if RANK == 0 else contextlib.nullcontext():
+        sys.exit(classify_all(args, images, out))
+
+
+def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
+    """Classify what has no row yet and write the table; the exit code."""
     if len(images) > FEW:
         fresh_processes("utils.pipeline")  # what the decoding ones come from imports meanwhile
     import torch
@@ -267,6 +329,7 @@ def main() -> None:
     from utils.dali import DECODERS
     from utils.pipeline import Network
 
+    jobs.check_numbers(args, ["batch_size", "image_size"], least=1)
     if args.backend not in (None, *benchmark.BACKENDS):
         raise UserError(f"--backend {args.backend} is not one of {', '.join(benchmark.BACKENDS)}")
     device = jobs.pick_device(args.device)
@@ -282,8 +345,9 @@ def main() -> None:
     say(f"{len(images):,} images, {checkpoint.name}, {name}, batch {batch_size}, {decoder_name}, {device}")
 
     header = ["path", "class", "probability", *(classes if args.probabilities else [])]
-    key = sha256(checkpoint, json.dumps([name, decoder_name, device, header]))[:8]
-    own, done = resume(args.out, key, len(header))
+    settings = sha256(checkpoint, json.dumps([name, decoder_name, device, header]))
+    key = f"{sha256(str(args.source), str(args.source.resolve()))[:8]}-{settings[:8]}"
+    own, done = resume(out, key, len(header))
     mine = [path for path in images[RANK::WORLD_SIZE] if path not in done]
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -307,9 +371,7 @@ def main() -> None:
             raise
         raise UserError(f"{problem.reason}; the rows stay, go on with a smaller --batch-size") from error
     told = gather(told)
-    if RANK == 0:
-        count = merge(args.out, key, images, header)
-        sys.exit(summarise(told, count, args.out))
+    return summarise(told, images, merge(out, key, images, header), out) if RANK == 0 else 0
 
 
 if __name__ == "__main__":

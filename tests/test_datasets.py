@@ -222,6 +222,9 @@ def test_pipes_and_hidden_files_are_no_images_and_nothing_waits_for_them(data):
     before = datasets.all_images(data)
     os.mkfifo(data / "train" / "Пудж" / "pipe.png")
     shutil.copy(before[0], data / "train" / "Пудж" / ".hidden.png")
+    for folder in (".ipynb_checkpoints", ".cache/deep"):
+        (data / "train" / "Пудж" / folder).mkdir(parents=True)
+        shutil.copy(before[0], data / "train" / "Пудж" / folder / "hidden.png")
     assert datasets.all_images(data) == before
     datasets.print_overview(data)
 

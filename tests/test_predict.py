@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import os
 import shutil
 import signal
@@ -14,11 +15,13 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, load_test_images, run_script
+from filelock import FileLock
 from PIL import Image
 from test_pipeline import broken  # noqa: F401  (a fixture)
 
 import model
 import predict
+from utils.utils import UserError, sha256
 
 
 def label(folder: Path, project: Path, *arguments, ok: bool = True, out: str = "labels.csv"):
@@ -123,11 +126,73 @@ def test_no_worker_outlives_it(project, photos, how):
     assert alive == []
 
 
-def test_other_settings_start_anew(project, photos):
-    part = photos.parent / "labels.csv.00000000.part0"  # of another checkpoint, backend or option
-    part.write_text("photos/a.jpg,Nobody,0.9\n", encoding="utf-8")
+def test_other_settings_start_anew_and_another_folders_rows_stay(project, photos):
+    out = photos.parent / "labels.csv"
+    started = start(project, photos, out)
+    own = wait_for_part(out)
+    started.kill()
+    started.wait()
+    source, _, settings = own.name.removeprefix("labels.csv.").removesuffix(".part0").partition("-")
+    part, others = (out.with_name(f"labels.csv.{key}.part0") for key in (f"{source}-0", f"0-{settings}"))
+    for path in (part, others):  # of another checkpoint, backend or option; of another folder
+        path.write_text("photos/a.jpg,Nobody,0.9\n", encoding="utf-8")
+    own.unlink(missing_ok=True)
     done, rows = label(photos, project)
-    assert "going on" not in done.stdout and len(rows) == 100 and not part.exists()
+    assert "going on" not in done.stdout and len(rows) == 100 and not part.exists() and others.exists()
+
+
+def test_a_second_run_for_the_same_table_is_refused(project, photos, monkeypatch, capsys):
+    out = photos.parent / "labels.csv"
+    arguments = ["predict.py", str(photos), "--out", str(out), "--weights", str(project / "weights")]
+    monkeypatch.setattr(
+        sys, "argv", [*arguments, "--device", "cpu", "--results", str(photos.parent / "none")]
+    )
+    monkeypatch.setattr(predict, "alone", functools.partial(predict.alone, patience=0.1))
+    with FileLock(f"{out}.lock"), pytest.raises(UserError, match="another process is writing labels.csv"):
+        predict.main()
+    assert not out.exists()
+
+
+def test_a_row_that_is_gone_and_files_of_similar_names(tmp_path, capsys):
+    mine = [
+        "labels.csv.old.part1",
+        "labels.csv.0-1.partial",
+        "labels.csv.0-1.part0.zip",
+        "labels.csv2.0-1.part0",
+    ]
+    for name in mine:
+        (tmp_path / name).touch()
+    (tmp_path / "labels.csv.0-2.part0").mkdir()
+    out = tmp_path / "labels.csv"
+    (tmp_path / "labels.csv.0-1.part0").write_text("a.jpg,cat,0.5\n", encoding="utf-8")
+    rows = predict.merge(out, "0-1", ["a.jpg", "b.jpg"], ["path", "class", "probability"])
+    assert predict.summarise([predict.NOTHING], ["a.jpg", "b.jpg"], rows, out) == 1
+    assert "b.jpg: its row is gone; run the same command again" in capsys.readouterr().err
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == sorted([*mine, "labels.csv", "labels.csv.0-2.part0"])
+
+
+def test_a_folder_that_is_named_is_looked_into_however_it_is_called(tmp_path, monkeypatch):
+    (tmp_path / ".hid" / "sub").mkdir(parents=True)
+    Image.new("RGB", (9, 7), "red").save(tmp_path / ".hid" / "a.png")
+    monkeypatch.chdir(tmp_path / ".hid" / "sub")
+    assert predict.find_images(Path("..")) == [str(Path("../a.png"))]
+    assert predict.find_images(tmp_path / ".hid") == [str(tmp_path / ".hid" / "a.png")]
+
+
+def test_a_file_that_changed_meanwhile_is_read_anew(project, photos):
+    _, whole = label(photos, project)
+    out = photos.parent / "again.csv"
+    started = start(project, photos, out)
+    part = wait_for_part(out)
+    started.kill()
+    started.wait()
+    part.write_bytes((photos.parent / "labels.csv").read_bytes().split(b"\n", 1)[1])
+    first, other = whole[0], next(row for row in whole if row["class"] != whole[0]["class"])
+    time.sleep(0.1)
+    shutil.copyfile(other["path"], first["path"])
+    done, rows = label(photos, project, out="again.csv")
+    assert "going on: 99" in done.stdout and rows[0]["class"] == other["class"] and rows[1:] == whole[1:]
 
 
 def test_names_that_csv_and_utf_8_find_hard(project, tmp_path):
@@ -135,7 +200,7 @@ def test_names_that_csv_and_utf_8_find_hard(project, tmp_path):
     folder.mkdir()
     names = ['a "quoted", name.png', "Пудж.png", "e\u0301.png"]
     if sys.platform == "linux":
-        names += ["two\nlines.png", os.fsdecode(b"\xff\xfe.png")]
+        names += ["two\nlines.png", "a\rb.png", os.fsdecode(b"\xff\xfe.png")]
     for name in names:
         Image.new("RGB", (9, 7), "red").save(folder / name)
     _, rows = label(folder, project)
@@ -192,12 +257,22 @@ def test_a_process_that_waits_for_the_others_ends_when_told(tmp_path, how):
         (["data/test", "--backend", "pytorch-fp16-graph"], "--backend pytorch-fp16-graph: "),
         (["data/test", "--weights", "data"], "holds no checkpoint; train one: python train.py"),
         (["data/test", "--image-size", "96"], "python train.py --image-sizes 96"),
+        (["data/test", "--batch-size", "0"], "--batch-size 0 makes no sense"),
+        (
+            ["data/test", "--out", "data"],
+            f"data is a folder; name a file in it: --out {Path('data/labels.csv')}",
+        ),
+        (["data/test", "--out", ""], "is a folder; name a file in it: --out labels.csv"),
+        (["data/test", "--out", "weights/best_resnet18_64.pth"], "pth is there and no table of this script"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_sentence(project, arguments, said):
-    done = run_script("predict.py", *arguments, "--device", "cpu", "--out", "no.csv", cwd=project, ok=False)
+    before = sha256(project / "weights" / "best_resnet18_64.pth")
+    done = run_script("predict.py", "--out", "no.csv", "--device", "cpu", *arguments, cwd=project, ok=False)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
-    assert not list(project.glob("no.csv*"))
+    assert (
+        not list(project.glob("no.csv*")) and sha256(project / "weights" / "best_resnet18_64.pth") == before
+    )
 
 
 def test_a_row_is_kept_only_whole(tmp_path):

@@ -52,7 +52,7 @@ def names_in(folder: Path) -> list[str]:
         ("(Path(__import__('os').devnull) / 'x').mkdir()", 2, "a file is where a folder belongs"),
         ("Path('/').read_bytes()", 2, "error: /: a folder is where a file belongs"),
         ("raise MemoryError", 2, "memory does not suffice"),
-        ("raise KeyboardInterrupt", 130, "interrupted: run the same command again to go on"),
+        ("raise KeyboardInterrupt", 130, "interrupted: run the same command again"),
         ("raise OSError('a bug')", 1, "Traceback"),
         ("1 / 0", 1, "ZeroDivisionError"),
         ("pass", 0, ""),
@@ -147,6 +147,23 @@ if __name__ == "__main__":
     parent.wait()
     gone, _ = psutil.wait_procs([worker], timeout=10)
     assert gone or worker.status() == psutil.STATUS_ZOMBIE
+
+
+@posix
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_does_not_keep_it_from_ending(tmp_path, number, code):
+    told = tmp_path / "begun"
+    work = f"import time; open({str(told)!r}, 'w').close(); time.sleep(600)"
+    process = start(f"in_fresh_process(exec, {work!r})", start_new_session=True)
+    while not told.exists() and process.poll() is None:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    for _ in range(2):
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        time.sleep(0.1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and errors == b"interrupted: run the same command again\n"
+    assert psutil.wait_procs(children, timeout=30)[1] == []
 
 
 def test_a_fresh_process_stands_where_this_one_does_and_imports_nothing_from_there(tmp_path):

@@ -48,12 +48,11 @@ def image_suffixes() -> set[str]:
 
 
 def is_image(path: Path) -> bool:
-    """By the name; what is hidden (._x.jpg, .ipynb_checkpoints/) is none, nor is a pipe or a device.
+    """By the name; what is hidden (._x.jpg) is none, nor is a pipe or a device.
 
     A link that leads nowhere is one: reading it fails, and that is to be said.
     """
-    hidden = path.name.startswith(".") or path.parent.name.startswith(".")
-    named = path.suffix.lower() in image_suffixes() and not hidden
+    named = path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
     return named and (path.is_file() or not path.exists())
 
 
@@ -62,13 +61,17 @@ def class_folders(folder: Path) -> list[Path]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All in it and its subfolders but folders; links are followed once, and never to a folder around it."""
+    """All in it and its subfolders but folders and what lies in hidden ones (.ipynb_checkpoints/).
+
+    Links are followed once, and never to a folder around it.
+    """
     found, seen = [], set(map(str, folder.resolve().parents))
     for at, below, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(at)) in seen:
             below.clear()
             continue
         seen.add(real)
+        below[:] = [name for name in below if not name.startswith(".")]
         found += [Path(at, name) for name in names]
     return sorted(found)
 
@@ -194,6 +197,14 @@ def image_or_problem(path: Path) -> Image.Image | str:
         return load_rgb(path)
     except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
         return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def load_known(path: Path) -> Image.Image:
+    """The picture of a file that could be read when the folders were looked through.  Raises UserError."""
+    if isinstance(image := image_or_problem(path), str):
+        again = "put it back, then run the same command again"
+        raise UserError(f"{path} can't be read any more ({image}); {again}")
+    return image
 
 
 # ---- sample heroes

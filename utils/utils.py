@@ -73,9 +73,10 @@ def run_main(main: Callable) -> None:
     except UserError as error:
         leave(2, f"error: {error}")
     except KeyboardInterrupt as signalled:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not interrupt the cleaning up
+            signal.signal(number, signal.SIG_IGN)
         code = 143 if isinstance(signalled, Terminated) else 130
-        leave(code, "interrupted: run the same command again to go on")
+        leave(code, "interrupted: run the same command again")
     except MemoryError:
         smaller = "use smaller --image-sizes, fewer --workers or smaller batches"
         leave(2, f"error: this machine's memory does not suffice; {smaller}, {AGAIN}")
@@ -177,7 +178,7 @@ def end_with_parent() -> None:
 
 
 def in_fresh_process(function, *arguments):
-    """What the function returns in a process that ends afterwards, or with this one.
+    """What the function returns in a process that ends afterwards, with this one or when interrupted.
 
     A process that was started itself starts it from nothing: a server of its own would stay beside it.
     """
@@ -185,8 +186,15 @@ def in_fresh_process(function, *arguments):
     processes = multiprocessing.get_context("spawn") if started else fresh_processes()
     with ProcessPoolExecutor(1, processes, end_with_parent) as pool:
         with uninterrupted():  # a process that is on its way when this one ends would complain
-            pool.submit(int).result()
-        return pool.submit(function, *arguments).result()
+            number = pool.submit(os.getpid).result()
+        try:
+            return pool.submit(function, *arguments).result()
+        except KeyboardInterrupt:
+            with uninterrupted():  # whoever presses Ctrl-C once more need not wait, either
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    psutil.Process(number).kill()
+                pool.shutdown()
+            raise
 
 
 @contextlib.contextmanager
@@ -263,6 +271,12 @@ def read_json(path: Path):
         return None
 
 
+def read_dict(path: Path) -> dict:
+    """The content of a JSON file that holds a dict, or an empty one."""
+    found = read_json(path)
+    return found if isinstance(found, dict) else {}
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file or none: a reader never sees half of it, an interruption leaves the old one.
 
@@ -277,13 +291,22 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        write(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = str(path)  # a full disk does not say which file it was
-        raise
+        with named(path, temporary):
+            write(temporary)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Have the system's errors name `path`: a full disk does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and str(error.filename) in ("None", str(temporary)):
+            error.filename = str(path)
+        raise
 
 
 def write_json(path: Path, value) -> None:
@@ -298,10 +321,10 @@ def is_fresh(path: Path, facts: dict) -> bool:
     if not path.is_file():
         return False
     try:
-        record = read_json(path.with_name(path.name + ".json"))
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict) or not isinstance(record.get("made_from"), dict):
+        record = read_dict(path.with_name(path.name + ".json"))
+    except OSError:
+        record = {}
+    if not isinstance(record.get("made_from"), dict):
         wrong = "does not say what it was made from"
     elif others := sorted(name for name in facts if record["made_from"].get(name) != facts[name]):
         wrong = f"was made for another {', '.join(others)}"
@@ -323,14 +346,16 @@ def store(path: Path, facts: dict, write: Callable[[Path], object]) -> None:
 
 
 def builds_ahead(artefacts: list[Path], checkpoint: Path) -> dict[Path, float | None]:
-    """Those that are missing or of other weights, with the seconds that building took last time, if known.
+    """Those that are missing, damaged or of other weights, with the seconds of the last time, if known.
 
     Nothing is loaded: what another version or GPU makes stale shows only when it is needed.
     """
     found, weights = {}, sha256(checkpoint)
     for path in artefacts:
-        note = read_json(path.with_name(path.name + ".json")) or {}
-        if not path.is_file() or note.get("made_from", {}).get("checkpoint") != weights:
+        note = read_dict(path.with_name(path.name + ".json"))
+        made_from = note.get("made_from") if isinstance(note.get("made_from"), dict) else {}
+        whole = path.is_file() and note.get("sha256") == sha256(path)
+        if not whole or made_from.get("checkpoint") != weights:
             found[path] = note.get("build_s")
     return found
 

@@ -29,7 +29,7 @@ import pytorch_inference
 import tensorrt_inference
 from utils import ceilings, gpu, jobs, plot_utils, readme, records, report, tables, timing, turns
 from utils.schema import BASELINE, Backend, Job, Record, Row
-from utils.utils import builds_ahead, in_fresh_process, read_json, run_main, write_json
+from utils.utils import builds_ahead, in_fresh_process, read_dict, run_main, write_json
 
 SCRIPTS = [pytorch_inference, onnx_inference, tensorrt_inference]
 BACKENDS = {name: script.__name__ for script in SCRIPTS for name in script.BACKENDS}
@@ -212,20 +212,22 @@ def describe(record: Record) -> str:
 def measure_ceilings(job: Job) -> None:
     """Have a fresh process measure what this machine could do at most, unless it is known."""
     path = job.record.with_name("ceilings.json")
-    if (read_json(path) or {}).get("settings_key") != job.settings_key:
+    known = read_dict(path)
+    if known.get("settings_key") != job.settings_key or not {"tflops", "gb_per_s"} <= known.keys():
         found = in_fresh_process(ceilings.measure, job.device)
         write_json(path, {"settings_key": job.settings_key, **found})
 
 
 def sweep(asked: list[Job], timeout: float, precision: float, budget_minutes: float) -> None:
     """Bring every record up to date, then add rounds where intervals are too wide."""
+    records.make_way(asked[0])
     todo = [job for job in asked if not is_up_to_date(job)]
     measuring, limit_s = Sweep(asked, timeout), budget_minutes * 60
     with tqdm(total=len(todo), desc="benchmark", unit="process", disable=None) as progress:
         if todo:
             say_what_is_built(todo)
             jobs.look_first(todo)
-            measure_ceilings(todo[0])
+        measure_ceilings(asked[0])
         records.note_sweep(asked[0], precision_pct=precision)
         for _, jobs_of_round in itertools.groupby(todo, key=lambda job: job.round):
             by_size = itertools.groupby(jobs_of_round, key=lambda job: job.image_size)
@@ -276,6 +278,27 @@ def follow_round0(group: list[Job]) -> list[Job]:
     return followed
 
 
+def write_all(args: argparse.Namespace, asked: list[Job], results: Path) -> None:
+    """Records -> table, charts, answers and READMEs, with --end-to-end after measuring that, too."""
+    rows = tables.write_csv(results)
+    _, environments = tables.read_table(results)
+    plot_utils.draw_all(rows, environments, results)
+    served = 0
+    if args.end_to_end:
+        sizes = map(str, sorted({job.image_size for job in asked}))
+        paths = ["--data", args.data, "--weights", args.weights, "--results", results, "--sweep", args.sweep]
+        command = [sys.executable, ROOT / "end_to_end.py", *paths, "--image-sizes", *sizes]
+        served = subprocess.run(command).returncode  # it has said what is wrong
+    print(report.text_table(rows))
+    print("\n".join(report.answers_of(rows)).replace("**", ""))
+    readme.write_folder_readme(results)
+    if results.resolve() == ROOT / "results":
+        readme.write_readme(ROOT / "README.md")
+    print(f"written: {results / 'benchmark_results.csv'}, README.md, environment.json and charts beside it")
+    if served or not (rows.status == "ok").any():
+        sys.exit(served or 1)
+
+
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -292,24 +315,10 @@ def main() -> None:
     device = asked[0].device
     precision = jobs.usual(args.precision, PRECISION_PCT[device], PRECISION_PCT[device], args.quick)
     budget = jobs.usual(args.budget, BUDGET_MINUTES[device], 0.0, args.quick)
-    sweep(asked, args.timeout, precision, budget)
     results = asked[0].results
-    rows = tables.write_csv(results)
-    _, environments = tables.read_table(results)
-    plot_utils.draw_all(rows, environments, results)
-    if args.end_to_end:
-        sizes = map(str, sorted({job.image_size for job in asked}))
-        paths = ["--data", args.data, "--weights", args.weights, "--results", results, "--sweep", args.sweep]
-        command = [sys.executable, ROOT / "end_to_end.py", *paths, "--image-sizes", *sizes]
-        subprocess.run(command, check=True)
-    print(report.text_table(rows))
-    print("\n".join(report.answers_of(rows)).replace("**", ""))
-    readme.write_folder_readme(results)
-    if results.resolve() == ROOT / "results":
-        readme.write_readme(ROOT / "README.md")
-    print(f"written: {results / 'benchmark_results.csv'}, README.md, environment.json and charts beside it")
-    if not (rows.status == "ok").any():
-        sys.exit(1)
+    with jobs.measuring(results):
+        sweep(asked, args.timeout, precision, budget)
+        write_all(args, asked, results)
 
 
 if __name__ == "__main__":

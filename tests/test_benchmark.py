@@ -1,6 +1,7 @@
 """The real scripts from checkpoints to tables, at small sizes."""
 
 import contextlib
+import functools
 import io
 import json
 import re
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, run_script
+from filelock import FileLock
 
 import benchmark
 import compare
@@ -113,6 +115,32 @@ def test_a_second_run_measures_nothing_and_an_extended_one_only_what_is_new(proj
     assert (
         len(pd.read_csv(results / "benchmark_results.csv")) == 3 + 2
     )  # batches 1, 2, 4 of ONNX Runtime, 1 and 4 of PyTorch
+
+
+def test_other_settings_overwrite_nothing(results, call):
+    raw = results / "raw" / "main"
+    before = {path.name: path.read_bytes() for path in raw.glob("*_round*.json")}
+    said = call(benchmark, *SMALL, "--rounds", "1", "--backends", "onnx", "--batch-sizes", "1").err
+    assert f"{len(before)} records of other settings are kept in results" in said
+    assert tables.read_csv(results).backend.tolist() == ["onnx"]
+    assert "everything is up to date" in call(benchmark, *SMALL, "--rounds", "2").out
+    assert {path.name: path.read_bytes() for path in raw.glob("*_round*.json")} == before
+    assert len(tables.read_csv(results)) == 3 + 2
+
+
+def test_a_second_benchmark_in_the_folder_waits_for_the_first_or_says_so(results, call, monkeypatch):
+    monkeypatch.setattr(jobs, "alone", functools.partial(jobs.alone, patience=0.1))
+    with FileLock(results / ".benchmark.lock"):
+        for script in (benchmark, onnx_inference):
+            said = call(script, "--device", "cpu", "--quick", "--results", results, code=2).err
+            assert f"another process is measuring in {results}; wait for its end" in said
+
+
+def test_damaged_ceilings_are_measured_anew(results, call):
+    path = results / "raw" / "main" / "ceilings.json"
+    path.write_text(path.read_text(encoding="utf-8")[:50], encoding="utf-8")
+    call(benchmark, *SMALL, "--rounds", "2")
+    assert (tables.read_csv(results).pct_measured_peak > 0).all()
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path, call):

@@ -1,5 +1,6 @@
 """Raw records -> rows, against hand-worked cases."""
 
+import dataclasses
 import json
 import shutil
 
@@ -164,6 +165,36 @@ def test_a_record_comes_back_as_it_was_written_its_samples_on_one_line(tmp_path)
     assert '"host_ms": [1.5, 2.25, 3.125],' in path.read_text(encoding="utf-8")
     path.write_text('["of another kind"]', encoding="utf-8")
     assert records.read_record(path) is None and records.read_record(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda found: found["batches"][0].update(host_ms="1.5"),
+        lambda found: found["batches"][0].pop("batch_size"),
+        lambda found: found["batches"][0].update(status="oj"),
+        lambda found: found["check"].pop("images"),
+        lambda found: found.update(batches=None),
+        lambda found: found.update(status=1),
+        lambda found: found.update(work=[3]) or found["batches"][0].update(gpu_ms=[None]),
+    ],
+)
+def test_a_record_that_is_damaged_but_still_json_is_none(tmp_path, damage):
+    path = tmp_path / "record.json"
+    found = dataclasses.asdict(record())
+    damage(found)
+    write_json(path, found)
+    assert records.read_record(path) is None
+
+
+@pytest.mark.parametrize("content", [[1], {"s": 1}, {"s": {"environment": {}}}])
+def test_damaged_notes_of_a_sweep_are_as_good_as_none(tmp_path, content):
+    keep(tmp_path, record())
+    for name in ("sweep.json", "ceilings.json"):
+        write_json(tmp_path / name, content)
+    write_json(tmp_path / "ceilings.json", {"settings_key": "s", "tflopt": {}})
+    found, note, limits = records.read_sweep(tmp_path)
+    assert len(records.rows_of(found, note, limits)) == 1 and limits is None
 
 
 def test_the_csv_is_a_pure_function_of_the_raw_records(tmp_path):

@@ -161,6 +161,15 @@ def test_builds_ahead_are_known_without_loading_anything(tmp_path):
     for path in paths:
         utils.store(path, weights, lambda file: (time.sleep(0.02), file.write_bytes(b"a plan")))
     assert utils.builds_ahead(paths, checkpoint) == {}
+    note, whole = paths[1].with_name(paths[1].name + ".json"), paths[1].read_bytes()
+    for damage in (lambda: note.write_text("[1]"), lambda: note.write_text('{"made_from": 5}')):
+        told = note.read_bytes()
+        damage()
+        assert list(utils.builds_ahead(paths, checkpoint)) == [paths[1]]
+        note.write_bytes(told)
+    paths[1].write_bytes(b"half")
+    assert list(utils.builds_ahead(paths, checkpoint)) == [paths[1]]
+    paths[1].write_bytes(whole)
     paths[0].unlink()
     ((path, seconds),) = utils.builds_ahead(paths, checkpoint).items()
     assert path == paths[0] and 0.02 <= seconds < 5

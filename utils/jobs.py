@@ -1,6 +1,7 @@
 """Arguments -> Jobs, and the key that says when a record is stale; a backend script's own main()."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,6 +18,7 @@ from utils.utils import (
     IMAGE_SIZES,
     UserError,
     add_path_arguments,
+    alone,
     checkpoint_path,
     in_fresh_process,
     sha256,
@@ -201,6 +203,11 @@ def staleness_key(settings: Settings, device: str, known: dict) -> str:
     return sha256(facts, *code)[:16]
 
 
+def measuring(results: Path) -> contextlib.AbstractContextManager:
+    """Keep a second benchmark out of the folder: both would be wrong, and overwrite each other's records."""
+    return alone(results / ".benchmark.lock", "measuring")
+
+
 def look_first(todo: list[Job]) -> None:
     """Before anything is replaced: PyTorch FP32's logits on every test image of every size, for which
     checkpoints and images are read whole.  Raises UserError."""
@@ -228,8 +235,9 @@ def main(description: str, script: str, backends: dict) -> None:
                 measure.trace(job, backends[job.backend]())
         return
     look_first(jobs)
-    records.note_sweep(jobs[0])
-    with measure.inference(jobs[0].device):
+    with measuring(jobs[0].results), measure.inference(jobs[0].device):
+        records.make_way(jobs[0])
+        records.note_sweep(jobs[0])
         for job in jobs:
             turns.Round([turns.Local(job, backends[job.backend]())]).play()
             record = records.read_record(job.record)

@@ -6,14 +6,15 @@ are stale, and every command) and ceilings.json.
 
 import dataclasses
 import datetime
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from utils import ceilings, check, timing
-from utils.schema import BASELINE, COLUMNS, Job, Record, Row
-from utils.utils import read_json, write_json
+from utils.schema import BASELINE, COLUMNS, STATUSES, Job, Record, Row
+from utils.utils import read_dict, write_json
 
 TARGET_PCT = 3.0  # half-width of an interval, where the sweep says no other
 SHARED_CORE = 1.3  # times that the core was slower in one turn of ten than in the quickest tenth
@@ -44,13 +45,16 @@ def start(job: Job, **known) -> Record:
 
 
 def read_record(path: Path) -> Record | None:
-    """The record in a file, or None where it is missing, was cut short or is of another kind."""
-    found = read_json(path)
+    """The record in a file, or None where it is missing, was cut short, damaged or is of another kind."""
+    found = read_dict(path)
     known = {field.name for field in dataclasses.fields(Record)}
     try:
-        return Record(**{name: value for name, value in found.items() if name in known})
-    except (AttributeError, TypeError):
+        record = Record(**{name: value for name, value in found.items() if name in known})
+        statuses = {batch["status"] for batch in record.batches}
+        statuses |= {row.status for row in rows_of([record], {})}
+    except Exception:  # damaged, it may still be JSON: whatever is missing or of another type
         return None
+    return record if statuses <= set(STATUSES) else None
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -85,8 +89,9 @@ def note_sweep(job: Job, **more) -> dict:
     `more` is added (precision_pct, spent_s); the whole note is returned.
     """
     path = job.record.with_name("sweep.json")
-    notes = read_json(path) or {}
-    old = notes.get(job.settings_key, {})
+    notes = read_dict(path)
+    old = notes.get(job.settings_key)
+    old = old if isinstance(old, dict) else {}
     commands = list(dict.fromkeys([*old.get("commands", []), job.environment["command"]]))
     settings = dataclasses.asdict(job.settings)
     note = old | {"settings": settings, "environment": job.environment, "commands": commands} | more
@@ -108,9 +113,29 @@ def read_sweep(folder: Path) -> tuple[list[Record], dict, dict | None]:
     found = [
         record for record in found if record.settings_key == key and record.key == newest[record.image_size]
     ]
-    limits = read_json(folder / "ceilings.json") or {}
-    note = (read_json(folder / "sweep.json") or {}).get(key, {})
-    return found, note, limits if limits.get("settings_key") == key else None
+    note, limits = read_dict(folder / "sweep.json").get(key), read_dict(folder / "ceilings.json")
+    known = limits.get("settings_key") == key and {"tflops", "gb_per_s"} <= limits.keys()
+    return found, note if isinstance(note, dict) else {}, limits if known else None
+
+
+def make_way(job: Job) -> None:
+    """Put a sweep's records of other settings into folders of their own, and those of this job's back.
+
+    So measuring by other settings, on another machine or with other packages overwrites nothing.
+    """
+    folder, moved = job.record.parent, set()
+    for path in folder.glob("*_round*.json"):
+        record = read_record(path)
+        if record and record.settings_key != job.settings_key and str(record.settings_key).isalnum():
+            aside = folder / str(record.settings_key)
+            aside.mkdir(exist_ok=True)
+            moved.add(path.replace(aside / path.name))
+    for path in (folder / job.settings_key).glob("*_round*.json"):
+        path.replace(folder / path.name)
+    if moved:
+        kept = ", ".join(sorted({str(path.parent) for path in moved}))
+        said = "they come back with their settings; to have both in the table, give one a --sweep of its own"
+        print(f"{len(moved)} records of other settings are kept in {kept}: {said}", file=sys.stderr)
 
 
 def sweep_folders(results: Path) -> list[Path]:

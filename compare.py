@@ -121,6 +121,7 @@ def only(rows: pd.DataFrame, path: Path, sweep: str) -> pd.DataFrame:
 def gate(before: pd.DataFrame, after: pd.DataFrame, both: pd.DataFrame, slower_by: float) -> int:
     """The exit code: 0 only if something could be judged, nothing is slower and nothing was lost."""
     judged, lost = both[findings.can_judge(both)], findings.lost(before, after)
+    missing = findings.missing(before, after)
     slower = findings.slower_beyond(judged, slower_by)
     beyond = f"slower by more than {slower_by:.1%} beyond their intervals"
     print(f"{len(slower)} of {len(judged)} configurations are {beyond}")
@@ -129,7 +130,9 @@ def gate(before: pd.DataFrame, after: pd.DataFrame, both: pd.DataFrame, slower_b
     for row in lost.itertuples():
         where = f"{row.image_size} px, batch {row.batch_size}"
         print(f"no longer ok: {report.name(row)}, {where}: {row.status.replace('_', ' ')}: {row.reason}")
-    return int(judged.empty or len(slower) > 0 or len(lost) > 0)
+    for row in missing.itertuples():
+        print(f"no longer there: {report.name(row)}, {row.image_size} px, batch {row.batch_size}")
+    return int(judged.empty or any(map(len, (slower, lost, missing))))
 
 
 def share(text: str) -> float:
@@ -156,7 +159,13 @@ def tell(results: Path) -> None:
 
 
 def write_readmes(path: Path) -> None:
-    """Renew README.md's generated parts and, of every folder it names, the README and the charts."""
+    """Renew README.md's generated parts and, of every folder it names, the README and the charts.
+
+    Raises UserError where there is no such part.
+    """
+    if not readme.marked(path):
+        mend = "put <!-- begin summary results --> and <!-- end --> on lines of their own where one shall be"
+        raise UserError(f"{path} has no generated parts; {mend}")
     readme.write_readme(path)
     for folder in readme.folders_of(path):
         plot_utils.draw_all(*tables.read_table(folder), folder)

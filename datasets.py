@@ -34,6 +34,7 @@ from utils.images import (
     in_threads,
     is_sample,
     list_images,
+    load_known,
     unfinished_sample,
     visible_files,
 )
@@ -157,10 +158,7 @@ class Pictures(Dataset):
         path, label = self.files[number % len(self.files)]
         if self.seed is not None:
             torch.default_generator.manual_seed((self.seed * 1_000_003 + number) % 2**32)
-        if isinstance(image := image_or_problem(path), str):
-            again = "put it back, then run the same command again"
-            raise UserError(f"{path} can't be read any more ({image}); {again}")
-        return self.transform(image), label
+        return self.transform(load_known(path)), label
 
 
 class EpochSampler(DistributedSampler):

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,8 +30,11 @@ from utils.utils import (
     checkpoint_path,
     in_fresh_process,
     run_main,
+    set_aside,
     write_atomic,
 )
+
+LOAD_IMAGES = 256  # with --load at most: they lie in memory
 
 
 @dataclasses.dataclass
@@ -235,13 +239,16 @@ def row_of(asked: Asked, decoder: str, rounds: list[dict]) -> Row:
 
 
 def write_table(rows: list, path: Path, keys: list[str]) -> None:
-    """Write the rows with what the file has of others; a file of other columns is replaced."""
+    """Write the rows with what the file has of others; a damaged one, or of other columns, is set aside."""
     table = pd.DataFrame([vars(row) for row in rows])
-    if path.exists():
-        old = pd.read_csv(path, dtype={"sweep": str})  # "2.10" is a name
-        if list(old) == list(table):
-            kept = old[~old.set_index(keys).index.isin(table.set_index(keys).index)]
-            table = pd.concat([kept, table]) if len(kept) else table
+    old = None
+    with contextlib.suppress(UserError):  # it says how to make the table anew, which this does
+        old = tables.read_serving(path)
+    if old is not None and list(old) == list(table):
+        kept = old[~old.set_index(keys).index.isin(table.set_index(keys).index)]
+        table = pd.concat([kept, table]) if len(kept) else table
+    elif path.exists():
+        print(f"what was {path} is kept as {set_aside(path)}", file=sys.stderr)
     table = table.sort_values(["sweep", "image_size"], kind="stable")
     write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
@@ -305,7 +312,7 @@ def load_here(asked: Asked, max_latency_ms: float) -> list:
     from utils.pipeline import Network, Pillow
 
     between = [2**k for k in range(asked.batch_size.bit_length())]  # so that 2 images don't cost as much as 8
-    files = [path for path, _ in read_test_set(asked)[1]]
+    files = [path for path, _ in read_test_set(asked)[1][:LOAD_IMAGES]]
     with measure.inference(asked.device):
         backend, sizes = load_backend(asked, between)
         sizes = [size for size in sizes if size <= asked.batch_size]

@@ -35,12 +35,15 @@ def calibration_files(data: Path) -> list[Path]:
 
 
 def calibration_batches(data: Path, image_size: int) -> Iterator[torch.Tensor]:
-    """float32 (BATCH, 3, S, S), normalised as for testing; the last is filled up from the beginning."""
+    """float32 (BATCH, 3, S, S), normalised as for testing; the last is filled up from the beginning.
+
+    Raises UserError with the path of an image that can't be read.
+    """
     files, transform = calibration_files(data), datasets.test_transform(image_size)
     endless = itertools.cycle(files)
     for _ in range(-(-len(files) // BATCH)):
         chosen = itertools.islice(endless, BATCH)
-        yield torch.stack([transform(datasets.load_rgb(path)) for path in chosen])
+        yield torch.stack([transform(images.load_known(path)) for path in chosen])
 
 
 def fingerprint(data: Path) -> str:

@@ -386,6 +386,8 @@ def test_the_gate_passes_only_where_something_was_judged(tmp_path):
     assert (
         done.returncode == 1 and "no longer ok: ONNX Runtime FP32, 64 px, batch 1: failed: why" in done.stdout
     )
+    done = run_script("compare.py", a, write(tmp_path / "fewer", rows[:1], packages={}), *gate, ok=False)
+    assert done.returncode == 1 and "no longer there: ONNX Runtime FP32, 64 px, batch 1" in done.stdout
 
 
 def test_the_best_that_does_not_fit_is_exit_code_1(tmp_path):
@@ -443,6 +445,13 @@ def test_a_readme_that_is_missing_or_in_another_encoding_is_one_sentence(
     assert "README.md can't be read" in refused(capsys, "--write-readme")
     assert not content or (tmp_path / "README.md").read_bytes() == content
     assert [path.name for path in (tmp_path / "results").glob("*.png")] == []
+
+
+def test_a_readme_without_generated_parts_is_one_sentence(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "results", table(("onnx", 64, 1, 100.0)), packages={})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("# Mine\n", encoding="utf-8")
+    assert "README.md has no generated parts; put <!-- begin" in refused(capsys, "--write-readme")
 
 
 def test_two_machines_are_a_sentence_and_a_chart(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """INT8: the images it is calibrated on, networks for ONNX Runtime and TensorRT, the gate that guards them."""
 
+import re
 import shutil
 import sys
 from collections import Counter
@@ -95,6 +96,14 @@ def test_the_quantised_network_is_kept_and_made_anew_when_damaged(project, expor
     assert quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data) == (path, False)
     assert capsys.readouterr().err == f"{path} is damaged; building it anew\n"
     assert sha256(path) == before  # the same network again, to the byte
+
+
+def test_a_training_image_that_broke_meanwhile_is_named(project, exported, tmp_path):
+    data = Path(shutil.copytree(project / "data", tmp_path / "data"))
+    broken = quantize.calibration_files(data)[-1]
+    broken.write_bytes(b"hi")
+    with pytest.raises(UserError, match=f"{re.escape(str(broken))} can't be read any more"):
+        quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data)
 
 
 def test_a_network_calibrated_on_other_images_is_made_anew(project, exported, tmp_path, capsys):

@@ -16,7 +16,7 @@ import benchmark
 import datasets
 import end_to_end
 import model
-from utils import dali, pipeline
+from utils import dali, pipeline, tables
 from utils.measure import inference, whole_call
 
 SIZE, BATCH = 32, 4
@@ -236,3 +236,17 @@ def test_rates_and_overlap_are_put_together_by_round():
 def test_a_missing_table_is_one_sentence(project, tmp_path):
     done = run_script("end_to_end.py", "--results", tmp_path, cwd=project, ok=False)
     assert done.returncode == 2 and "python benchmark.py" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "\0\0"])
+def test_a_damaged_table_of_serving_is_set_aside_and_made_anew(tmp_path, content, capsys):
+    path, keys = tmp_path / "end_to_end.csv", ["sweep", "backend", "image_size", "decoder"]
+    path.write_text(content, encoding="utf-8")
+    rows = [end_to_end.Row("2.10", backend, "FP32", 64, 4, "pillow") for backend in ("onnx", "pytorch")]
+    end_to_end.write_table(rows, path, keys)
+    assert (tmp_path / "end_to_end.csv.1").read_text(encoding="utf-8") == content
+    assert "is kept as" in capsys.readouterr().err
+    end_to_end.write_table(rows[1:], path, keys)
+    table = tables.read_serving(path)
+    assert table.backend.tolist() == ["onnx", "pytorch"] and set(table.sweep) == {"2.10"}
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["end_to_end.csv", "end_to_end.csv.1"]

@@ -91,6 +91,7 @@ def data_lines(fig):
     [
         ("pytorch", "fp32", "PyTorch FP32"),
         ("pytorch-tf32", "fp32", "PyTorch TF32"),
+        ("pytorch-channels-last", "fp32", "PyTorch FP32, channels last"),
         ("pytorch-fp16-graph", "fp16", "PyTorch FP16, CUDA graph"),
         ("torch-compile", "fp16", "torch.compile FP16"),
         ("onnx", "FP16", "ONNX Runtime FP16"),

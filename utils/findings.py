@@ -247,6 +247,13 @@ def lost(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     return after[after.status != "ok"].merge(measured(before)[keys], on=keys)
 
 
+def missing(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first table that were measured and are not in the second at all."""
+    keys = ["sweep", *CONFIGURATION] if set(before.sweep) == set(after.sweep) else CONFIGURATION
+    was = measured(before)
+    return was[~was.set_index(keys).index.isin(after.set_index(keys).index)]
+
+
 # ---- rungs and serving
 
 

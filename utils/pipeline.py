@@ -145,8 +145,8 @@ class Pillow:
         start = {"initializer": start_worker, "initargs": (memory, image_size, context.Lock(), not few)}
         options = {} if few else {"mp_context": context}
         self.pool = (ThreadPoolExecutor if few else ProcessPoolExecutor)(workers, **start, **options)
-        with uninterrupted():  # a process that is on its way when this one ends would complain
-            self.pool.submit(int).result()
+        with uninterrupted():  # processes that are on their way when this one ends would complain
+            wait([self.pool.submit(int) for _ in range(workers)])
 
     def pin(self) -> bool:
         """Lock the shared memory: copies to the GPU then run beside all else.  Whether that was possible."""

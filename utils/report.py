@@ -29,7 +29,7 @@ def family(backend: str) -> str:
 def label(backend: str, precision: str) -> str:
     """What people call it: "ONNX Runtime FP16, NHWC, CUDA graph"; a precision in the name comes first."""
     base = family(backend)
-    words = [word for word in backend[len(base) :].split("-") if word]
+    words = backend[len(base) :].replace("channels-last", "channels last").split("-")[1:]
     precision = next((word for word in words if word in PRECISIONS), precision)
     extras = [WORDS.get(word, word) for word in words if word not in PRECISIONS]
     return ", ".join([f"{NAMES.get(base, base)} {precision.upper()}".strip(), *extras])

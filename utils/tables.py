@@ -89,7 +89,7 @@ def read_table(results: Path) -> tuple[pd.DataFrame, dict]:
         rows = read_csv(results)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {mend}") from None
-    except (OSError, ValueError) as error:  # of pandas' parser and of other encodings too
+    except (OSError, ValueError, OverflowError) as error:  # of pandas' parser and of other encodings too
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path} is no table of python benchmark.py ({said[0]}); {mend}") from None
     if rows.empty:
@@ -117,7 +117,7 @@ def read_serving(path: Path) -> pd.DataFrame | None:
         table = pd.read_csv(path, encoding="utf-8", dtype=dict.fromkeys(texts, str))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is no table ({str(error).strip()}); {mend}") from None
     table = table.assign(**{name: table[name].astype(object).fillna("") for name in texts if name in table})
     needed = {"sweep", "backend", "precision", "image_size", *SERVING[path.name].split()}

@@ -38,6 +38,7 @@ DEFAULT = {"cuda": METHODS, "cpu": ["pytorch", "onnx", "onnx-int8", *METHODS[2:]
 PRECISION_PCT = {"cuda": 1.0, "cpu": 5.0}
 BUDGET_MINUTES = {"cuda": 3.5, "cpu": 7.0}
 MEMORY_EACH_GB = {"cuda": 4, "cpu": 2}  # that a process may take: says how many are alive together
+BUSY_PCT = 20  # of all cores, by other programs
 ROOT = Path(__file__).resolve().parent
 
 
@@ -227,6 +228,7 @@ def sweep(asked: list[Job], timeout: float, precision: float, budget_minutes: fl
         if todo:
             say_what_is_built(todo)
             jobs.look_first(todo)
+            say_what_is_busy()
         measure_ceilings(asked[0])
         records.note_sweep(asked[0], precision_pct=precision)
         for _, jobs_of_round in itertools.groupby(todo, key=lambda job: job.round):
@@ -265,6 +267,13 @@ def say_what_is_built(todo: list[Job]) -> None:
         known = [seconds for seconds in ahead.values() if seconds]
         took = f"; last time {len(known)} of them took {sum(known):.0f} s" if known else ""
         print(f"to be built first: {', '.join(path.name for path in ahead)}{took}", file=sys.stderr)
+
+
+def say_what_is_busy() -> None:
+    """Before anything is timed: a load that lasts makes no interval wider, but every figure wrong."""
+    if (busy := psutil.cpu_percent(1)) > BUSY_PCT:
+        mend = "close them, or the figures are not this machine's"
+        print(f"other programs use {busy:.0f} % of the processor: {mend}", file=sys.stderr)
 
 
 def follow_round0(group: list[Job]) -> list[Job]:

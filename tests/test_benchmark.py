@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -134,6 +135,17 @@ def test_a_second_benchmark_in_the_folder_waits_for_the_first_or_says_so(results
         for script in (benchmark, onnx_inference):
             said = call(script, "--device", "cpu", "--quick", "--results", results, code=2).err
             assert f"another process is measuring in {results}; wait for its end" in said
+
+
+def test_other_programs_that_keep_the_processor_busy_are_told_of(capsys):
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        benchmark.say_what_is_busy()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert re.match(r"other programs use \d+ % of the processor: close them", capsys.readouterr().err)
 
 
 def test_damaged_ceilings_are_measured_anew(results, call):

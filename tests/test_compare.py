@@ -349,7 +349,11 @@ def test_a_damaged_or_foreign_table_is_named_in_one_sentence(tmp_path, capsys, c
     assert path.read_bytes() == content and [*tmp_path.iterdir()] == [path]
 
 
-@pytest.mark.parametrize("content", [b"", b"[1, 2]", b'{"main": 3}', b"\xff", b'{"main": {"packages": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1, 2]", b'{"main": 3}', b"\xff", b'{"main": {"packages": [2]}}']
+    + [b'{"main": {"ceilings": {"a": 1}}}', b'{"main": {"date": true}}', b'{"main": {"short": [1]}}'],
+)
 def test_a_damaged_environment_is_named_in_one_sentence(tmp_path, capsys, content):
     folder = write(tmp_path / "a", table(("onnx", 64, 1, 100.0)), packages={})
     (folder / "environment.json").write_bytes(content)

@@ -12,7 +12,9 @@ from utils.schema import COLUMNS, STATUSES, Row
 from utils.utils import UserError, write_atomic, write_json
 
 NEW_COLUMNS = ["load_s", "first_call_ms", "adds"]  # missing from tables made before 2026-11-25
-FACTS = ["packages", "ceilings", "sweep"]  # the parts of a sweep's environment that have parts of their own
+# A sweep's environment: what has parts of its own, which of them it must have, and what is text.
+PARTS = {"packages": set(), "ceilings": {"tflops", "gb_per_s"}, "sweep": set()}
+TEXTS = ["short", "date", "gpu", "cpu", "driver", "command"]
 SERVING = {  # the columns of what python end_to_end.py writes, besides the first four
     "end_to_end.csv": "batch_size decoder images_per_s images_per_s_low images_per_s_high "
     "decode_images_per_s infer_images_per_s serial_images_per_s overlap limit agreement status reason",
@@ -96,14 +98,21 @@ def read_table(results: Path) -> tuple[pd.DataFrame, dict]:
         raise UserError(f"{path} has no rows; {mend}")
     try:
         environments = json.loads(beside.read_text(encoding="utf-8"))
-        parts = [facts.get(part) or {} for facts in environments.values() for part in FACTS]
+        whole = all(map(is_environment, environments.values()))
     except FileNotFoundError:
         return rows, {}
     except (OSError, ValueError, AttributeError):
-        parts = [None]
-    if not all(isinstance(part, dict) for part in parts):
+        whole = False
+    if not whole:
         raise UserError(f"{beside} does not say what a sweep was measured with; {mend}")
     return rows, environments
+
+
+def is_environment(facts: dict) -> bool:
+    """Whether its parts are what they should be; any may be missing.  AttributeError: it has none."""
+    parts = {name: facts.get(name) or dict.fromkeys(needed) for name, needed in PARTS.items()}
+    whole = all(isinstance(part, dict) and PARTS[name] <= part.keys() for name, part in parts.items())
+    return whole and all(isinstance(facts.get(name) or "", str) for name in TEXTS)
 
 
 def read_serving(path: Path) -> pd.DataFrame | None:

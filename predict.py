@@ -12,40 +12,26 @@ it goes on: rows stand in labels.csv.<key>.part<rank> until all are there.
 import argparse
 import atexit
 import contextlib
-import csv
 import datetime
 import functools
-import io
 import json
 import os
-import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from utils import labels
 from utils.environment import environment
-from utils.utils import (
-    UserError,
-    add_path_arguments,
-    alone,
-    check_folder,
-    fresh_processes,
-    named,
-    run_main,
-    sha256,
-    write_whole,
-)
+from utils.utils import UserError, add_path_arguments, fresh_processes, run_main, sha256
 
 # What else is needed is imported where it is used: the workers that decode import this file too.
-TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # whatever bytes a file name has
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
 FEW = 256  # images that threads have decoded before processes have started
 NOTHING = {"images": 0, "problems": {}, "waited": {"decoding": 0.0, "inference": 0.0}, "seconds": 0.0}
-BEGINS = b"path,class,probability"  # a table
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
@@ -66,31 +52,6 @@ def find_images(source: Path) -> list[str]:
     if images := [str(path) for path in found if is_image(path)]:
         return images
     raise UserError(f"{source} holds no images, by the names of its {len(found)} files; name another folder")
-
-
-def check_out(out: Path) -> Path:
-    """The file to write, at the end of a link.  Raises UserError where something else than a table lies."""
-    out = out.resolve() if out.is_symlink() else out
-    if out.is_dir():
-        raise UserError(f"{out} is a folder; name a file in it: --out {out / 'labels.csv'}")
-    check_folder(out.parent)
-    if out.exists():
-        begins = out.read_bytes()[: len(BEGINS)] if out.is_file() else None
-        if begins not in (b"", BEGINS):
-            raise UserError(f"{out} is there and no table of this script; name another file: --out FILE")
-    return out
-
-
-@contextlib.contextmanager
-def alone_at(out: Path):
-    """Keep a second run from writing the same table: each would take the other's rows for its own."""
-    lock = out.with_name(f"{out.name}.lock")
-    with alone(lock, f"writing {out.name}"):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows lets nobody remove it yet
-                lock.unlink()
 
 
 # ---- what classifies
@@ -162,13 +123,6 @@ def choose_decoder(name: str, device: str) -> str:
 # ---- rows
 
 
-def read_rows(part: Path, columns: int) -> dict[str, list[str]]:
-    """path -> row, of the rows that were written whole."""
-    text = part.read_bytes().decode(TEXT["encoding"], TEXT["errors"])
-    whole = io.StringIO(text[: text.rfind("\n") + 1], newline="")
-    return {row[0]: row for row in csv.reader(whole) if len(row) == columns}
-
-
 def rows_of(batch, logits: np.ndarray, classes: list[str], every: bool) -> list[list[str]]:
     """path, class, probability and, if asked for, every class's; of the files that could be read."""
     power = np.exp(logits - logits.max(1, keepdims=True))
@@ -180,60 +134,6 @@ def rows_of(batch, logits: np.ndarray, classes: list[str], every: bool) -> list[
             others = [f"{value:.6f}" for value in share] if every else []
             rows.append([path, classes[best], f"{share[best]:.6f}", *others])
     return rows
-
-
-def write_rows(path: Path, rows: Iterable[list[str]], mode: str = "w") -> None:
-    kinds = csv.QUOTE_MINIMAL, csv.QUOTE_ALL
-    with named(path), path.open(mode, **TEXT) as file:
-        usual, quoted = (csv.writer(file, lineterminator="\n", quoting=kind) for kind in kinds)
-        for row in rows:  # a name's "\r" is not quoted of itself, and would end the row when read
-            (quoted if "\r" in row[0] else usual).writerow(row)
-
-
-def parts_of(out: Path, key: str) -> list[Path]:
-    """The parts of a table by their key, a regular expression: of nothing else that lies there."""
-    name = re.compile(rf"{re.escape(out.name)}\.{key}\.part\d+")
-    return sorted(path for path in out.parent.iterdir() if name.fullmatch(path.name) and path.is_file())
-
-
-def still_right(part: Path, columns: int) -> dict[str, list[str]]:
-    """The rows of a part whose files have not changed since."""
-
-    def is_same(path: str) -> bool:
-        with contextlib.suppress(OSError):
-            found = Path(path).stat()
-            return max(found.st_mtime, found.st_ctime) <= written
-        return False
-
-    written = part.stat().st_mtime
-    return {path: row for path, row in read_rows(part, columns).items() if is_same(path)}
-
-
-def resume(out: Path, key: str, columns: int) -> tuple[Path, dict]:
-    """This process's own part, cut back to whole rows, and the rows that any process has written already."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done = {}
-    for part in parts_of(out, key):
-        done |= still_right(part, columns)
-    own = out.with_name(f"{out.name}.{key}.part{RANK}")
-    kept = still_right(own, columns).values() if own.exists() else []
-    write_whole(own, lambda path: write_rows(path, kept))
-    if done:
-        say(f"going on: {len(done):,} rows are there already")
-    return own, done
-
-
-def merge(out: Path, key: str, images: list[str], header: list[str]) -> dict:
-    """Write the rows of all parts to `out` in the order of the images, whole or not at all; path -> row."""
-    rows = {}
-    for part in sorted(parts_of(out, key), key=lambda part: part.stat().st_mtime):  # the newest counts
-        rows |= read_rows(part, len(header))
-    kept = {path: rows[path] for path in images if path in rows}
-    write_whole(out, lambda path: write_rows(path, [header, *kept.values()]))
-    source = key.partition("-")[0]
-    for part in parts_of(out, f"{source}-[0-9a-f]+"):  # also those of this folder by other settings
-        part.unlink()
-    return kept
 
 
 # ---- several processes, by torchrun
@@ -268,7 +168,7 @@ def label(images: list[str], part: Path, decoder, network, to_rows: Callable) ->
     start = time.perf_counter()
     with tqdm(total=len(images), unit="image", disable=True if RANK else None) as progress:
         for batch, logits in classify(decoder, network, images, told["waited"]):
-            write_rows(part, to_rows(batch, logits), "a")
+            labels.write_rows(part, to_rows(batch, logits), "a")
             told["problems"] |= {batch.paths[index]: why for index, why in batch.problems.items()}
             progress.update(len(batch.paths))
     return {**told, "seconds": time.perf_counter() - start}
@@ -312,8 +212,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    images, out = find_images(args.source), check_out(args.out)
-    with alone_at(out) if RANK == 0 else contextlib.nullcontext():
+    images, out = find_images(args.source), labels.check_out(args.out)
+    with labels.alone_at(out) if RANK == 0 else contextlib.nullcontext():
         sys.exit(classify_all(args, images, out))
 
 
@@ -347,7 +247,9 @@ def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
     header = ["path", "class", "probability", *(classes if args.probabilities else [])]
     settings = sha256(checkpoint, json.dumps([name, decoder_name, device, header]))
     key = f"{sha256(str(args.source), str(args.source.resolve()))[:8]}-{settings[:8]}"
-    own, done = resume(out, key, len(header))
+    own, done = labels.resume(out, key, len(header), RANK)
+    if done:
+        say(f"going on: {len(done):,} rows are there already")
     mine = [path for path in images[RANK::WORLD_SIZE] if path not in done]
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -371,7 +273,7 @@ def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
             raise
         raise UserError(f"{problem.reason}; the rows stay, go on with a smaller --batch-size") from error
     told = gather(told)
-    return summarise(told, images, merge(out, key, images, header), out) if RANK == 0 else 0
+    return summarise(told, images, labels.merge(out, key, images, header), out) if RANK == 0 else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from conftest import ROOT
 LAYERS = [  # from the lowest; files in one layer do not import each other
     ["utils.gpu", "utils.timing", "utils.ceilings", "utils.schema"],
     ["utils.utils", "utils.heroes", "utils.environment"],
-    ["utils.images", "utils.devices", "utils.curves"],
+    ["utils.images", "utils.devices", "utils.curves", "utils.labels"],
     ["model", "datasets"],
     ["utils.check", "utils.pipeline"],
     ["utils.dali", "utils.load"],

@@ -21,6 +21,7 @@ from test_pipeline import broken  # noqa: F401  (a fixture)
 
 import model
 import predict
+from utils import labels
 from utils.utils import UserError, sha256
 
 
@@ -147,7 +148,7 @@ def test_a_second_run_for_the_same_table_is_refused(project, photos, monkeypatch
     monkeypatch.setattr(
         sys, "argv", [*arguments, "--device", "cpu", "--results", str(photos.parent / "none")]
     )
-    monkeypatch.setattr(predict, "alone", functools.partial(predict.alone, patience=0.1))
+    monkeypatch.setattr(labels, "alone", functools.partial(labels.alone, patience=0.1))
     with FileLock(f"{out}.lock"), pytest.raises(UserError, match="another process is writing labels.csv"):
         predict.main()
     assert not out.exists()
@@ -165,7 +166,7 @@ def test_a_row_that_is_gone_and_files_of_similar_names(tmp_path, capsys):
     (tmp_path / "labels.csv.0-2.part0").mkdir()
     out = tmp_path / "labels.csv"
     (tmp_path / "labels.csv.0-1.part0").write_text("a.jpg,cat,0.5\n", encoding="utf-8")
-    rows = predict.merge(out, "0-1", ["a.jpg", "b.jpg"], ["path", "class", "probability"])
+    rows = labels.merge(out, "0-1", ["a.jpg", "b.jpg"], ["path", "class", "probability"])
     assert predict.summarise([predict.NOTHING], ["a.jpg", "b.jpg"], rows, out) == 1
     assert "b.jpg: its row is gone; run the same command again" in capsys.readouterr().err
     left = sorted(path.name for path in tmp_path.iterdir())
@@ -278,9 +279,9 @@ def test_what_a_user_can_get_wrong_is_one_sentence(project, arguments, said):
 def test_a_row_is_kept_only_whole(tmp_path):
     part = tmp_path / "part"
     part.write_text('a.jpg,cat,0.5\n"b\nc.jpg",dog,0.7\nd.jpg,ca', encoding="utf-8")
-    assert list(predict.read_rows(part, 3)) == ["a.jpg", "b\nc.jpg"]
+    assert list(labels.read_rows(part, 3)) == ["a.jpg", "b\nc.jpg"]
     part.write_text('a.jpg,cat,0.5\n"b\n', encoding="utf-8")
-    assert list(predict.read_rows(part, 3)) == ["a.jpg"]
+    assert list(labels.read_rows(part, 3)) == ["a.jpg"]
 
 
 def test_the_backend_is_the_fastest_measured_on_this_machine_and_no_other(project, tmp_path):

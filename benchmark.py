@@ -221,13 +221,14 @@ def measure_ceilings(job: Job) -> None:
 
 def sweep(asked: list[Job], timeout: float, precision: float, budget_minutes: float) -> None:
     """Bring every record up to date, then add rounds where intervals are too wide."""
+    if todo := [job for job in asked if not is_up_to_date(job)]:
+        jobs.look_first(todo)
     records.make_way(asked[0])
-    todo = [job for job in asked if not is_up_to_date(job)]
+    todo = [job for job in todo if not is_up_to_date(job)]  # some may have come back
     measuring, limit_s = Sweep(asked, timeout), budget_minutes * 60
     with tqdm(total=len(todo), desc="benchmark", unit="process", disable=None) as progress:
         if todo:
             say_what_is_built(todo)
-            jobs.look_first(todo)
             say_what_is_busy()
         measure_ceilings(asked[0])
         records.note_sweep(asked[0], precision_pct=precision)

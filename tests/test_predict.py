@@ -208,6 +208,17 @@ def test_names_that_csv_and_utf_8_find_hard(project, tmp_path):
     assert sorted(row["path"] for row in rows) == sorted(str(folder / name) for name in names)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names have one encoding")
+def test_a_locale_without_cyrillic_gives_the_same_table(project, photos):
+    label(photos, project)
+    command = [sys.executable, ROOT / "predict.py", photos, "--out", photos.parent / "ascii.csv"]
+    command += ["--weights", project / "weights", "--results", photos.parent / "none", "--device", "cpu"]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run(list(map(str, command)), env={**os.environ, **locale}, timeout=300, check=True)
+    table = (photos.parent / "ascii.csv").read_bytes()
+    assert table == (photos.parent / "labels.csv").read_bytes() and "Пудж".encode() in table
+
+
 def test_two_processes_share_the_files_and_one_table_comes_out(project, photos):
     _, alone = label(photos, project)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

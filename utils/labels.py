@@ -7,6 +7,7 @@ and of the settings.
 import contextlib
 import csv
 import io
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,8 +46,12 @@ def alone_at(out: Path) -> Iterator[None]:
 def read_rows(part: Path, columns: int) -> dict[str, list[str]]:
     """path -> row, of the rows with so many columns that were written whole."""
     text = part.read_bytes().decode(TEXT["encoding"], TEXT["errors"])
-    whole = io.StringIO(text[: text.rfind("\n") + 1], newline="")
-    return {row[0]: row for row in csv.reader(whole) if len(row) == columns}
+    rows = {}
+    for path, *others in csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
+        if len(others) == columns - 1:
+            path = os.fsdecode(path.encode(TEXT["encoding"], TEXT["errors"]))  # as it is known here
+            rows[path] = [path, *others]
+    return rows
 
 
 def write_rows(path: Path, rows: Iterable[list[str]], mode: str = "w") -> None:

@@ -49,7 +49,7 @@ def find_images(source: Path) -> list[str]:
     if source.is_file():
         return [str(source)]
     found = files_below(source)
-    if images := [str(path) for path in found if is_image(path)]:
+    if images := list(filter(is_image, found)):
         return images
     raise UserError(f"{source} holds no images, by the names of its {len(found)} files; name another folder")
 

@@ -25,14 +25,15 @@ from pathlib import Path
 import numpy as np
 
 from utils import labels
-from utils.environment import environment
+from utils.environment import environment, keep_to_share
 from utils.utils import UserError, add_path_arguments, fresh_processes, run_main, sha256
 
 # What else is needed is imported where it is used: the workers that decode import this file too.
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
 FEW = 256  # images that threads have decoded before processes have started
 NOTHING = {"images": 0, "problems": {}, "waited": {"decoding": 0.0, "inference": 0.0}, "seconds": 0.0}
-RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # by torchrun
+WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 
 
 def say(text: str) -> None:
@@ -212,6 +213,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    keep_to_share(LOCAL_RANK, LOCAL_WORLD_SIZE)
     images, out = find_images(args.source), labels.check_out(args.out)
     with labels.alone_at(out) if RANK == 0 else contextlib.nullcontext():
         sys.exit(classify_all(args, images, out))
@@ -252,7 +254,7 @@ def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
         say(f"going on: {len(done):,} rows are there already")
     mine = [path for path in images[RANK::WORLD_SIZE] if path not in done]
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(LOCAL_RANK)
     told = {**NOTHING}
     try:
         with measure.inference(device):

@@ -141,15 +141,14 @@ def test_an_endless_list_of_files_is_read_no_further_than_the_memory_reaches(fil
 def test_only_whole_upright_8_bit_files_are_left_to_dali(files, odd, broken):
     assert all(pipeline.is_plain(str(path)) for path in files)
     assert {path.suffix for path in files} == {".jpg", ".png"}
-    damaged = broken.keys() - {"damaged.png"}  # only decoding shows it
-    wrong = [*odd.values(), *(broken[name] for name in damaged), Path("missing.jpg")]
+    wrong = [*odd.values(), *broken.values(), Path("missing.jpg")]
     assert [path.name for path in wrong if pipeline.is_plain(str(path))] == []
 
 
 @WITH_DALI
 @pytest.mark.parametrize("device", DEVICES)
 def test_dali_gives_nearly_the_same_pixels_and_leaves_odd_files_to_pillow(files, odd, broken, device):
-    wrong = [path for name, path in broken.items() if name != "damaged.png"]  # DALI decodes as it can
+    wrong = list(broken.values())
     paths = [*files[:6], *odd.values(), *wrong, *files[6:]]
     pixels, problems = read("dali", paths, device=device)
     assert set(problems) == set(map(str, wrong))
@@ -173,6 +172,28 @@ def test_where_dali_fails_pillow_decodes_and_dali_goes_on(files, broken, monkeyp
     for path, found in zip(paths, pixels, strict=True):
         if path != wrong:
             assert np.abs(found.astype(int) - as_training_reads(path)).mean() < 1
+
+
+@WITH_DALI
+@pytest.mark.parametrize("device", DEVICES)
+def test_where_dali_fails_again_and_again_pillow_decodes_the_rest(files, broken, monkeypatch, capfd, device):
+    """What starting it anew costs, seconds and memory on a GPU, is bounded."""
+    wrong = broken["text.jpg"]
+    monkeypatch.setattr(pipeline, "is_plain", lambda path: True)
+    paths = [*files, *([wrong] * 5), *files, *([wrong] * 40), *files, wrong, *files]
+    with contextlib.closing(dali.DECODERS["dali"](SIZE, BATCH, device, few=True)) as decoder:
+        for _ in range(2):  # it is as good as new afterwards, also where it was left in the middle
+            found = list(decoder.batches(map(str, paths)))
+            said = capfd.readouterr().err
+            assert said.count("DALI failed") == 3 and said.count("all that is left") == 1
+            assert [path for batch in found for path in batch.paths] == list(map(str, paths))
+            named = [path for batch in found for path in map(batch.paths.__getitem__, batch.problems)]
+            assert named == [str(wrong)] * 46
+            with contextlib.closing(decoder.batches(map(str, paths))) as batches:
+                while "DALI failed" not in capfd.readouterr().err:
+                    next(batches)
+        (again,) = decoder.batches([str(files[0])])
+        assert np.abs(again.pixels[0].cpu().numpy().astype(int) - as_training_reads(files[0])).mean() < 1
 
 
 @pytest.mark.parametrize("name", ["pytorch", "onnx"])

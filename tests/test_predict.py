@@ -21,7 +21,7 @@ from test_pipeline import broken  # noqa: F401  (a fixture)
 
 import model
 import predict
-from utils import labels
+from utils import environment, labels
 from utils.utils import UserError, sha256
 
 
@@ -217,6 +217,33 @@ def test_a_locale_without_cyrillic_gives_the_same_table(project, photos):
     subprocess.run(list(map(str, command)), env={**os.environ, **locale}, timeout=300, check=True)
     table = (photos.parent / "ascii.csv").read_bytes()
     assert table == (photos.parent / "labels.csv").read_bytes() and "Пудж".encode() in table
+
+
+def test_images_are_listed_folder_by_folder_under_the_names_by_which_they_are_reached(tmp_path, monkeypatch):
+    for name in ("b/z.png", "b/a.png", "b.png", "b c.png", "b.d/a.png", "ы.PNG", "b/.x.png", "x.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    images = [path for path in tmp_path.rglob("[!.]*") if path.suffix.lower() == ".png"]
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path(), Path("..", tmp_path.name), tmp_path):
+        wanted = sorted(folder / path.relative_to(tmp_path) for path in images)
+        assert predict.find_images(folder) == [str(path) for path in wanted] and len(wanted) == 6
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux's alone")
+def test_processes_keep_to_shares_of_the_cores_that_part_no_core(monkeypatch):
+    cpus, kept = set(range(32)), []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cpus)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, share: kept.append(sorted(share)))
+    for index in range(2):
+        environment.keep_to_share(index, 2)
+    assert kept == [[*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]]
+    for cpus, of in ((set(range(32)), 3), ({1, 4, 5}, 2), ({0, 1}, 2), ({7}, 3), ({2, 3}, 1)):
+        kept.clear()
+        for index in range(of):
+            environment.keep_to_share(index, of)
+        assert set().union(*kept) == cpus and all(kept)
+        assert sum(map(len, kept)) == len(cpus) or len(cpus) < of
 
 
 def test_two_processes_share_the_files_and_one_table_comes_out(project, photos):

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.pipeline import IN_FLIGHT, Batch, Pillow, cores, decode
+from utils.environment import cores
+from utils.pipeline import IN_FLIGHT, Batch, Pillow, decode
 
 PIPELINES = 2  # of DALI, in turn: while one waits for PNGs from the processor, the other has the JPEG engine
 PREFETCH = 3  # batches that each works on at a time
@@ -63,21 +64,27 @@ class Dali(Pillow):
     def batches(self, paths: Iterable[str]) -> Iterator[Batch]:
         targets = itertools.cycle(self.on_device)
         self.fed = deque((None, number) for _, number in self.fed)  # nobody waits for what was broken off
-        self.looked_at, self.ended = super().batches(paths), False
+        self.looked_at, self.ended, self.leave_plain = super().batches(paths), False, True
         with contextlib.closing(self.looked_at):
-            while True:
+            for again in (True, True, False):
                 try:
+                    if not self.pipelines:
+                        self.start()
                     yield from self.decoded(targets)
                     return
                 except RuntimeError as error:  # DALI can't go on then, and doesn't say which file it was
                     left = [batch for batch, _ in self.fed if batch]
                     if not left:
                         raise
+                    what = f"these {len(left)} batches" if again else "all that is left"
                     said = str(error).strip().splitlines()[0]
-                    print(f"DALI failed, Pillow decodes these {len(left)} batches: {said}", file=sys.stderr)
+                    print(f"DALI failed, Pillow decodes {what}: {said}", file=sys.stderr)
+                self.pipelines.clear()
                 for batch in left:
                     yield self.finished(batch, None, next(targets))
-                self.start()
+            self.leave_plain = False  # a start costs seconds, and memory that DALI keeps
+            for batch in self.looked_at:
+                yield self.finished(batch, None, next(targets))
 
     def decoded(self, targets: Iterator[torch.Tensor]) -> Iterator[Batch]:
         """What DALI's pipelines make of the batches, in order."""
@@ -105,9 +112,7 @@ class Dali(Pillow):
         from nvidia.dali import fn, pipeline_def, types
 
         on_gpu = self.device == "cuda"
-        mixed = (
-            {"hw_decoder_load": HARDWARE, "affine": "LOCAL_WORLD_SIZE" not in os.environ} if on_gpu else {}
-        )
+        mixed = {"hw_decoder_load": HARDWARE} if on_gpu else {}
         square = (self.image_size, self.image_size)
 
         @pipeline_def(

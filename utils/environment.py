@@ -28,6 +28,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def keep_to_share(index: int, of: int) -> None:
+    """Have this process, and those that it starts, run on its share of the cores; on Linux only.
+
+    Of a core's two threads Linux numbers the second right after the first, or by half of all later: by either
+    they stay together.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cpus = sorted(os.sched_getaffinity(0))
+        half = -(-len(cpus) // 2)
+        together = [cpu for first in range(half) for cpu in cpus[first::half]]
+        share = together[len(cpus) * index // of : len(cpus) * (index + 1) // of]
+        os.sched_setaffinity(0, share or cpus)
+
+
 def environment() -> dict:
     """What a figure depends on besides the code: machine, driver, packages; its commit and command."""
     return {

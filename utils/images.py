@@ -64,7 +64,7 @@ def class_folders(folder: Path) -> list[Path]:
 def files_below(folder: Path) -> list[str]:
     """All in it and its subfolders but folders and what lies in hidden ones (.ipynb_checkpoints/).
 
-    Links are followed once, and never to a folder around it.  Strings, since a million Paths take ten seconds.
+    Links are followed once, and never to a folder around it.
     """
     found, seen = [], set(map(str, folder.resolve().parents))
     for at, below, names in os.walk(folder, followlinks=True):

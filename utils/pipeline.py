@@ -90,8 +90,8 @@ def decode(first: int, paths: list[str], leave_plain: bool) -> list[str | None]:
 def is_plain(path: str) -> bool:
     """Whether DALI decodes a file as load_rgb() does: a whole, upright JPEG or PNG, 8 bits, RGB or grey.
 
-    From header and end alone: DALI decodes truncated files without a word, and ends the whole batch at one
-    that is no image.
+    From header and end, and from a PNG's checksums: DALI decodes truncated files without a word, and ends the
+    whole batch at one that it can't decode.
     """
     try:
         with Path(path).open("rb") as file:
@@ -106,17 +106,15 @@ def is_plain(path: str) -> bool:
                 return upright and image.info.get("adobe_transform", 1) == 1 and end.endswith(JPEG_END)
             special = {"transparency", "exif", "Raw profile type exif"} & image.info.keys()
             plain = image.format == "PNG" and not special and not getattr(image, "is_animated", False)
-            return plain and image.tile[0][3] == image.mode and end == PNG_END  # not from 1, 2, 4 or 16 bits
+            plain = plain and image.tile[0][3] == image.mode and end == PNG_END  # not from 1, 2, 4 or 16 bits
+            if plain:
+                image.verify()
+            return plain
     except Exception:  # whatever is wrong, load_rgb() will say it
         return False
 
 
 # ---- decoders
-
-
-def cores() -> int:
-    """The cores that are this process's share."""
-    return max(1, environment.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class Pillow:
@@ -130,7 +128,7 @@ class Pillow:
 
     def __init__(self, image_size: int, batch_size: int, device: str, few: bool = False):
         self.image_size, self.batch_size, self.device = image_size, batch_size, device
-        workers, self.chunk = cores(), min(self.chunk, batch_size)
+        workers, self.chunk = environment.cores(), min(self.chunk, batch_size)
         self.ahead = max(2, -(-2 * workers * self.chunk // batch_size))  # two chunks for every worker
         self.slots = self.ahead + self.hold + 1
         shape = self.slots * batch_size, image_size, image_size, 3

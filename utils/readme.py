@@ -97,7 +97,7 @@ def summary(rows: pd.DataFrame, environments: dict) -> str:
         accuracy = least if least == most else f"{least}–{most}"
         lines.append([who, *(cells.get(size, "") for size in columns), f"{accuracy} %"])
     notes = ["images/s ± half the 95 % interval, speedup over PyTorch FP32 of the same sweep, b = batch size"]
-    notes += [foot(known) for known in environments.values()]
+    notes += dict.fromkeys(foot(known) for known in environments.values())
     missing = rows[(rows.status != "ok") & (rows.backend.map(report.family) == rows.backend)]
     notes += report.reasons(missing.assign(notes="", adds=""))
     return f"{markdown(lines)}\n\n<sub>{'<br>'.join(notes)}</sub>"

@@ -38,9 +38,7 @@ def draw_end_to_end(table: pd.DataFrame, environments: dict[str, dict]) -> Figur
 def draw_pipelines(ax, part: pd.DataFrame) -> None:
     """Three bars a row; a bar that would dwarf the pipelines is cut off, its value written in it."""
     most = 1.3 * part[["images_per_s", "decode_images_per_s"]].max().max()
-    names = []
     for y, row in enumerate(part.itertuples()):
-        names.append(f"{row.label}, batch {row.batch_size}\n{row.decoder}; limit: {row.limit}")
         for k, (column, (what, other)) in enumerate(PARTS.items()):
             value, at = getattr(row, column), y + 0.27 * (1 - k)
             text = f"{what} {figure(value)}"

@@ -14,6 +14,7 @@ With --load, results/load.csv instead: the latency of single images that arrive 
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import sys
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from utils import check, findings, jobs, load, measure, tables, timing
+from utils import check, environment, findings, jobs, load, measure, tables, timing
 from utils.utils import (
     UserError,
     add_path_arguments,
@@ -239,8 +240,10 @@ def row_of(asked: Asked, decoder: str, rounds: list[dict]) -> Row:
 
 
 def write_table(rows: list, path: Path, keys: list[str]) -> None:
-    """Write the rows with what the file has of others; a damaged one, or of other columns, is set aside."""
-    table = pd.DataFrame([vars(row) for row in rows])
+    """Write the rows, with this process's cores and today's date, and what the file has of others; a damaged
+    one, or of other columns, is set aside."""
+    today = datetime.date.today().isoformat()
+    table = pd.DataFrame([vars(row) for row in rows]).assign(cores=environment.cores(), date=today)
     old = None
     with contextlib.suppress(UserError):  # it says how to make the table anew, which this does
         old = tables.read_serving(path)

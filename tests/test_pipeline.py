@@ -1,6 +1,7 @@
 """From files to logits: the same pixels as training reads, in order, whatever lies among the files."""
 
 import contextlib
+import datetime
 import itertools
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import benchmark
 import datasets
 import end_to_end
 import model
-from utils import dali, pipeline, tables
+from utils import dali, environment, pipeline, tables
 from utils.measure import inference, whole_call
 
 SIZE, BATCH = 32, 4
@@ -270,4 +271,5 @@ def test_a_damaged_table_of_serving_is_set_aside_and_made_anew(tmp_path, content
     end_to_end.write_table(rows[1:], path, keys)
     table = tables.read_serving(path)
     assert table.backend.tolist() == ["onnx", "pytorch"] and set(table.sweep) == {"2.10"}
+    assert set(table.cores) == {environment.cores()} and set(table.date) == {str(datetime.date.today())}
     assert sorted(found.name for found in tmp_path.iterdir()) == ["end_to_end.csv", "end_to_end.csv.1"]

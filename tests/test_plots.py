@@ -17,7 +17,7 @@ from utils.utils import UserError
 
 BACKENDS = {"pytorch": ("fp32", 100.0), "onnx": ("fp16", 250.0), "tensorrt": ("fp16", 400.0)}
 ENVIRONMENT = {
-    "a": {"short": "GPU one, torch 2.11", "sample_data": True},
+    "a": {"short": "GPU one, torch 2.11", "gpu": "GPU one", "date": "2026-11-23", "sample_data": True},
     "b": {"short": "GPU one, torch 2.2", "sample_data": False},
 }
 FPS, BATCH, SPEEDUP, MEMORY = CHARTS
@@ -345,7 +345,8 @@ def served(**changes) -> pandas.DataFrame:
         row |= dict(decoder=decoder, images_per_s=decode * 0.9, decode_images_per_s=decode)
         row |= dict(images_per_s_low=decode * 0.88, images_per_s_high=decode * 0.92, overlap=0.9)
         row |= dict(infer_images_per_s=90000.0, serial_images_per_s=decode / 2, limit="decode")
-        rows.append(row | dict(agreement=1.0, max_abs_diff=0.01, status="ok", reason=""))
+        row |= dict(agreement=1.0, max_abs_diff=0.01, status="ok", reason="", cores=16, date="2026-11-26")
+        rows.append(row)
     return pandas.DataFrame(rows).assign(**changes)
 
 
@@ -354,6 +355,7 @@ def test_from_files_to_labels_shows_the_pipeline_and_its_halves():
     said = drawn(fig)
     assert "From files to labels: TensorRT FP16, 18,000 images/s, 90% of what its parts allow" in said
     assert "files to labels 1,800, 90% of what its parts allow" in said and "inference alone 90,000 →" in said
+    assert "GPU one, 16 cores, 2026-11-26" in said and "2026-11-23" not in said  # its own, not the sweep's
     assert bars(fig.axes[0])[:2] == [1800, 2000] and max(bars(fig.axes[0])) == 26000  # cut off, and said
     wrong = served(status=["ok", "mismatch"], reason=["", "another class on 9 of 100"])
     said = drawn(serving_plots.draw_end_to_end(wrong, ENVIRONMENT))
@@ -367,7 +369,7 @@ def loaded() -> pandas.DataFrame:
         for rate, p99, valid in zip(rates, (3.0, 9.0, 40.0), (True, backend == "pytorch", True), strict=True):
             row = dict(sweep="a", backend=backend, precision="FP16", image_size=224, scenario="server")
             row |= dict(rate=rate, achieved=rate, p50_ms=1.0, p90_ms=2.0, p99_ms=p99, valid=valid)
-            rows.append(row | dict(max_latency_ms=15.0, fps=None))
+            rows.append(row | dict(max_latency_ms=15.0, fps=None, cores=16, date="2026-11-26"))
     return pandas.DataFrame([*rows, {**rows[0], "scenario": "offline", "rate": None, "p99_ms": None}])
 
 

@@ -7,6 +7,7 @@ from matplotlib.ticker import FuncFormatter
 from utils.captions import end_to_end_finding, feet_of, load_finding
 from utils.report import figure, label
 from utils.style import GREY, INK, bar_look, dress, heading, lie_down, log_ticks, note, sheet, style
+from utils.tables import short
 
 PARTS = {  # of a pipeline: column, what it is, and how its bar differs from the pipeline's
     "images_per_s": ("files to labels", {}),
@@ -24,11 +25,20 @@ def panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(f"{sweep}, {size} px: " if len(groups) > 1 else f"{size} px: ", part) for sweep, part in groups]
 
 
+def feet(parts: list[tuple[str, pd.DataFrame]], environments: dict[str, dict]) -> list[str]:
+    """A line for each sweep, with the cores and the day of this measurement, not of the sweep's."""
+    known = {}
+    for _, part in parts:
+        last, facts = part.loc[part["date"].idxmax()], environments.get(part["sweep"].iloc[0], {})
+        own = facts | {"date": f"{last.cores} cores, {last.date}"}
+        known[last.sweep] = facts | {"short": short(own)} if facts else {}
+    return feet_of(list(known), known)
+
+
 def draw_end_to_end(table: pd.DataFrame, environments: dict[str, dict]) -> Figure:
     """For each backend and decoder the whole pipeline and its halves alone, a panel for each sweep."""
     parts = panels(table)
-    feet = feet_of([part["sweep"].iloc[0] for _, part in parts], environments)
-    fig, subfigures = sheet([1.6 + 0.55 * len(part) for _, part in parts], feet)
+    fig, subfigures = sheet([1.6 + 0.55 * len(part) for _, part in parts], feet(parts, environments))
     for under, (title, part) in zip(subfigures, parts, strict=True):
         heading(under, title + end_to_end_finding(part))
         draw_pipelines(under.subplots(), part)
@@ -61,8 +71,7 @@ def draw_load(load: pd.DataFrame, environments: dict[str, dict]) -> Figure:
     load = load[load["rate"].notna() & load["p99_ms"].notna()]
     load = load.assign(valid=load["valid"].astype(str) == "True")
     parts = panels(load)
-    feet = feet_of([part["sweep"].iloc[0] for _, part in parts], environments)
-    fig, subfigures = sheet([4.4] * len(parts), feet)
+    fig, subfigures = sheet([4.4] * len(parts), feet(parts, environments))
     for under, (title, part) in zip(subfigures, parts, strict=True):
         heading(under, title + load_finding(part))
         note(under, "single images arriving at random; ×: the load generator calls the run invalid")

@@ -17,8 +17,9 @@ PARTS = {"packages": set(), "ceilings": {"tflops", "gb_per_s"}, "sweep": set()}
 TEXTS = ["short", "date", "gpu", "cpu", "driver", "command"]
 SERVING = {  # the columns of what python end_to_end.py writes, besides the first four
     "end_to_end.csv": "batch_size decoder images_per_s images_per_s_low images_per_s_high "
-    "decode_images_per_s infer_images_per_s serial_images_per_s overlap limit agreement status reason",
-    "load.csv": "scenario rate achieved p50_ms p90_ms p99_ms valid max_latency_ms fps",
+    "decode_images_per_s infer_images_per_s serial_images_per_s overlap limit agreement status reason "
+    "cores date",
+    "load.csv": "scenario rate achieved p50_ms p90_ms p99_ms valid max_latency_ms fps cores date",
 }
 
 
@@ -121,7 +122,7 @@ def read_serving(path: Path) -> pd.DataFrame | None:
     Raises UserError where it is no table at all.
     """
     mend = f"make it anew: python end_to_end.py{' --load' if path.name == 'load.csv' else ''}"
-    texts = ["sweep", "backend", "precision", "decoder", "scenario", "limit", "status", "reason"]
+    texts = ["sweep", "backend", "precision", "decoder", "scenario", "limit", "status", "reason", "date"]
     try:
         table = pd.read_csv(path, encoding="utf-8", dtype=dict.fromkeys(texts, str))
     except FileNotFoundError:

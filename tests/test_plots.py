@@ -355,7 +355,7 @@ def test_from_files_to_labels_shows_the_pipeline_and_its_halves():
     said = drawn(fig)
     assert "From files to labels: TensorRT FP16, 18,000 images/s, 90% of what its parts allow" in said
     assert "files to labels 1,800, 90% of what its parts allow" in said and "inference alone 90,000 →" in said
-    assert "GPU one, 16 cores, 2026-11-26" in said and "2026-11-23" not in said  # its own, not the sweep's
+    assert "GPU one, 16 threads, 2026-11-26" in said and "2026-11-23" not in said  # its own, not the sweep's
     assert bars(fig.axes[0])[:2] == [1800, 2000] and max(bars(fig.axes[0])) == 26000  # cut off, and said
     wrong = served(status=["ok", "mismatch"], reason=["", "another class on 9 of 100"])
     said = drawn(serving_plots.draw_end_to_end(wrong, ENVIRONMENT))

@@ -26,11 +26,12 @@ def panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def feet(parts: list[tuple[str, pd.DataFrame]], environments: dict[str, dict]) -> list[str]:
-    """A line for each sweep, with the cores and the day of this measurement, not of the sweep's."""
+    """A line for each sweep, with this measurement's day, not the sweep's, and beside a GPU the threads."""
     known = {}
     for _, part in parts:
         last, facts = part.loc[part["date"].idxmax()], environments.get(part["sweep"].iloc[0], {})
-        own = facts | {"date": f"{last.cores} cores, {last.date}"}
+        day = f"{last.cores} threads, {last.date}" if facts.get("gpu") else last.date
+        own = facts | {"date": day}
         known[last.sweep] = facts | {"short": short(own)} if facts else {}
     return feet_of(list(known), known)
 

@@ -14,7 +14,6 @@ With --load, results/load.csv instead: the latency of single images that arrive 
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import itertools
 import sys
 from collections.abc import Iterable
@@ -61,6 +60,8 @@ class Row:
     accuracy: float | None = None
     status: str = "ok"
     reason: str = ""
+    cores: int = dataclasses.field(default_factory=environment.cores)  # that this had
+    date: str = dataclasses.field(default_factory=environment.today)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,10 +241,8 @@ def row_of(asked: Asked, decoder: str, rounds: list[dict]) -> Row:
 
 
 def write_table(rows: list, path: Path, keys: list[str]) -> None:
-    """Write the rows, with this process's cores and today's date, and what the file has of others; a damaged
-    one, or of other columns, is set aside."""
-    today = datetime.date.today().isoformat()
-    table = pd.DataFrame([vars(row) for row in rows]).assign(cores=environment.cores(), date=today)
+    """Write the rows with what the file has of others; a damaged one, or of other columns, is set aside."""
+    table = pd.DataFrame([vars(row) for row in rows])
     old = None
     with contextlib.suppress(UserError):  # it says how to make the table anew, which this does
         old = tables.read_serving(path)

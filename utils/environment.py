@@ -28,6 +28,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
 def keep_to_share(index: int, of: int) -> None:
     """Have this process, and those that it starts, run on its share of the cores; on Linux only.
 
@@ -54,7 +58,7 @@ def environment() -> dict:
         "packages": {name: version for name in PACKAGES if (version := package_version(name))},
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "clean": _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *MADE) == "",
-        "date": datetime.date.today().isoformat(),
+        "date": today(),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 

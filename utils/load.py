@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from utils import timing
+from utils import environment, timing
 from utils.pipeline import Network
 
 QUERIES = 600  # images of a rate at least: 459 without a late one show 99 % (confidence 99 %)
@@ -49,6 +49,8 @@ class Row:
     valid: bool  # the generator's verdict
     max_latency_ms: float | None
     fps: float | None = None
+    cores: int = dataclasses.field(default_factory=environment.cores)  # that this had
+    date: str = dataclasses.field(default_factory=environment.today)
 
 
 def why_unavailable() -> str | None:

@@ -1,18 +1,21 @@
 """What the driver says of the GPU, against nvidia-smi and against the clock.  Needs an NVIDIA GPU."""
 
+import contextlib
+import itertools
 import os
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pynvml
 import pytest
 import torch
 from conftest import ROOT
 
 import benchmark
 import model
-from utils import ceilings, gpu, records, timing
+from utils import ceilings, dali, gpu, records, timing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -130,3 +133,17 @@ def test_measured_ceilings_stay_under_the_theoretical_peaks():
     for precision, tflops in found["tflops"].items():
         peak = ceilings.peak_tflops(known, precision)
         assert peak is None or 0.2 * peak < tflops < 1.05 * peak
+
+
+@pytest.mark.skipif(dali.why_no_dali() is not None, reason="needs NVIDIA DALI")
+def test_the_jpeg_engine_decodes_most_of_every_batch(project):
+    if torch.cuda.get_device_capability() not in [(8, 0), (9, 0), (10, 0)]:
+        pytest.skip("needs a GPU with a JPEG engine: A100, H100, H200, B200")
+    jpegs = sorted(map(str, (project / "data" / "test").rglob("*.jpg")))
+    busy, start = [], time.perf_counter()
+    with contextlib.closing(dali.Dali(224, 256, "cuda")) as decoder:
+        for _ in decoder.batches(itertools.cycle(jpegs)):
+            busy.append(pynvml.nvmlDeviceGetJpgUtilization(gpu._handle())[0])
+            if time.perf_counter() - start > 3:
+                break
+    assert max(busy) > 20  # % of its time; 3 where it gets no more than 7 files of a batch

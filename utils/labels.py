@@ -6,7 +6,6 @@ and of the settings.
 
 import contextlib
 import csv
-import io
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -45,12 +44,13 @@ def alone_at(out: Path) -> Iterator[None]:
 
 def read_rows(part: Path, columns: int) -> dict[str, list[str]]:
     """path -> row, of the rows with so many columns that were written whole."""
-    text = part.read_bytes().decode(TEXT["encoding"], TEXT["errors"])
     rows = {}
-    for path, *others in csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
-        if len(others) == columns - 1:
-            path = os.fsdecode(path.encode(TEXT["encoding"], TEXT["errors"]))  # as it is known here
-            rows[path] = [path, *others]
+    with part.open(**TEXT) as file:
+        whole = (line for line in file if line.endswith(("\n", "\r")))  # a name may have "\r" in it
+        for path, *others in csv.reader(whole):
+            if len(others) == columns - 1:
+                path = os.fsdecode(path.encode(TEXT["encoding"], TEXT["errors"]))  # as it is known here
+                rows[path] = [path, *others]
     return rows
 
 

@@ -3,10 +3,14 @@
 import contextlib
 import datetime
 import itertools
+import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from conftest import load_test_images, run_script
@@ -144,6 +148,25 @@ def test_only_whole_upright_8_bit_files_are_left_to_dali(files, odd, broken):
     assert {path.suffix for path in files} == {".jpg", ".png"}
     wrong = [*odd.values(), *broken.values(), Path("missing.jpg")]
     assert [path.name for path in wrong if pipeline.is_plain(str(path))] == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="processes that stand still are POSIX's")
+def test_broken_off_it_ends_though_all_workers_die(files):
+    decoder = pipeline.Pillow(SIZE, 64, "cpu")  # of a batch some files wait where they could be cancelled
+    batches = decoder.batches(map(str, itertools.cycle(files)))
+    next(batches)
+    workers = [
+        process for process in psutil.Process().children(recursive=True) if process.ppid() != os.getpid()
+    ]
+    for worker in workers:
+        worker.suspend()
+    end = threading.Thread(target=lambda: (batches.close(), decoder.close()), daemon=True)
+    end.start()
+    time.sleep(0.5)
+    for worker in workers:
+        worker.kill()
+    end.join(timeout=60)
+    assert workers and not end.is_alive()
 
 
 @WITH_DALI

@@ -97,10 +97,10 @@ def test_interrupted_at_any_byte_it_goes_on(project, photos, expected):
     assert not list(photos.parent.glob("*.part*"))
 
 
-def start(project: Path, photos: Path, out: Path) -> subprocess.Popen:
+def start(project: Path, photos: Path, out: Path, stderr=subprocess.DEVNULL) -> subprocess.Popen:
     command = [sys.executable, ROOT / "predict.py", photos, "--out", out, "--weights", project / "weights"]
     command += ["--results", photos.parent / "no results", "--device", "cpu"]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=stderr)
 
 
 def wait_for_part(out: Path, size: int = 0) -> Path:
@@ -126,6 +126,21 @@ def test_no_worker_outlives_it(project, photos, how):
     started.wait(60)
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert alive == []
+
+
+def test_a_killed_worker_is_one_sentence_and_the_rows_stay(project, photos):
+    many, out = photos.parent / "many", photos.parent / "many.csv"
+    for k in range(12):
+        shutil.copytree(photos, many / str(k))
+    started = start(project, many, out, stderr=subprocess.PIPE)
+    part = wait_for_part(out, size=1)
+    started_by_server = (
+        p for p in psutil.Process(started.pid).children(recursive=True) if p.ppid() != started.pid
+    )
+    next(started_by_server).kill()
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 2 and part.stat().st_size
+    assert said.decode().startswith("error: a worker process was killed") and said.count(b"\n") == 1
 
 
 def test_other_settings_start_anew_and_another_folders_rows_stay(project, photos):

@@ -54,13 +54,13 @@ class Batch:
 
 # ---- in the workers
 
-here = threading.local()  # of a worker: `pixels` to write to, `resize`, `alone`
+here = threading.local()  # of a worker: `pixels` to write to, `resize`, `alone`, `broken_off`
 
 
-def start_worker(memory, image_size: int, alone, process: bool) -> None:
+def start_worker(memory, image_size: int, alone, broken_off, process: bool) -> None:
     here.pixels = np.frombuffer(memory, np.uint8).reshape(-1, image_size, image_size, 3)
     here.resize = v2.Resize((image_size, image_size), antialias=True)  # as datasets.test_transform() has it
-    here.alone = alone
+    here.alone, here.broken_off = alone, broken_off
     warnings.filterwarnings("ignore", module="PIL")  # of odd but readable files
     if process:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
@@ -73,7 +73,7 @@ def decode(first: int, paths: list[str], leave_plain: bool) -> list[str | None]:
     """Decode files into here.pixels[first:]; of each "", PLAIN if left to DALI, or why it can't be read."""
     outcomes = []
     for index, path in enumerate(paths, first):
-        if leave_plain and is_plain(path):
+        if here.broken_off.value or (leave_plain and is_plain(path)):
             outcomes.append(PLAIN)
             continue
         try:
@@ -134,15 +134,18 @@ class Pillow:
         shape = self.slots * batch_size, image_size, image_size, 3
         if few:  # nor is a server started, whose imports would take seconds of a core
             context, memory = threading, bytearray(int(np.prod(shape)))
+            self.broken_off = ctypes.c_bool()
         else:
             context = fresh_processes(__name__)
             # Shared, or in a file where /dev/shm is small.
             memory = context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
+            self.broken_off = context.RawValue(ctypes.c_bool)
         self.pixels = torch.from_numpy(np.frombuffer(memory, np.uint8).reshape(shape))
         self.pinned = device == "cuda" and self.pin()
-        start = {"initializer": start_worker, "initargs": (memory, image_size, context.Lock(), not few)}
+        arguments = memory, image_size, context.Lock(), self.broken_off, not few
         options = {} if few else {"mp_context": context}
-        self.pool = (ThreadPoolExecutor if few else ProcessPoolExecutor)(workers, **start, **options)
+        options |= {"initializer": start_worker, "initargs": arguments}
+        self.pool = (ThreadPoolExecutor if few else ProcessPoolExecutor)(workers, **options)
         with uninterrupted():  # processes that are on their way when this one ends would complain
             wait([self.pool.submit(int) for _ in range(workers)])
 
@@ -152,7 +155,7 @@ class Pillow:
         return int(error) == 0
 
     def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        self.pool.shutdown()
         if self.pinned:
             torch.cuda.cudart().cudaHostUnregister(self.pixels.data_ptr())
 
@@ -168,10 +171,11 @@ class Pillow:
                 if len(waiting) > self.ahead or not group:
                     yield self.collect(*waiting.popleft())
         finally:
-            futures = [future for _, _, found in waiting for future in found]
-            for future in futures:
-                future.cancel()
-            wait(futures)  # nothing writes on while the memory is used anew
+            # Nothing writes on while the memory is used anew.  Nothing is cancelled: if a worker dies then, a
+            # pool of processes never says of what was cancelled that it is done.
+            self.broken_off.value = True
+            wait([future for _, _, futures in waiting for future in futures])
+            self.broken_off.value = False
 
     def submit(self, paths: list[str], first: int) -> tuple:
         starts = range(0, len(paths), self.chunk)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -80,6 +80,9 @@ def run_main(main: Callable) -> None:
     except MemoryError:
         smaller = "use smaller --image-sizes, fewer --workers or smaller batches"
         leave(2, f"error: this machine's memory does not suffice; {smaller}, {AGAIN}")
+    except BrokenExecutor:
+        why = "a worker process was killed, as systems do where memory runs out"
+        leave(2, f"error: {why}; free some, {AGAIN}")
     except UnicodeDecodeError as error:
         near = error.object[max(error.start - 20, 0) : error.start + 9]
         leave(2, f"error: a file is not UTF-8 text, near {near!r}; save it as UTF-8, {AGAIN}")

@@ -387,7 +387,7 @@ def peak_mb(folder: Path, project: Path, out: Path, right: int, wrong: int) -> f
             time.sleep(0.2)
     said = out.with_suffix(".stderr").read_text("utf-8")
     assert started.returncode == 1 and "Traceback" not in said
-    assert f"{wrong} files can't be read" in said
+    assert f"{wrong:,} files can't be read" in said
     rows = read(out)
     assert len(rows) == right and not [row for row in rows if "broken" in row["path"]]
     return peak

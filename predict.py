@@ -32,7 +32,6 @@ from utils.utils import UserError, add_path_arguments, fresh_processes, run_main
 # What else is needed is imported where it is used: the workers that decode import this file too.
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
 FEW = 256  # images that threads have decoded before processes have started
-NOTHING = {"images": 0, "problems": {}, "waited": {"decoding": 0.0, "inference": 0.0}, "seconds": 0.0}
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # by torchrun
 WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 
@@ -141,6 +140,12 @@ def rows_of(batch, logits: np.ndarray, classes: list[str], every: bool) -> list[
 # ---- several processes, by torchrun
 
 
+def share_of(images: list[str], rank: int, of: int) -> list[str]:
+    """One process's share, in order: drawn by lot, since every second file may be a heavy one."""
+    lots = np.random.default_rng(0).permutation(len(images))
+    return [images[k] for k in np.sort(lots[rank::of])]
+
+
 def gather(value) -> list:
     """The value of every process; waits for all of them."""
     if WORLD_SIZE == 1:
@@ -161,27 +166,27 @@ def gather(value) -> list:
 
 
 def label(images: list[str], part: Path, decoder, network, to_rows: Callable) -> dict:
-    """Classify, appending rows to `part` batch by batch; the problems, and the seconds that things took."""
+    """Classify, appending rows to `part` batch by batch; the problems, when it was, what it waited for."""
     from tqdm import tqdm
 
     from utils.pipeline import classify
 
-    told = {"images": len(images), "problems": {}, "waited": {}}
-    start = time.perf_counter()
+    told = {"images": len(images), "problems": {}, "waited": {}, "began": time.time()}
     with tqdm(total=len(images), unit="image", disable=True if RANK else None) as progress:
         for batch, logits in classify(decoder, network, images, told["waited"]):
             labels.write_rows(part, to_rows(batch, logits), "a")
             told["problems"] |= {batch.paths[index]: why for index, why in batch.problems.items()}
             progress.update(len(batch.paths))
-    return {**told, "seconds": time.perf_counter() - start}
+    return {**told, "ended": time.time()}
 
 
 def summarise(told: list[dict], paths: list[str], rows: dict, out: Path) -> int:
     """Say how fast it was, what was in the way and which images have no row; the exit code."""
     print(f"written: {out}, {len(rows):,} rows")
-    images, seconds = sum(part["images"] for part in told), max(part["seconds"] for part in told)
-    if images:
-        spent = {name: sum(part["waited"][name] for part in told) for name in ("decoding", "inference")}
+    if busy := [part for part in told if part["images"]]:
+        images = sum(part["images"] for part in busy)
+        seconds = max(part["ended"] for part in busy) - min(part["began"] for part in busy)
+        spent = {name: sum(part["waited"][name] for part in busy) for name in ("decoding", "inference")}
         most = max(spent, key=spent.get)
         share = f"it waited {spent[most] / sum(spent.values()):.0%} of the time for it"
         speed = f"{images:,} images in {seconds:.1f} s, {images / seconds:,.0f} images/s"
@@ -253,10 +258,10 @@ def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
     own, done = labels.resume(out, key, len(header), RANK)
     if done:
         say(f"going on: {len(done):,} rows are there already")
-    mine = [path for path in images[RANK::WORLD_SIZE] if path not in done]
+    mine = [path for path in share_of(images, RANK, WORLD_SIZE) if path not in done]
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-    told = {**NOTHING}
+    told = {"images": 0, "problems": {}}
     try:
         with measure.inference(device):
             if RANK:

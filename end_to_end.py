@@ -133,6 +133,7 @@ def throughput(decoder, network, asked: Asked) -> dict:
         (lambda: inferred(network, resident), 2),
         (lambda: (len(logits) for _, logits in classify(decoder, network, files)), full),
     ]
+    rate(parts[-1][0](), full, half)  # not counted: a process that has just begun finds cold memory
     early = [rate(served(), warm_up, half) for served, warm_up in parts]
     late = [rate(served(), warm_up, half) for served, warm_up in reversed(parts)]  # finds warmer memory
     decode, infer, both = ((a + b) / 2 for a, b in zip(early, reversed(late), strict=True))

@@ -31,6 +31,7 @@ from utils.utils import UserError, add_path_arguments, fresh_processes, run_main
 
 # What else is needed is imported where it is used: the workers that decode import this file too.
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
+NOTHING = {"images": 0, "problems": {}}
 FEW = 256  # images that threads have decoded before processes have started
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # by torchrun
 WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -261,7 +262,7 @@ def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
     mine = [path for path in share_of(images, RANK, WORLD_SIZE) if path not in done]
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-    told = {"images": 0, "problems": {}}
+    told = NOTHING
     try:
         with measure.inference(device):
             if RANK:

@@ -4,7 +4,7 @@ Reads the images (any depth, any format that Pillow reads), weights/best_resnet1
 the fastest backend, results/benchmark_results.csv if it was measured on this machine with these packages.
 Files that can't be read are named on stderr and skipped; the exit code is 1 then.  Interrupted and run again,
 it goes on: rows stand in labels.csv.<key>.part<rank> until all are there.  Its processes hold 1.2 GB on 2
-cores, 5.3 GB with DALI beside an H100 with 16, however many images; at the end 0.5 kB for each row instead.
+cores, 4.4 GB with DALI beside an H100 with 16, however many images; at the end 0.5 kB for each row instead.
 
     python predict.py photos/ --out labels.csv
     torchrun --nproc-per-node 2 predict.py photos/ --out labels.csv      the files shared among two GPUs

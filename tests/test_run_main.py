@@ -107,6 +107,28 @@ finally:
 
 
 @posix
+@pytest.mark.parametrize("number, code", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("place", ["__del__", "fork"])
+def test_a_signal_where_python_drops_exceptions_is_not_lost(number, code, place):
+    process = start(f"""import os, time
+class Slow:
+    def __del__(self=None):
+        print("ready", flush=True)
+        time.sleep(1)
+if {place!r} == "fork":
+    os.register_at_fork(after_in_parent=Slow.__del__)
+    if os.fork() == 0:
+        os._exit(0)
+else:
+    Slow()
+time.sleep(20)""")
+    process.stdout.readline()
+    process.send_signal(getattr(signal, number))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and errors == b"interrupted: run the same command again\n"
+
+
+@posix
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8", "POSIX"])
 def test_names_of_any_bytes_are_printed_and_stored(tmp_path, locale):
     name = os.fsdecode(b"caf\xe9 \xd0\x9f")

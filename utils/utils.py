@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -67,6 +68,7 @@ def run_main(main: Callable) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = signal_again
     try:
         main()
         sys.stdout.flush()
@@ -121,6 +123,21 @@ def let_go_of_stdout(error: OSError) -> bool:
 
 def terminate(number: int, frame) -> None:
     raise Terminated
+
+
+def signal_again(dropped) -> None:
+    """Python drops what a signal raises in a __del__ or around a fork; the signal is sent anew then."""
+    if not issubclass(dropped.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(dropped)
+        return
+    number = signal.SIGTERM if issubclass(dropped.exc_type, Terminated) else signal.SIGINT
+    send = signal.raise_signal
+    if hasattr(signal, "pthread_kill"):  # not on Windows; only this one ends what the main thread waits for
+        send = functools.partial(signal.pthread_kill, threading.main_thread().ident)
+    again = threading.Timer(0.05, send, [number])  # by then that place is left; if not, once more
+    again.daemon = True
+    with contextlib.suppress(RuntimeError):  # Python is ending: no new threads, and no need of one
+        again.start()
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ from utils.images import (
 from utils.images import (
     load_rgb as load_rgb,
 )
-from utils.utils import UserError, alone, check_folder, run_main
+from utils.utils import UserError, alone, check_folder, run_main, uninterrupted
 
 DEFAULT = Path("data")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, for RGB in 0..1
@@ -202,7 +202,15 @@ def loader(dataset, batch_size: int, num_workers: int, seed: int, **options) -> 
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     options["generator"] = torch.Generator().manual_seed(seed)
     options["persistent_workers"] = num_workers > 0  # starting them anew costs seconds on Windows and macOS
-    return DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=be_quiet, **options)
+    return Loader(dataset, batch_size, num_workers=num_workers, worker_init_fn=be_quiet, **options)
+
+
+class Loader(DataLoader):
+    """Torch's, but Ctrl-C waits while its workers start: they and half an iterator would complain."""
+
+    def __iter__(self) -> Iterator:
+        with uninterrupted():
+            return super().__iter__()
 
 
 def be_quiet(worker: int) -> None:

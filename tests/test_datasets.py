@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, load_test_images, run_script
 from PIL import Image
+from test_run_main import start
 
 import datasets
 from utils import images
@@ -375,3 +376,20 @@ def test_a_drawing_interrupted_while_it_moved_into_place_is_finished(sample, tmp
     assert (
         datasets.fingerprint(folder) == datasets.fingerprint(sample) and not (folder / "sample.part").exists()
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="worker processes are forked on Linux only")
+def test_ctrl_c_while_worker_processes_start_is_quiet():
+    process = start(
+        """import datasets, time
+from multiprocessing.process import BaseProcess
+run = BaseProcess.run
+BaseProcess.run = lambda self: (print("ready", flush=True), time.sleep(1), run(self))
+for _ in datasets.loader(range(4), 1, num_workers=1, seed=0):
+    time.sleep(20)""",
+        start_new_session=True,
+    )
+    process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker hears it, too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == b"interrupted: run the same command again\n"

@@ -27,8 +27,10 @@ from tqdm import tqdm
 import onnx_inference
 import pytorch_inference
 import tensorrt_inference
-from utils import ceilings, gpu, jobs, plot_utils, readme, records, report, tables, timing, turns
-from utils.schema import BASELINE, Backend, Job, Record, Row
+from utils import plot_utils
+from utils.measure import gpu, interleave, jobs, records, roofline, timing
+from utils.measure.schema import BASELINE, Backend, Job, Record, Row
+from utils.report import readme, tables, words
 from utils.utils import builds_ahead, in_fresh_process, read_dict, run_main, write_json
 
 SCRIPTS = [pytorch_inference, onnx_inference, tensorrt_inference]
@@ -134,7 +136,7 @@ class Sweep:
 
     def measure_round(self, groups: list[list[Job]], progress, limit_s: float | None = None) -> None:
         """Play the groups, each a backend or more at one image size; no more once `limit_s` is spent."""
-        turns.new_server()
+        interleave.new_server()
         for group in groups:
             spent = records.note_sweep(self.asked[0]).get("spent_s", 0.0)
             if limit_s is not None and spent >= limit_s:
@@ -184,9 +186,9 @@ class Sweep:
         try:
             if company and all(job.backend != BASELINE for job in part):
                 baseline = jobs.another(part[0], backend=BASELINE, script=BACKENDS[BASELINE])
-                members.append(turns.Remote(baseline, self.log, self.timeout, recorded=False))
-            members += [turns.Remote(job, self.log, self.timeout) for job in part]
-            played = turns.Round(members, apart)
+                members.append(interleave.Remote(baseline, self.log, self.timeout, recorded=False))
+            members += [interleave.Remote(job, self.log, self.timeout) for job in part]
+            played = interleave.Round(members, apart)
             played.play()
         finally:
             for member in members:
@@ -215,7 +217,7 @@ def measure_ceilings(job: Job) -> None:
     path = job.record.with_name("ceilings.json")
     known = read_dict(path)
     if known.get("settings_key") != job.settings_key or not {"tflops", "gb_per_s"} <= known.keys():
-        found = in_fresh_process(ceilings.measure, job.device)
+        found = in_fresh_process(roofline.measure, job.device)
         write_json(path, {"settings_key": job.settings_key, **found})
 
 
@@ -299,8 +301,8 @@ def write_all(args: argparse.Namespace, asked: list[Job], results: Path) -> None
         paths = ["--data", args.data, "--weights", args.weights, "--results", results, "--sweep", args.sweep]
         command = [sys.executable, ROOT / "end_to_end.py", *paths, "--image-sizes", *sizes]
         served = subprocess.run(command).returncode  # it has said what is wrong
-    print(report.text_table(rows))
-    print("\n".join(report.answers_of(rows)).replace("**", ""))
+    print(words.text_table(rows))
+    print("\n".join(words.answers_of(rows)).replace("**", ""))
     readme.write_folder_readme(results)
     if results.resolve() == ROOT / "results":
         readme.write_readme(ROOT / "README.md")

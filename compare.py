@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils import findings, plot_utils, readme, report, tables
-from utils.schema import BASELINE
+from utils import plot_utils
+from utils.measure.schema import BASELINE
+from utils.report import analysis, readme, tables, words
 from utils.utils import UserError, run_main
 
 LIMITS = {  # column: what a row that misses the limit does, and the limit's unit
@@ -30,16 +31,16 @@ PASSING = ["short", "settings", "packages", "date", "command", "commit", "clean"
 def best_lines(rows: pd.DataFrame, limits: dict[str, float | None]) -> tuple[list[str], bool]:
     """Sentences that name the fastest row within the limits, its cost and the runner-up, or why none fits;
     and whether one does."""
-    total = len(findings.measured(rows))
+    total = len(analysis.measured(rows))
     if not total:
         return ["No row was measured, so none can be best; see: python compare.py"], False
-    fitting, missed = findings.best_within(rows, *limits.values())
+    fitting, missed = analysis.best_within(rows, *limits.values())
     if fitting.empty:
         lines, nearest = ["No row fits."], []
         for column, count, best in missed:
             verb, unit = LIMITS[column]
             lines.append(f"{count} of {total} rows: {verb} {limits[column]:g} {unit}")
-            nearest.append(f"{column} {report.figure(best) or 'unknown'}")
+            nearest.append(f"{column} {words.figure(best) or 'unknown'}")
         return [*lines, "Best of each: " + ", ".join(nearest)], False
     ordered = [row for _, row in fitting.iloc[:2].iterrows()]
     one_round = any(pd.isna(row.fps_low) for row in ordered)
@@ -47,37 +48,37 @@ def best_lines(rows: pd.DataFrame, limits: dict[str, float | None]) -> tuple[lis
     lines = [f"{place}: {costs(row)}" for place, row in zip(places, ordered, strict=False)]
     if one_round:
         lines.append("Measured in one round, which supports no verdict: use --rounds 3.")
-    elif len(ordered) > 1 and findings.level(*ordered):
+    elif len(ordered) > 1 and analysis.level(*ordered):
         lines.append("Between these two this sweep can show no difference in throughput.")
     return lines, True
 
 
 def costs(row: pd.Series) -> str:
-    place = f"sweep {row.sweep}, {report.name(row)}, {row.image_size} px, batch {row.batch_size}"
-    speed = f"{report.figure(row.fps)} images/s, p95 {report.figure(row.p95_ms)} ms"
+    place = f"sweep {row.sweep}, {words.name(row)}, {row.image_size} px, batch {row.batch_size}"
+    speed = f"{words.figure(row.fps)} images/s, p95 {words.figure(row.p95_ms)} ms"
     whose = "GPU memory" if row.device == "cuda" else "memory"
-    memory = f"{report.figure(row.memory_mb) or 'an unknown number of'} MB of {whose}"
-    built = f"built in {report.figure(row.build_s) or 'unknown'} s"
-    return f"{place}: {speed}, {memory}, accuracy {report.percent(row.accuracy) or 'unknown'}; {built}"
+    memory = f"{words.figure(row.memory_mb) or 'an unknown number of'} MB of {whose}"
+    built = f"built in {words.figure(row.build_s) or 'unknown'} s"
+    return f"{place}: {speed}, {memory}, accuracy {words.percent(row.accuracy) or 'unknown'}; {built}"
 
 
 COMPARISON = [
-    ("Method", lambda row: report.label(row.backend, row.precision_after)),
-    *report.HEAD[1:],
+    ("Method", lambda row: words.label(row.backend, row.precision_after)),
+    *words.HEAD[1:],
     ("Ratio", lambda row: f"{row.fps_ratio:.3f}"),
-    ("95 %", lambda row: report.between(row.fps_ratio_low, row.fps_ratio_high, "{:.3f}".format)),
+    ("95 %", lambda row: words.between(row.fps_ratio_low, row.fps_ratio_high, "{:.3f}".format)),
     ("Verdict", lambda row: "can't judge: one round" if pd.isna(row.fps_ratio_low) else row.verdict),
 ]
 
 
 def comparison(both: pd.DataFrame) -> list[str]:
     """The ratios as aligned lines, and how many configurations agree within their intervals."""
-    judged = both[findings.can_judge(both)]
-    lines = [report.aligned(report.lines_of(COMPARISON, both))]
-    count = int(findings.agrees(judged, "fps").sum())
+    judged = both[analysis.can_judge(both)]
+    lines = [words.aligned(words.lines_of(COMPARISON, both))]
+    count = int(analysis.agrees(judged, "fps").sum())
     lines.append(f"Throughput agrees within the 95 % intervals in {count} of {len(judged)} configurations.")
     speed = judged[(judged.backend != BASELINE) & judged.speedup_ratio_low.notna()]
-    count = int(findings.agrees(speed, "speedup").sum())
+    count = int(analysis.agrees(speed, "speedup").sum())
     lines += [f"Speedup over PyTorch FP32 agrees in {count} of {len(speed)}."] if len(speed) else []
     return lines
 
@@ -96,7 +97,7 @@ def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | 
     if sweeps:
         before = only(before, paths[0], first).assign(sweep=second)
         after = only(after, paths[1], second)
-    both = findings.ratios(before, after)
+    both = analysis.ratios(before, after)
     if both.empty:
         see = f"see: python compare.py {paths[0]}"
         raise UserError(f"{paths[0]} and {paths[1]} have no measured configuration in common; {see}")
@@ -105,7 +106,7 @@ def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | 
     changes = environment_changes(old.get(first, {}), new.get(second, {}))
     print("\n".join(["Environment: " + ("no difference" if not changes else ""), *changes]))
     chart = (paths[1].parent if paths[1].suffix == ".csv" else paths[1]) / "comparison.png"
-    count = f"no difference in {int(findings.agrees(both, 'fps').sum())} of {len(both)} configurations"
+    count = f"no difference in {int(analysis.agrees(both, 'fps').sum())} of {len(both)} configurations"
     plot_utils.draw_comparison(both, f"{paths[0]} → {paths[1]}: {count}", chart)
     print(f"written: {chart}")
     return 0 if slower_by is None else gate(before, after, both, slower_by)
@@ -120,18 +121,18 @@ def only(rows: pd.DataFrame, path: Path, sweep: str) -> pd.DataFrame:
 
 def gate(before: pd.DataFrame, after: pd.DataFrame, both: pd.DataFrame, slower_by: float) -> int:
     """The exit code: 0 only if something could be judged, nothing is slower and nothing was lost."""
-    judged, lost = both[findings.can_judge(both)], findings.lost(before, after)
-    missing = findings.missing(before, after)
-    slower = findings.slower_beyond(judged, slower_by)
+    judged, lost = both[analysis.can_judge(both)], analysis.lost(before, after)
+    missing = analysis.missing(before, after)
+    slower = analysis.slower_beyond(judged, slower_by)
     beyond = f"slower by more than {slower_by:.1%} beyond their intervals"
     print(f"{len(slower)} of {len(judged)} configurations are {beyond}")
     if len(judged) < len(both):
         print(f"{len(both) - len(judged)} more can't be judged: measured in one round; use --rounds 3")
     for row in lost.itertuples():
         where = f"{row.image_size} px, batch {row.batch_size}"
-        print(f"no longer ok: {report.name(row)}, {where}: {row.status.replace('_', ' ')}: {row.reason}")
+        print(f"no longer ok: {words.name(row)}, {where}: {row.status.replace('_', ' ')}: {row.reason}")
     for row in missing.itertuples():
-        print(f"no longer there: {report.name(row)}, {row.image_size} px, batch {row.batch_size}")
+        print(f"no longer there: {words.name(row)}, {row.image_size} px, batch {row.batch_size}")
     return int(judged.empty or any(map(len, (slower, lost, missing))))
 
 
@@ -152,8 +153,8 @@ def limit(text: str) -> float:
 def tell(results: Path) -> None:
     """Print the table, the answers and the environment of each sweep."""
     rows, environments = tables.read_table(results)
-    print(report.text_table(rows))
-    print("\n".join(report.answers_of(rows)).replace("**", ""))
+    print(words.text_table(rows))
+    print("\n".join(words.answers_of(rows)).replace("**", ""))
     for sweep, known in environments.items():
         print(f"sweep {sweep}: {known.get('short', '')}")
 

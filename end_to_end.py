@@ -1,11 +1,11 @@
 """From image files to labels: how fast with every backend and decoder, and what is in the way.
 
 Reads results/benchmark_results.csv (what is ok, and its fastest batch), data/test and weights/; writes
-results/end_to_end.csv.  The pipeline of utils/pipeline.py serves the test set over and over; beside it stand
-its two halves alone (decode, resize and copy; inference), the old way of one step after another, and whether
-the labels are those of the test set as training reads it.  Every round is a fresh process.
+results/end_to_end.csv.  The pipeline (utils/serve/pipeline.py) serves the test set over and over; beside it
+stand its two halves alone (decode, resize and copy; inference), the old way of one step after another, and
+whether the labels are those of the test set as training reads it.  Every round is a fresh process.
 
-With --load, results/load.csv instead: the latency of single images that arrive at random (utils/load.py).
+With --load, results/load.csv instead: the latency of single images that arrive at random.
 
     python end_to_end.py --image-sizes 224
     python end_to_end.py --load --image-sizes 224 --max-latency-ms 15
@@ -23,7 +23,10 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from utils import check, environment, findings, jobs, load, measure, tables, timing
+from utils import environment
+from utils.measure import accuracy, jobs, timing, worker
+from utils.report import analysis, tables
+from utils.serve import load
 from utils.utils import (
     UserError,
     add_path_arguments,
@@ -98,11 +101,11 @@ def load_backend(asked: Asked, further: Iterable[int] = ()):
 
 def measure_here(asked: Asked, parity: bool) -> list[dict]:
     """Figures of every decoder, in one process; with `parity` also agreement and accuracy."""
-    from utils.dali import DECODERS, why_no_dali
-    from utils.pipeline import Network
+    from utils.serve.dali import DECODERS, why_no_dali
+    from utils.serve.pipeline import Network
 
     found = []
-    with measure.inference(asked.device):
+    with worker.inference(asked.device):
         backend, _ = load_backend(asked)
         network = Network(backend, [asked.batch_size], asked.image_size, asked.device)
         for name in asked.decoders:
@@ -122,7 +125,7 @@ def measure_here(asked: Asked, parity: bool) -> list[dict]:
 
 def throughput(decoder, network, asked: Asked) -> dict:
     """Images/s of the pipeline, of its halves alone and of one step after another; overlap and limit."""
-    from utils.pipeline import classify, copied, inferred, one_after_another, rate
+    from utils.serve.pipeline import classify, copied, inferred, one_after_another, rate
 
     files = itertools.cycle([path for path, _ in read_test_set(asked)[1]])
     first = next(decoder.batches(itertools.islice(files, asked.batch_size)))
@@ -160,12 +163,12 @@ def read_test_set(asked: Asked) -> tuple:
 
 def compare(decoder, network, asked: Asked) -> dict:
     """Logits from files against those of the test set as training reads it, on the same backend."""
-    from utils.pipeline import classify
+    from utils.serve.pipeline import classify
 
     loader, pairs = read_test_set(asked)
     files, truth = zip(*pairs, strict=True)
-    call = measure.whole_call(network.backend)
-    parts = [check.classify(call, images, asked.batch_size, asked.device) for images, _ in loader]
+    call = worker.whole_call(network.backend)
+    parts = [accuracy.classify(call, images, asked.batch_size, asked.device) for images, _ in loader]
     expected = np.concatenate(parts)
     logits = np.concatenate([found for _, found in classify(decoder, network, files)])
     chosen, different = logits.argmax(1), int((logits.argmax(1) != expected.argmax(1)).sum())
@@ -174,7 +177,7 @@ def compare(decoder, network, asked: Asked) -> dict:
         "max_abs_diff": float(np.abs(logits - expected).max()),
         "accuracy": float((chosen == truth).mean()),
     }
-    if different > max(1, (1 - check.MIN_AGREEMENT) * len(files)):
+    if different > max(1, (1 - accuracy.MIN_AGREEMENT) * len(files)):
         reason = f"another class than the test set as training reads it on {different} of {len(files)} images"
         figures |= {"status": "mismatch", "reason": reason}
     return figures
@@ -187,7 +190,7 @@ def make_asked(args: argparse.Namespace) -> list[Asked]:
     """The fastest batch of every backend of the table.  Raises UserError where there is none."""
     rows, _ = tables.read_table(args.results)
     rows = rows[rows.sweep == args.sweep]
-    chosen = findings.best_batch(findings.measured(rows))
+    chosen = analysis.best_batch(analysis.measured(rows))
     for column, wanted in (("image_size", args.image_sizes), ("backend", args.backends)):
         chosen = chosen[chosen[column].isin(wanted)] if wanted else chosen
     if chosen.empty:
@@ -216,7 +219,7 @@ def measure_rounds(asked: list[Asked], rounds: int) -> list[Row]:
                 except UserError:
                     raise
                 except Exception as error:  # costs its own rows
-                    failed = vars(measure.problem_of(error))
+                    failed = vars(worker.problem_of(error))
                     told = [{"decoder": name, **failed} for name in one.decoders]
                 for figures in told:
                     found.setdefault((one, figures["decoder"]), []).append(figures)
@@ -307,7 +310,7 @@ def measure_load(asked: list[Asked], max_latency_ms: float, path: Path) -> None:
         except UserError:
             raise
         except Exception as error:  # costs its own rows
-            problem = measure.problem_of(error)
+            problem = worker.problem_of(error)
             print(f"{one.backend}, {one.image_size} px: {problem.status}: {problem.reason}")
             continue
         write_table(rows, path, ["sweep", "backend", "image_size"])
@@ -317,11 +320,11 @@ def measure_load(asked: list[Asked], max_latency_ms: float, path: Path) -> None:
 def load_here(asked: Asked, max_latency_ms: float) -> list:
     import torch
 
-    from utils.pipeline import Network, Pillow
+    from utils.serve.pipeline import Network, Pillow
 
     between = [2**k for k in range(asked.batch_size.bit_length())]  # so that 2 images don't cost as much as 8
     files = [path for path, _ in read_test_set(asked)[1][:LOAD_IMAGES]]
-    with measure.inference(asked.device):
+    with worker.inference(asked.device):
         backend, sizes = load_backend(asked, between)
         sizes = [size for size in sizes if size <= asked.batch_size]
         network = Network(backend, sizes, asked.image_size, asked.device)

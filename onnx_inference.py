@@ -18,9 +18,9 @@ import torch
 import model
 import quantize
 from pytorch_inference import GRAPH
-from utils import jobs
 from utils.environment import package_version
-from utils.schema import Backend
+from utils.measure import jobs
+from utils.measure.schema import Backend
 from utils.utils import is_fresh, run_main, sha256, store
 
 MAX_BATCH = 1024  # of the exported graph's free batch axis

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import labels
 from utils.environment import environment, keep_to_share
+from utils.serve import labels
 from utils.utils import UserError, add_path_arguments, fresh_processes, run_main, sha256
 
 # What else is needed is imported where it is used: the workers that decode import this file too.
@@ -74,7 +74,7 @@ def choose_checkpoint(weights: Path, image_size: int | None) -> Path:
 
 def measured_here(results: Path, device: str, image_size: int):
     """The table's rows that were measured on this machine with these packages, fastest first, or None."""
-    from utils import findings, tables
+    from utils.report import analysis, tables
 
     if not (results / "benchmark_results.csv").is_file():
         return None
@@ -85,7 +85,7 @@ def measured_here(results: Path, device: str, image_size: int):
         if all(facts.get(name) == here[name] for name in ("gpu", "cpu", "packages")):
             same.append(sweep)
     rows = rows[rows.sweep.isin(same) & (rows.device == device) & (rows.image_size == image_size)]
-    return findings.measured(rows).sort_values("fps", ascending=False)
+    return analysis.measured(rows).sort_values("fps", ascending=False)
 
 
 def choose_backend(name: str | None, rows, device: str):
@@ -110,7 +110,7 @@ def choose_backend(name: str | None, rows, device: str):
 
 def choose_decoder(name: str, device: str) -> str:
     """DALI on a GPU where it is installed, else Pillow.  Raises UserError for DALI where it is not."""
-    from utils.dali import why_no_dali
+    from utils.serve.dali import why_no_dali
 
     if name == "pillow" or (name == "auto" and device == "cpu"):
         return "pillow"
@@ -170,7 +170,7 @@ def label(images: list[str], part: Path, decoder, network, to_rows: Callable) ->
     """Classify, appending rows to `part` batch by batch; the problems, when it was, what it waited for."""
     from tqdm import tqdm
 
-    from utils.pipeline import classify
+    from utils.serve.pipeline import classify
 
     told = {"images": len(images), "problems": {}, "waited": {}, "began": time.time()}
     with tqdm(total=len(images), unit="image", disable=True if RANK else None) as progress:
@@ -229,14 +229,14 @@ def main() -> None:
 def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
     """Classify what has no row yet and write the table; the exit code."""
     if len(images) > FEW:
-        fresh_processes("utils.pipeline")  # what the decoding ones come from imports meanwhile
+        fresh_processes("utils.serve.pipeline")  # what the decoding ones come from imports meanwhile
     import torch
 
     import benchmark
     import model
-    from utils import jobs, measure
-    from utils.dali import DECODERS
-    from utils.pipeline import Network
+    from utils.measure import jobs, worker
+    from utils.serve.dali import DECODERS
+    from utils.serve.pipeline import Network
 
     jobs.check_numbers(args, ["batch_size", "image_size"], least=1)
     if args.backend not in (None, *benchmark.BACKENDS):
@@ -264,7 +264,7 @@ def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
         torch.cuda.set_device(LOCAL_RANK)
     told = NOTHING
     try:
-        with measure.inference(device):
+        with worker.inference(device):
             if RANK:
                 gather(None)  # the first process builds what the others load
             backend.load(checkpoint, size, batch_sizes, device)
@@ -277,7 +277,7 @@ def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
                     to_rows = functools.partial(rows_of, classes=classes, every=args.probabilities)
                     told = label(mine, own, decoder, network, to_rows)
     except Exception as error:
-        problem = measure.problem_of(error)
+        problem = worker.problem_of(error)
         if problem.status != "out_of_memory":
             raise
         raise UserError(f"{problem.reason}; the rows stay, go on with a smaller --batch-size") from error

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 import model
-from utils import jobs
 from utils.devices import has_native_bfloat16
-from utils.schema import Backend
+from utils.measure import jobs
+from utils.measure.schema import Backend
 from utils.utils import run_main
 
 DTYPES = {"FP32": torch.float32, "TF32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}

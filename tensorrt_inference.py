@@ -18,8 +18,8 @@ import quantize
 import torch_trt
 import trt
 from pytorch_inference import CudaGraph
-from utils import jobs
-from utils.schema import Backend
+from utils.measure import jobs
+from utils.measure.schema import Backend
 from utils.utils import run_main
 
 

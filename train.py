@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 import datasets
 import model as networks
-from utils import curves, devices
+from utils import devices
 from utils.devices import rank, say
+from utils.report import training_log
 from utils.utils import (
     IMAGE_SIZES,
     UserError,
@@ -302,7 +303,7 @@ def main() -> None:
     if rank() == 0:
         check_folder(args.weights, room_mb=len(requests) * BEST_MB + 2 * LAST_MB)
         check_folder(results, room_mb=5)
-        curves.read_table(results / "training.csv")
+        training_log.read_table(results / "training.csv")
         datasets.ensure_data(args.data, args.seed)
         datasets.check_images(args.data)
     devices.wait_for_all()
@@ -340,7 +341,7 @@ def train_all(requests: list[dict], images: dict, args: argparse.Namespace, resu
         else:
             rows = train_size(settings, args.data, args.weights, images, device, precision, args.workers)
         if rank() == 0:
-            curves.write_results(results, rows)
+            training_log.write_results(results, rows)
             if settings in forced:
                 forced.remove(settings)
                 write_json(forced_path, forced) if forced else forced_path.unlink(missing_ok=True)

@@ -19,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import pandas as pd
 
-from utils import findings, tables, timing
-from utils.schema import BASELINE
+from utils.measure import timing
+from utils.measure.schema import BASELINE
+from utils.report import analysis, tables
 from utils.utils import run_main, write_atomic
 
 
@@ -32,11 +33,11 @@ def half_widths(rows: pd.DataFrame, figure: str) -> np.ndarray:
 
 def summary(tables: list[pd.DataFrame], figure: str) -> dict:
     """Of throughput ("fps") or speedup: comparisons, the share called different, widths of the intervals."""
-    kept = [findings.measured(rows) for rows in tables]
+    kept = [analysis.measured(rows) for rows in tables]
     if figure == "speedup":
         kept = [rows[rows.backend != BASELINE] for rows in kept]
-    pairs = [findings.ratios(one, other) for one, other in itertools.combinations(kept, 2)]
-    agree = np.concatenate([findings.agrees(both, figure) for both in pairs])
+    pairs = [analysis.ratios(one, other) for one, other in itertools.combinations(kept, 2)]
+    agree = np.concatenate([analysis.agrees(both, figure) for both in pairs])
     widths = np.concatenate([half_widths(rows, figure) for rows in kept])
     return {
         "figure": "throughput" if figure == "fps" else figure,

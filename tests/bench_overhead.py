@@ -22,8 +22,8 @@ import torch
 import model
 from onnx_inference import OnnxRuntime, export
 from pytorch_inference import PyTorch
-from utils import timing
-from utils.jobs import pick_device
+from utils.measure import timing
+from utils.measure.jobs import pick_device
 from utils.utils import add_path_arguments, checkpoint_path, run_main
 
 

@@ -21,7 +21,7 @@ import torch
 from conftest import run_script
 from PIL import Image
 
-from utils import jobs
+from utils.measure import jobs
 from utils.utils import run_main
 
 LARGE = 1 << 20  # bytes; what is larger is linked instead of copied, and known by its inode instead of a hash

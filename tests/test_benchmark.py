@@ -22,8 +22,9 @@ import compare
 import model
 import onnx_inference
 import pytorch_inference
-from utils import jobs, records, tables
-from utils.timing import trimmed_mean
+from utils.measure import jobs, records
+from utils.measure.timing import trimmed_mean
+from utils.report import tables
 from utils.utils import run_main
 
 SMALL = ["--device", "cpu", "--backends", "pytorch", "onnx", "--image-sizes", "64", "--runs", "6", "--quick"]

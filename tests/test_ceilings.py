@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import model
-from utils import ceilings, gpu
+from utils.measure import gpu, roofline
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def test_the_theoretical_peak_is_the_data_sheets(name, capability, sm_count, clo
         "boost_clock_mhz": clock_mhz,
     }
     for precision, expected in tflops.items():
-        found = ceilings.peak_tflops(known, precision)
+        found = roofline.peak_tflops(known, precision)
         assert found is None if expected is None else found == pytest.approx(expected, rel=0.005)
 
 
 def test_an_unknown_gpu_has_no_peak():
-    assert ceilings.peak_tflops({"gpu": None}, "FP32") is None
+    assert roofline.peak_tflops({"gpu": None}, "FP32") is None
     assert (
-        ceilings.peak_tflops(
+        roofline.peak_tflops(
             {"gpu": "X", "compute_capability": [99, 0], "sm_count": 1, "boost_clock_mhz": 1}, "FP32"
         )
         is None
@@ -101,11 +101,11 @@ def test_activations_are_every_layers_input_and_output():
     )
     head = planes[32] + 512 + 512 + 1000
     assert model.count_work(224)["activations"] == stem + first + later + head
-    traffic = ceilings.bytes_per_image(model.count_work(224), "FP16", 16)
+    traffic = roofline.bytes_per_image(model.count_work(224), "FP16", 16)
     assert traffic == 2 * (stem + first + later + head + 11_689_512 / 16)
-    assert ceilings.bytes_per_image(model.count_work(224), "BF16", 16) == traffic
-    assert ceilings.bytes_per_image(model.count_work(224), "INT8", 16) == traffic / 2
-    assert ceilings.bytes_per_image(model.count_work(224), "TF32", 16) == traffic * 2
+    assert roofline.bytes_per_image(model.count_work(224), "BF16", 16) == traffic
+    assert roofline.bytes_per_image(model.count_work(224), "INT8", 16) == traffic / 2
+    assert roofline.bytes_per_image(model.count_work(224), "TF32", 16) == traffic * 2
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_the_limit_is_the_lower_roof_unless_the_gpu_idles_or_stays_far_below(
     idle, rate, flops_per_byte, limit
 ):
     assert (
-        ceilings.limit(idle, rate, flops_per_byte, tflops=800, gb_per_s=4000) == limit
+        roofline.limit(idle, rate, flops_per_byte, tflops=800, gb_per_s=4000) == limit
     )  # the roofs meet at 200 FLOP/B
 
 
 def test_the_ceilings_of_this_cpu_are_of_its_order():
-    found = ceilings.measure("cpu")
+    found = roofline.measure("cpu")
     assert list(found["tflops"]) == ["FP32"]
     assert 0.001 < found["tflops"]["FP32"] < 50 and 0.5 < found["gb_per_s"] < 5000
     assert 1e12 * found["tflops"]["FP32"] > 1e9 * found["gb_per_s"] / 8  # more operations than numbers copied

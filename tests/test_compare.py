@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, run_script
 
 import compare
-from utils import findings, readme, report, tables
-from utils.schema import COLUMNS
+from utils.measure.schema import COLUMNS
+from utils.report import analysis, readme, tables, words
 from utils.utils import UserError, run_main
 
 
@@ -60,29 +60,29 @@ def table(*rows) -> pd.DataFrame:
 
 def test_the_fastest_wins_unless_the_intervals_overlap():
     clear = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0))
-    assert [row.backend for row in findings.fastest(clear)] == ["onnx"]
+    assert [row.backend for row in analysis.fastest(clear)] == ["onnx"]
     level = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 100.5))
-    assert len(findings.fastest(level)) == 2
-    assert "no difference that this sweep can show" in report.answers_of(level)[0]
+    assert len(analysis.fastest(level)) == 2
+    assert "no difference that this sweep can show" in words.answers_of(level)[0]
 
 
 def test_the_speedup_decides_where_drift_makes_the_throughputs_overlap():
     rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0)).assign(fps_low=60.0, fps_high=200.0)
-    assert [row.backend for row in findings.fastest(rows)] == ["onnx"]
+    assert [row.backend for row in analysis.fastest(rows)] == ["onnx"]
 
 
 def test_the_throughputs_decide_where_a_noisy_baseline_makes_the_speedups_overlap():
     rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0), ("tensorrt", 64, 1, 160.0)).assign(
         speedup_low=1.1, speedup_high=2.2
     )
-    assert [row.backend for row in findings.fastest(rows)] == ["tensorrt"]
+    assert [row.backend for row in analysis.fastest(rows)] == ["tensorrt"]
 
 
 def test_a_row_that_is_not_ok_is_never_best_and_says_why():
     rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 900.0), ("tensorrt", 64, 1, "unavailable"))
     rows.loc[1, ["status", "reason"]] = ["mismatch", "wrong class"]
-    assert [row.backend for row in findings.fastest(rows)] == ["pytorch"]
-    text = report.text_table(rows)
+    assert [row.backend for row in analysis.fastest(rows)] == ["pytorch"]
+    text = words.text_table(rows)
     assert "TensorRT FP32: unavailable: why" in text and "ONNX Runtime FP32: mismatch: wrong class" in text
     assert "900" not in text
 
@@ -101,7 +101,7 @@ def test_a_row_that_is_not_ok_is_never_best_and_says_why():
 )
 def test_saturation(fps, expected):
     assert (
-        findings.saturation(table(*(("onnx", 64, batch, value) for batch, value in fps.items()))) == expected
+        analysis.saturation(table(*(("onnx", 64, batch, value) for batch, value in fps.items()))) == expected
     )
 
 
@@ -114,7 +114,7 @@ def test_the_answers_cover_every_question_for_each_sweep():
             for n in (1, 4)
         )
     )
-    text = "\n".join(report.answers_of(rows))
+    text = "\n".join(words.answers_of(rows))
     for part in ("Which is fastest?", "Image size:", "Batch size:", "Saturation:", "Optimal here:"):
         assert f"**{part}**" in text
     assert text.count("\n") == 4  # five answers, a sentence each
@@ -123,14 +123,14 @@ def test_the_answers_cover_every_question_for_each_sweep():
     assert "from batch 1 to 4 at 64 px throughput grows 2 times" in text
     assert "64 px ONNX Runtime FP32, batch 4" in text
     both = pd.concat([rows, rows.assign(sweep="other")], ignore_index=True)
-    text = "\n".join(report.answers_of(both))
+    text = "\n".join(words.answers_of(both))
     assert text.count("\n") == 4 and text.count("(main)") == text.count("(other)") == 4
 
 
 def test_nothing_measured_is_said_and_not_a_crash():
     rows = table(("pytorch", 64, 1, "failed"), ("onnx", 64, 1, "unavailable"))
-    assert "Nothing was measured" in report.answers_of(rows)[0]
-    assert "failed" in report.text_table(rows) and "Nothing to compare" in readme.headline(rows, {})
+    assert "Nothing was measured" in words.answers_of(rows)[0]
+    assert "failed" in words.text_table(rows) and "Nothing to compare" in readme.headline(rows, {})
     assert "Nothing has been measured" in readme.summary(rows, {})
 
 
@@ -178,7 +178,7 @@ def test_two_tables_are_compared_with_intervals_and_environments(tmp_path):
         gpu=None,
         packages={"torch": "2.14"},
     )
-    both = findings.ratios(tables.read_table(a)[0], tables.read_table(b)[0]).set_index("backend")
+    both = analysis.ratios(tables.read_table(a)[0], tables.read_table(b)[0]).set_index("backend")
     assert both.fps_ratio["onnx"] == pytest.approx(0.8)
     own = math.log(1.005 / 0.995) / 2
     half = math.hypot(own, own, math.log(1.05))  # the half-widths add as squares, and 5 % of drift on a CPU
@@ -217,7 +217,7 @@ def test_the_device_table_shows_only_what_is_known():
         tflops=0.5, pct_measured_peak=25.0, flops_per_byte=60.0, limit="compute", busy_ms=float("nan")
     )
     known = {"main": {"short": "a CPU", "ceilings": {"tflops": {"FP32": 2.0}, "gb_per_s": 20.0}}}
-    text = report.markdown(report.lines_of(report.DEVICE, rows))
+    text = words.markdown(words.lines_of(words.DEVICE, rows))
     assert "| Method | Size | Batch | TFLOP/s | % of measured peak | FLOP/byte | Limit |" in text
     assert "| ONNX Runtime FP32 | 64 | 1 | 0.5 | 25 | 60 | compute |" in text
     assert "matrix product FP32 2 TFLOP/s; copy 20 GB/s" in readme.ceilings_text(known["main"])
@@ -236,7 +236,7 @@ def test_the_summary_has_a_line_a_method_and_a_column_a_size():
 
 
 def test_figures_have_three_digits_and_thousands_apart():
-    assert [report.figure(value) for value in (0.51234, 34.06, 999.6, 15834.2, 123456.0, float("nan"))] == [
+    assert [words.figure(value) for value in (0.51234, 34.06, 999.6, 15834.2, 123456.0, float("nan"))] == [
         "0.512",
         "34.1",
         "1,000",
@@ -256,7 +256,7 @@ def test_saturation_is_told_with_the_sizes_at_which_it_holds():
         *(("onnx", 64, batch, fps) for batch, fps in ((1, 100.0), (2, 200.0))),
         *(("onnx", 128, batch, fps) for batch, fps in ((1, 50.0), (2, 51.0))),
     )
-    text = "\n".join(report.answers_of(rows))
+    text = "\n".join(words.answers_of(rows))
     assert "ONNX Runtime FP32 from batch 1 at 128 px, in 1 of 2 cases not up to batch 2" in text
 
 
@@ -424,7 +424,7 @@ def test_the_headline_names_the_fastest_right_row_fp16_and_the_methods():
 
 def test_one_round_supports_no_verdict():
     rows = one_round(table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 900.0), ("onnx", 64, 4, 950.0)))
-    assert report.answers_of(rows) == [
+    assert words.answers_of(rows) == [
         "Each row was measured in a single round, which supports no verdict: use --rounds 3."
     ]
     assert "**" not in readme.results_table(rows) and "–" not in readme.results_table(rows)
@@ -493,15 +493,15 @@ def test_the_summary_keeps_of_each_method_the_plain_one_and_its_fastest_variant(
 def test_doubts_are_told_with_the_width_reached():
     notes = "noisy: speedup ±5 %, target 3 %, close other programs, or raise --budget; CPU-bound: x; 23 MB"
     rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0)).assign(notes=["", notes])
-    assert report.text_table(rows).splitlines()[2].endswith("noisy ±5 %, CPU-bound")
-    assert {line.split(":")[0] for line in report.reasons(rows)} == {"noisy", "CPU-bound"}
+    assert words.text_table(rows).splitlines()[2].endswith("noisy ±5 %, CPU-bound")
+    assert {line.split(":")[0] for line in words.reasons(rows)} == {"noisy", "CPU-bound"}
 
 
 def test_what_a_variant_adds_is_said_once():
     rows = table(("pytorch", 64, 1, 100.0), ("onnx-nhwc", 64, 1, 150.0), ("onnx-nhwc", 64, 4, 350.0))
     rows = rows.assign(adds=["", "channels last", "channels last"], load_s=[0.1, 0.2, 0.2])
-    assert report.reasons(rows) == ["ONNX Runtime FP32, NHWC: channels last"]
-    assert "Load s" in report.text_table(rows) and "First call ms" not in report.text_table(rows)
+    assert words.reasons(rows) == ["ONNX Runtime FP32, NHWC: channels last"]
+    assert "Load s" in words.text_table(rows) and "First call ms" not in words.text_table(rows)
     assert "channels last" not in readme.summary(rows, {})
 
 

@@ -21,7 +21,7 @@ from test_run_main import start
 
 import datasets
 from utils import images
-from utils.heroes import HEROES
+from utils.sample_images import HEROES
 from utils.utils import UserError
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and names of POSIX")

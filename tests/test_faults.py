@@ -6,7 +6,8 @@ import faulty_inference
 import pytest
 
 import benchmark
-from utils import jobs, tables
+from utils.measure import jobs
+from utils.report import tables
 
 SETTINGS = {"device": "cpu", "runs": 5, "warmup": 1, "min_seconds": 0.0, "max_seconds": 1.0}
 

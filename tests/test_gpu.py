@@ -15,7 +15,8 @@ from conftest import ROOT
 
 import benchmark
 import model
-from utils import ceilings, dali, gpu, records, timing
+from utils.measure import gpu, records, roofline, timing
+from utils.serve import dali
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -129,9 +130,9 @@ def test_busy_time_lies_within_the_time_of_a_call(call):
 
 
 def test_measured_ceilings_stay_under_the_theoretical_peaks():
-    found, known = ceilings.measure("cuda"), gpu.describe()
+    found, known = roofline.measure("cuda"), gpu.describe()
     for precision, tflops in found["tflops"].items():
-        peak = ceilings.peak_tflops(known, precision)
+        peak = roofline.peak_tflops(known, precision)
         assert peak is None or 0.2 * peak < tflops < 1.05 * peak
 
 

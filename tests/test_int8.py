@@ -17,7 +17,8 @@ import model
 import onnx_inference
 import quantize
 import trt
-from utils import check, images, records
+from utils import images
+from utils.measure import accuracy, records
 from utils.utils import UserError, sha256
 
 
@@ -149,7 +150,7 @@ def test_int8_calibrated_on_constant_images_or_noise_is_a_mismatch(project, tmp_
     rows = records.read_rows(tmp_path / "results")
     assert set(rows.precision) == {"INT8"}
     if kind == "real":
-        assert set(rows.status) == {"ok"} and rows.agreement.min() >= check.MIN_AGREEMENT
+        assert set(rows.status) == {"ok"} and rows.agreement.min() >= accuracy.MIN_AGREEMENT
     else:
         assert set(rows.status) == {"mismatch"}
         assert rows.reason.str.contains("than PyTorch FP32|from PyTorch FP32").all()
@@ -166,7 +167,7 @@ def test_int8_calibrated_on_constant_images_or_noise_is_a_mismatch(project, tmp_
 )
 def test_a_point_of_accuracy_is_the_most_that_may_be_lost(correct, different, reason):
     found = {"images": 1000, "correct": correct, "correct_fp32": 980, "different": different}
-    assert check.mismatch({**found, "max_abs_diff": 0.1, "tolerance": 1.0}) == reason
+    assert accuracy.mismatch({**found, "max_abs_diff": 0.1, "tolerance": 1.0}) == reason
 
 
 def test_on_a_gpu_it_says_what_to_use_instead():
@@ -229,7 +230,7 @@ def test_it_chooses_the_classes_that_pytorch_chooses(project, network):
     session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"input": pictures.numpy().astype(np.float16)})
     assert (logits.argmax(1) == expected.argmax(1)).mean() >= 0.95  # a network of one epoch: many a tie
-    tolerance = check.TOLERANCE["INT8"] * np.abs(expected).max()
+    tolerance = accuracy.TOLERANCE["INT8"] * np.abs(expected).max()
     assert np.abs(logits - expected).max() <= tolerance
 
 

@@ -8,17 +8,22 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [  # from the lowest; files in one layer do not import each other
-    ["utils.gpu", "utils.timing", "utils.ceilings", "utils.schema"],
-    ["utils.utils", "utils.heroes", "utils.environment"],
-    ["utils.images", "utils.devices", "utils.curves", "utils.labels"],
+    ["utils.measure.gpu", "utils.measure.timing", "utils.measure.roofline", "utils.measure.schema"],
+    ["utils.utils", "utils.sample_images", "utils.environment"],
+    ["utils.images", "utils.devices", "utils.report.training_log", "utils.serve.labels"],
     ["model", "datasets"],
-    ["utils.check", "utils.pipeline"],
-    ["utils.dali", "utils.load"],
-    ["utils.records"],
-    ["utils.findings", "utils.tables"],
-    ["utils.report", "utils.measure"],
-    ["utils.readme", "utils.captions", "utils.style", "utils.turns"],
-    ["utils.serving_plots", "utils.jobs"],
+    ["utils.measure.accuracy", "utils.serve.pipeline"],
+    ["utils.serve.dali", "utils.serve.load"],
+    ["utils.measure.records"],
+    ["utils.report.analysis", "utils.report.tables"],
+    ["utils.report.words", "utils.measure.worker"],
+    [
+        "utils.report.readme",
+        "utils.report.chart_titles",
+        "utils.report.chart_style",
+        "utils.measure.interleave",
+    ],
+    ["utils.report.serving_plots", "utils.measure.jobs"],
     ["utils.plot_utils"],
     ["pytorch_inference", "quantize"],
     ["onnx_inference"],
@@ -47,7 +52,7 @@ def upward(module: str, source: str) -> set[str]:
 
 
 def modules() -> dict[str, str]:
-    paths = [*ROOT.glob("*.py"), *(ROOT / "utils").glob("[!_]*.py")]
+    paths = [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("[!_]*.py")]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text("utf-8") for path in paths}
 
 
@@ -61,10 +66,10 @@ def test_a_file_imports_only_what_lies_below_it(module):
 
 
 def test_an_upward_import_is_seen_wherever_it_stands():
-    hidden = "def f():\n    from utils import report\n"
-    assert upward("utils.records", hidden) == {"utils.report"}
+    hidden = "def f():\n    from utils.report import words\n"
+    assert upward("utils.measure.records", hidden) == {"utils.report.words"}
     assert upward("compare", "import train\n") == {"train"}
-    assert not upward("utils.report", "from utils import findings\n")
+    assert not upward("utils.report.words", "from utils.report import analysis\n")
 
 
 def test_importing_touches_no_gpu():

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import benchmark
-from utils import load
-from utils.measure import inference
-from utils.pipeline import Network
+from utils.measure.worker import inference
+from utils.serve import load
+from utils.serve.pipeline import Network
 
 pytestmark = pytest.mark.skipif(bool(load.why_unavailable()), reason="mlcommons-loadgen is not installed")
 

@@ -8,7 +8,7 @@ from conftest import ROOT, run_script
 
 
 def copy_of_the_repo(folder):
-    for path in [*ROOT.glob("*.py"), *(ROOT / "utils").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py")]:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
@@ -34,7 +34,7 @@ def test_a_backend_is_added_by_the_steps_of_the_readme(project, tmp_path):
         "onnx_inference, tensorrt_inference, torchscript_inference]",
     )
     colour = 'BACKEND_COLOUR = {\n    "torchscript": SKY,'
-    plots = repo / "utils" / "style.py"
+    plots = repo / "utils" / "report" / "chart_style.py"
     edit(
         plots,
         next(line for line in plots.read_text("utf-8").split("\n") if line.startswith("BACKEND_COLOUR")),

@@ -21,8 +21,10 @@ import benchmark
 import datasets
 import end_to_end
 import model
-from utils import dali, environment, pipeline, tables
-from utils.measure import inference, whole_call
+from utils import environment
+from utils.measure.worker import inference, whole_call
+from utils.report import tables
+from utils.serve import dali, pipeline
 
 SIZE, BATCH = 32, 4
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

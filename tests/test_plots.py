@@ -9,10 +9,11 @@ from matplotlib.colors import to_hex
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 
-from utils import findings, plot_utils, readme, serving_plots, style, tables
+from utils import plot_utils
+from utils.measure.schema import COLUMNS
 from utils.plot_utils import CHARTS, draw, draw_all
-from utils.report import figure, label
-from utils.schema import COLUMNS
+from utils.report import analysis, chart_style, readme, serving_plots, tables
+from utils.report.words import figure, label
 from utils.utils import UserError
 
 BACKENDS = {"pytorch": ("fp32", 100.0), "onnx": ("fp16", 250.0), "tensorrt": ("fp16", 400.0)}
@@ -26,7 +27,7 @@ FPS, BATCH, SPEEDUP, MEMORY = CHARTS
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """Few pixels are drawn faster; the lay-out is in inches."""
-    monkeypatch.setattr(style, "DPI", 50)
+    monkeypatch.setattr(chart_style, "DPI", 50)
 
 
 def table(backends=BACKENDS, sizes=(224, 512), batches=(1, 16), sweep="a", interval=0.02, memory=900.0):
@@ -167,7 +168,7 @@ def test_what_is_missing_is_said_and_marked():
     assert "OOM" in texts(draw(CHARTS[SPEEDUP], rows, {}))
     fig = draw(CHARTS[FPS], rows, {})
     crosses = [line for ax in fig.axes for line in ax.lines if line.get_marker() == "x"]
-    assert len(crosses) == 1 and to_hex(crosses[0].get_color()) == style.ORANGE.lower()
+    assert len(crosses) == 1 and to_hex(crosses[0].get_color()) == chart_style.ORANGE.lower()
     assert pandas.isna(
         data_lines(fig)["ONNX Runtime FP16"][1].get_ydata()[1]
     )  # the panel of batch 16, at 512 px
@@ -209,8 +210,8 @@ def test_every_chart_has_the_same_colours_units_and_a_zero():
             colours = {bar.get_label(): to_hex(bar.get_facecolor()) for bar in legend.get_patches()}
         else:
             colours = {text: to_hex(lines[0].get_color()) for text, lines in data_lines(fig).items()}
-        assert colours["ONNX Runtime FP16"] == style.ORANGE.lower(), name
-        assert colours["TensorRT FP16"] == style.GREEN.lower(), name
+        assert colours["ONNX Runtime FP16"] == chart_style.ORANGE.lower(), name
+        assert colours["TensorRT FP16"] == chart_style.GREEN.lower(), name
 
 
 def test_no_panel_cuts_a_value_off():
@@ -233,13 +234,13 @@ def test_nothing_is_squeezed_or_printed_over_something_else():
 
 
 def test_styles_differ_and_variants_keep_their_backends_colour():
-    looks = [look[:3] for look in style.LOOKS]
-    variants = [name for look in style.LOOKS for name in look[-1]]
+    looks = [look[:3] for look in chart_style.LOOKS]
+    variants = [name for look in chart_style.LOOKS for name in look[-1]]
     assert len(set(map(str, looks))) == len(looks) and len(set(variants)) == len(variants)
     for backend in ("tensorrt-int8-graph", "tensorrt-static", "tensorrt-of-tomorrow"):
-        assert style.style(backend, "fp16")["color"] == style.GREEN
-    assert style.style("torch-tensorrt-graph", "fp16")["marker"] == "D"
-    assert style.style("onnx-new", "fp16")["color"] == style.ORANGE
+        assert chart_style.style(backend, "fp16")["color"] == chart_style.GREEN
+    assert chart_style.style("torch-tensorrt-graph", "fp16")["marker"] == "D"
+    assert chart_style.style("onnx-new", "fp16")["color"] == chart_style.ORANGE
 
 
 @pytest.mark.parametrize(
@@ -331,8 +332,8 @@ def test_a_mismatch_is_at_the_foot_of_the_ladder_without_a_figure():
 def test_the_ladder_stands_on_the_largest_batch_that_most_share():
     rows = table(batches=(1, 16, 256))
     rows = rows[(rows["batch_size"] < 256) | (rows["backend"] == "tensorrt")]
-    assert set(findings.ladder(rows).batch_size) == {16}
-    assert set(findings.ladder(table(sizes=(256, 64))).image_size) == {64}
+    assert set(analysis.ladder(rows).batch_size) == {16}
+    assert set(analysis.ladder(table(sizes=(256, 64))).image_size) == {64}
     assert plot_utils.draw_ladder(table({"pytorch": ("fp32", 100.0)}), {}) is None
     assert plot_utils.draw_ladder(spoil(table(), "failed"), {}) is None
 
@@ -374,7 +375,7 @@ def loaded() -> pandas.DataFrame:
 
 
 def test_latency_under_load_is_drawn_against_the_rate_with_its_limit():
-    assert findings.highest_rates(loaded().dropna(subset="rate")).to_dict() == {
+    assert analysis.highest_rates(loaded().dropna(subset="rate")).to_dict() == {
         "tensorrt": 1000,
         "pytorch": 200,
     }

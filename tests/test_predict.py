@@ -22,7 +22,8 @@ from test_pipeline import broken  # noqa: F401  (a fixture)
 
 import model
 import predict
-from utils import environment, labels
+from utils import environment
+from utils.serve import labels
 from utils.utils import UserError, sha256
 
 

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from utils import jobs, records, tables
-from utils.schema import COLUMNS, Record, Row, Settings
+from utils.measure import jobs, records
+from utils.measure.schema import COLUMNS, Record, Row, Settings
+from utils.report import tables
 from utils.utils import write_json
 
 WORK = {"flops": 10**9, "activations": 2 * 10**6, "weights": 8 * 10**6}

@@ -201,7 +201,7 @@ def where():
     import utils.pipeline
     return os.getcwd(), utils.pipeline.__file__, "torchvision" in sys.modules
 if __name__ == "__main__":
-    fresh_processes("utils.pipeline")
+    fresh_processes("utils.serve.pipeline")
     print(*in_fresh_process(where), sep="\\n")
 """,
         encoding="utf-8",

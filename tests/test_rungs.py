@@ -10,7 +10,7 @@ from conftest import load_test_images
 import benchmark
 import model
 import pytorch_inference
-from utils import check
+from utils.measure import accuracy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNGS = [name for name in pytorch_inference.BACKENDS if name != "pytorch"]
@@ -43,7 +43,7 @@ def test_a_rung_computes_what_the_baseline_computes(project, pictures, name):
         for batch in (1, 4, 1):
             logits = backend.predict(backend.prepare(pictures[:batch].to(DEVICE))).float().cpu().numpy()
             difference = np.abs(logits - expected[:batch]).max()
-            assert difference <= check.TOLERANCE[backend.precision] * np.abs(expected).max()
+            assert difference <= accuracy.TOLERANCE[backend.precision] * np.abs(expected).max()
 
 
 def test_cudnn_chooses_by_trial_for_tuned_rungs_and_not_for_the_baseline(project):

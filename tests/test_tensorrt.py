@@ -17,7 +17,8 @@ import model
 import tensorrt_inference
 import torch_trt
 import trt
-from utils import check, environment, utils
+from utils import environment, utils
+from utils.measure import accuracy
 from utils.utils import UserError
 
 FACTS = {
@@ -454,7 +455,7 @@ def test_logits_agree_with_pytorch_and_the_second_load_is_from_the_cache(checkpo
                 logits = backend.predict(backend.prepare(images[:batch])).float()
                 expected = network(images[:batch])
                 assert logits.shape == (batch, 3)
-                assert (logits - expected).abs().max() <= check.TOLERANCE[
+                assert (logits - expected).abs().max() <= accuracy.TOLERANCE[
                     backend.precision
                 ] * expected.abs().max()
     assert loaded[1] == (True, True, True)

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from utils import timing
+from utils.measure import timing
 
 
 def test_trimmed_mean_drops_a_tenth_at_either_end():

@@ -22,7 +22,7 @@ from PIL import Image
 import datasets
 import model
 import train
-from utils import heroes
+from utils import sample_images
 from utils.utils import UserError, checkpoint_path, read_json, write_json
 
 
@@ -72,7 +72,7 @@ def test_quick_trains_one_small_size_and_is_not_repeated(project, monkeypatch, c
     assert (project / "results" / "quick" / "training.png").stat().st_size > 10_000
     assert table["sample"].all() and (table["test_images"] == 100).all() and (table["images_per_s"] > 0).all()
     facts = model.load_facts(checkpoint_path(project / "weights", 64))
-    assert facts["classes"] == sorted(heroes.HEROES) and facts["image_size"] == 64
+    assert facts["classes"] == sorted(sample_images.HEROES) and facts["image_size"] == 64
     assert facts["accuracy"] == pytest.approx(table["test_accuracy"][0], abs=1e-5)
     expected = {
         "fingerprint": datasets.fingerprint(project / "data"),

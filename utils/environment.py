@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils import gpu
+from utils.measure import gpu
 
 PACKAGES = ["torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime"]
 PACKAGES += ["torch-tensorrt", "tensorrt", "tensorrt-cu13", "tensorrt-cu12"]

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils.heroes import HEROES, draw_picture
+from utils.sample_images import HEROES, draw_picture
 from utils.utils import UserError, sha256, write_atomic
 
 SPLITS = ["train", "test"]

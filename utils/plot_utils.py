@@ -15,11 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from utils import findings, serving_plots
-from utils.captions import batching, feet_of, leader, memory, not_measured, roofline_finding
-from utils.report import family, figure, label, without_figures
-from utils.schema import BASELINE
-from utils.style import (
+from utils.measure.schema import BASELINE
+from utils.report import analysis, serving_plots
+from utils.report.chart_style import (
     BACKEND_COLOUR,
     DPI,
     GREY,
@@ -36,7 +34,9 @@ from utils.style import (
     style,
     write_png,
 )
-from utils.tables import read_serving
+from utils.report.chart_titles import batching, feet_of, leader, memory, not_measured, roofline_finding
+from utils.report.tables import read_serving
+from utils.report.words import family, figure, label, without_figures
 
 AXIS = {"image_size": "image size (px)", "batch_size": "batch size (images)"}
 MARK = {"out_of_memory": "OOM", "mismatch": "wrong", "ok": "no baseline"}
@@ -241,7 +241,7 @@ def draw_roof(ax, block: pd.DataFrame, ceilings: dict) -> None:
 
 def draw_ladder(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure | None:
     """Every method at one size and batch, the slowest at the foot, each with its gain over the one below."""
-    parts = [(title, findings.ladder(block)) for title, block in blocks(in_order(rows))]
+    parts = [(title, analysis.ladder(block)) for title, block in blocks(in_order(rows))]
     parts = [(title, rungs) for title, rungs in parts if len(rungs) > 1]
     if not parts:
         return None
@@ -276,7 +276,7 @@ def draw_rungs(ax, rungs: pd.DataFrame) -> None:
 def draw_all(rows: pd.DataFrame, environments: dict[str, dict], results: Path) -> list[Path]:
     """Write every chart and return the paths; a chart of what was not read is removed."""
     figures = {name: draw(chart, rows, environments) for name, chart in CHARTS.items()}
-    if not findings.measured(rows)["gpu_memory_mb"].notna().any():
+    if not analysis.measured(rows)["gpu_memory_mb"].notna().any():
         figures["memory_vs_batch_size.png"] = None
     figures["ladder.png"] = draw_ladder(rows, environments)
     figures["roofline.png"] = draw_roofline(rows, environments)

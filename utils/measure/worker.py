@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 import psutil
 
-from utils import check, gpu, timing
-from utils.records import kept_batches, note_failure, read_record, start, write_record
-from utils.schema import Backend, Job, Settings
+from utils.measure import accuracy, gpu, timing
+from utils.measure.records import kept_batches, note_failure, read_record, start, write_record
+from utils.measure.schema import Backend, Job, Settings
 from utils.utils import UserError
 
 WARM_UP_SECONDS = 0.3  # at least, besides the calls asked for
@@ -41,7 +41,7 @@ class Problem(Exception):  # noqa: N818 (it is a finding, handed on like one)
 class Measuring:
     """One Job on its way to its Record: open(); begin() each batch size; turns of run(); end() each; close().
 
-    Between the steps other processes may be at work (utils/turns.py).  A step that fails raises what went
+    Between the steps other processes may be at work (interleave.py).  A step that fails raises what went
     wrong; fail() and close() write it into the record, so that it costs this record alone.
     """
 
@@ -64,7 +64,7 @@ class Measuring:
             record.build, record.process = open_backend(job, self.backend)
             record.process["context_mb"] = context_mb
             record.precision = self.backend.precision
-            record.check, self.probe = check.whole_test_set(job, self.whole_call, record.precision)
+            record.check, self.probe = accuracy.whole_test_set(job, self.whole_call, record.precision)
 
     def begin(self, batch_size: int) -> float:
         """Check one batch size and warm it up; the milliseconds that a run takes."""
@@ -89,7 +89,7 @@ class Measuring:
         difference = float(np.abs(logits - expected).max())
         batch = {"batch_size": batch_size, "status": "ok", "reason": "", "max_abs_diff": difference}
         self.begun[batch_size] = batch
-        if reason := check.too_far(difference, probe.tolerance):
+        if reason := accuracy.too_far(difference, probe.tolerance):
             raise Problem("mismatch", reason)
         x = self.backend.prepare(images)
         self.calls[batch_size] = call = functools.partial(self.backend.predict, x)

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import datasets
 import model
-from utils import check, measure, records, report, turns
 from utils.environment import environment
-from utils.schema import BASELINE, Job, Settings
+from utils.measure import accuracy, interleave, records, worker
+from utils.measure.schema import BASELINE, Job, Settings
+from utils.report import words
 from utils.utils import (
     BATCH_SIZES,
     IMAGE_SIZES,
+    ROOT,
     UserError,
     add_path_arguments,
     alone,
@@ -30,8 +32,9 @@ MIN_SECONDS = {"cuda": 0.75, "cpu": 1.5}
 MAX_SECONDS = {"cuda": 30.0, "cpu": 2.0}
 # A change of any of these makes an earlier measurement stale.
 MEASURING = ["model.py", "datasets.py", "quantize.py", "*_inference.py", "trt.py", "torch_trt.py"]
-MEASURING += [f"utils/{name}.py" for name in ("ceilings", "check", "gpu", "images")]
-MEASURING += [f"utils/{name}.py" for name in ("measure", "timing", "turns")]
+MEASURING += ["utils/images.py"]
+MEASURING += [f"utils/measure/{name}.py" for name in ("accuracy", "gpu", "interleave", "roofline")]
+MEASURING += [f"utils/measure/{name}.py" for name in ("timing", "worker")]
 
 
 def add_arguments(parser: argparse.ArgumentParser, backends: list[str]) -> None:
@@ -192,7 +195,7 @@ def staleness_key(settings: Settings, device: str, known: dict) -> str:
     """Short hash of the settings, the machine, the packages, the data and the code."""
     passing = {"commit", "clean", "date", "command"}
     machine = {name: value for name, value in known.items() if name not in passing}
-    root = Path(__file__).resolve().parent.parent
+    root = ROOT
     code = []
     for pattern in MEASURING:
         found = sorted(root.glob(pattern))
@@ -212,7 +215,7 @@ def look_first(todo: list[Job]) -> None:
     """Before anything is replaced: PyTorch FP32's logits on every test image of every size, for which
     checkpoints and images are read whole.  Raises UserError."""
     baselines = {job.image_size: another(job, backend=BASELINE) for job in todo}
-    in_fresh_process(check.references, list(baselines.values()))
+    in_fresh_process(accuracy.references, list(baselines.values()))
 
 
 def main(description: str, script: str, backends: dict) -> None:
@@ -232,14 +235,14 @@ def main(description: str, script: str, backends: dict) -> None:
     if args.profile:
         for job in jobs:
             if job.image_size == jobs[0].image_size:
-                measure.trace(job, backends[job.backend]())
+                worker.trace(job, backends[job.backend]())
         return
     look_first(jobs)
-    with measuring(jobs[0].results), measure.inference(jobs[0].device):
+    with measuring(jobs[0].results), worker.inference(jobs[0].device):
         records.make_way(jobs[0])
         records.note_sweep(jobs[0])
         for job in jobs:
-            turns.Round([turns.Local(job, backends[job.backend]())]).play()
+            interleave.Round([interleave.Local(job, backends[job.backend]())]).play()
             record = records.read_record(job.record)
             line = f"{job.backend}, {job.image_size} px: {record.status} {record.reason}"
             print(line.rstrip(), file=sys.stderr)
@@ -247,4 +250,4 @@ def main(description: str, script: str, backends: dict) -> None:
     rows = rows[rows.sweep == args.sweep]
     wanted = {(job.backend, job.image_size) for job in jobs}
     shown = [pair in wanted for pair in zip(rows.backend, rows.image_size, strict=True)]
-    print(report.text_table(rows[shown]))
+    print(words.text_table(rows[shown]))

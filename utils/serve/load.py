@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-from utils import environment, timing
-from utils.pipeline import Network
+from utils import environment
+from utils.measure import timing
+from utils.serve.pipeline import Network
 
 QUERIES = 600  # images of a rate at least: 459 without a late one show 99 % (confidence 99 %)
 HOPELESS_QUERIES = 100  # where one image alone takes longer than the limit

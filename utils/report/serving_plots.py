@@ -4,10 +4,21 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from utils.captions import end_to_end_finding, feet_of, load_finding
-from utils.report import figure, label
-from utils.style import GREY, INK, bar_look, dress, heading, lie_down, log_ticks, note, sheet, style
-from utils.tables import short
+from utils.report.chart_style import (
+    GREY,
+    INK,
+    bar_look,
+    dress,
+    heading,
+    lie_down,
+    log_ticks,
+    note,
+    sheet,
+    style,
+)
+from utils.report.chart_titles import end_to_end_finding, feet_of, load_finding
+from utils.report.tables import short
+from utils.report.words import figure, label
 
 PARTS = {  # of a pipeline: column, what it is, and how its bar differs from the pipeline's
     "images_per_s": ("files to labels", {}),

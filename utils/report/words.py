@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from utils import findings
-from utils.records import VERDICTS
+from utils.measure.records import VERDICTS
+from utils.report import analysis
 
 NAMES = {
     "pytorch": "PyTorch",
@@ -214,7 +214,7 @@ def reasons(rows: pd.DataFrame) -> list[str]:
 
 def answers_of(rows: pd.DataFrame) -> list[str]:
     """The five answers, a sentence each; where there are several sweeps, each speaks but in the last."""
-    ok = findings.measured(rows)
+    ok = analysis.measured(rows)
     if ok.empty:
         return ["Nothing was measured; the reasons are in the table."]
     if ok.fps_low.isna().all():
@@ -231,7 +231,7 @@ def answers_of(rows: pd.DataFrame) -> list[str]:
 
 
 def which(ok: pd.DataFrame) -> str:
-    winners, ties, total = findings.wins(ok)
+    winners, ties, total = analysis.wins(ok)
     if not total:
         return f"Only {name(ok.iloc[0])} was measured, so there is nothing to compare it with"
     texts = [f"{name(row)} in {count}" for row, count in winners]
@@ -240,14 +240,14 @@ def which(ok: pd.DataFrame) -> str:
 
 
 def sizes(ok: pd.DataFrame) -> str:
-    cost, small, large = findings.size_cost(ok), ok.image_size.min(), ok.image_size.max()
+    cost, small, large = analysis.size_cost(ok), ok.image_size.min(), ok.image_size.max()
     pixels = f"from {small} to {large} px, {figure((large / small) ** 2)} times the pixels"
     fall = f"throughput at batch {ok.batch_size.max()} falls"
     return f"{pixels}, {fall} {span(cost.values())} times" if cost else ""
 
 
 def batches(ok: pd.DataFrame) -> str:
-    gains = findings.batch_gain(ok)
+    gains = analysis.batch_gain(ok)
     ends = f"from batch {ok.batch_size.min()} to {ok.batch_size.max()} at {ok.image_size.min()} px"
     return f"{ends} throughput grows {span(gains.values())} times" if gains else ""
 
@@ -255,7 +255,7 @@ def batches(ok: pd.DataFrame) -> str:
 def saturation(ok: pd.DataFrame) -> str:
     texts, missing, total = [], 0, 0
     for _, own in ok[ok.backend.map(family) == ok.backend].groupby("backend", sort=False):
-        found = findings.saturations(own)
+        found = analysis.saturations(own)
         reached = {size: batch for size, batch in found.items() if batch}
         missing, total = missing + len(found) - len(reached), total + len(found)
         if reached:
@@ -267,7 +267,7 @@ def saturation(ok: pd.DataFrame) -> str:
 
 def optimum(ok: pd.DataFrame) -> str:
     texts = []
-    for best in findings.optimal(ok[ok.fps_low.notna()]):
+    for best in analysis.optimal(ok[ok.fps_low.notna()]):
         cost = f"{figure(best.fps)} images/s, {figure(best.mean_ms)} ms a batch"
         texts.append(f"{best.image_size} px {name(best)}, batch {best.batch_size} ({cost})")
     return f"for throughput {', '.join(texts)}"

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils import records
-from utils.schema import COLUMNS, STATUSES, Row
+from utils.measure import records
+from utils.measure.schema import COLUMNS, STATUSES, Row
 from utils.utils import UserError, write_atomic, write_json
 
 NEW_COLUMNS = ["load_s", "first_call_ms", "adds"]  # missing from tables made before 2026-11-25

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.schema import BASELINE, Job
+from utils.measure.schema import BASELINE, Job
 from utils.utils import in_fresh_process, is_fresh, sha256, store
 
 MIN_AGREEMENT = 0.99  # of the test images, or all but one on small sets

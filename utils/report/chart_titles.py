@@ -4,9 +4,9 @@ import textwrap
 
 import pandas as pd
 
-from utils import findings
-from utils.report import figure, foot
-from utils.schema import BASELINE
+from utils.measure.schema import BASELINE
+from utils.report import analysis
+from utils.report.words import figure, foot
 
 REASON = {"out_of_memory": "out of memory", "mismatch": "wrong results", "ok": "no reading"}
 
@@ -20,7 +20,7 @@ def ends_of(values: pd.Series, unit: str) -> str:
 
 def leader(block: pd.DataFrame, column: str) -> str:
     """The fastest (or the largest speedup) and where; no winner where the first are level."""
-    lead, measured = findings.leaders(block, column), block[block["fps"].notna()]
+    lead, measured = analysis.leaders(block, column), block[block["fps"].notna()]
     if measured.empty:
         return "Nothing was measured"
     if lead.empty:
@@ -46,7 +46,7 @@ def leader(block: pd.DataFrame, column: str) -> str:
 def batching(block: pd.DataFrame, column: str) -> str:
     """What the largest batch gains over the smallest at the smallest image size."""
     ok = block[block["fps"].notna()]
-    gains = findings.batch_gain(ok)
+    gains = analysis.batch_gain(ok)
     if not gains:
         return leader(block, column)
     labels = dict(zip(ok["backend"], ok["label"], strict=True))
@@ -115,7 +115,7 @@ def end_to_end_finding(table: pd.DataFrame) -> str:
 
 def load_finding(load: pd.DataFrame) -> str:
     """Up to which rate 99 % of the images are answered in time, for the backend that gets furthest."""
-    rates, limit = findings.highest_rates(load), f"{figure(load['max_latency_ms'].iloc[0])} ms"
+    rates, limit = analysis.highest_rates(load), f"{figure(load['max_latency_ms'].iloc[0])} ms"
     if rates.empty:
         return f"No rate tried keeps 99 % of the answers within {limit}"
     label = load.loc[load["backend"] == rates.index[0], "label"].iloc[0]

@@ -1,8 +1,8 @@
 """Image files -> batches of pixels -> logits: decoding, resizing, copying and inference at the same time.
 
 A decoder turns paths into uint8 batches (N, S, S, 3), in order: Pillow in worker processes, the reference,
-which does what training and testing do, or DALI (utils/dali.py).  A Network normalises them on the device and
-runs a backend.  classify() keeps a few batches of each in flight: memory is bounded however many files come.
+which does what training and testing do, or DALI (dali.py).  A Network normalises them on the device and runs
+ a backend.  classify() keeps a few batches of each in flight: memory is bounded however many files come.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 import datasets
 from utils import environment
-from utils.schema import Backend
+from utils.measure.schema import Backend
 from utils.utils import end_with_parent, fresh_processes, uninterrupted
 
 IN_FLIGHT = 2  # batches that wait for the network while the decoder goes on

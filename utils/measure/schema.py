@@ -59,7 +59,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is asked of one process: one backend at one image size in one round.  Made by utils/jobs.py."""
+    """What is asked of one process: one backend at one image size in one round (utils/measure/jobs.py)."""
 
     sweep: str  # everything measured in one environment on one machine, by name
     backend: str

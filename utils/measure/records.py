@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils import ceilings, check, timing
-from utils.schema import BASELINE, COLUMNS, STATUSES, Job, Record, Row
+from utils.measure import accuracy, roofline, timing
+from utils.measure.schema import BASELINE, COLUMNS, STATUSES, Job, Record, Row
 from utils.utils import read_dict, write_json
 
 TARGET_PCT = 3.0  # half-width of an interval, where the sweep says no other
@@ -266,14 +266,14 @@ def compare_with_ceilings(
     if not work:
         return
     row.tflops = row.fps * work["flops"] / 1e12
-    row.flops_per_byte = work["flops"] / ceilings.bytes_per_image(work, row.precision, row.batch_size)
-    peak = ceilings.peak_tflops(environment, row.precision) if row.device == "cuda" else None
+    row.flops_per_byte = work["flops"] / roofline.bytes_per_image(work, row.precision, row.batch_size)
+    peak = roofline.peak_tflops(environment, row.precision) if row.device == "cuda" else None
     row.pct_peak = peak and row.tflops / peak * 100
     product = limits and limits["tflops"].get(row.precision)
     if product:
         row.pct_measured_peak = row.tflops / product * 100
         idle = row.busy_ms and 1 - row.busy_ms / row.mean_ms
-        row.limit = ceilings.limit(idle, row.tflops, row.flops_per_byte, product, limits["gb_per_s"])
+        row.limit = roofline.limit(idle, row.tflops, row.flops_per_byte, product, limits["gb_per_s"])
 
 
 def verdict(rounds: dict[int, Record], batch_size: int) -> tuple[str, str]:
@@ -283,7 +283,7 @@ def verdict(rounds: dict[int, Record], batch_size: int) -> tuple[str, str]:
             continue
         if record.status != "ok":
             return record.status, record.reason
-        if record.check and (reason := check.mismatch(record.check)):
+        if record.check and (reason := accuracy.mismatch(record.check)):
             return "mismatch", reason
         batch = record.batch(batch_size)
         if batch is None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils import ceilings, findings, report
-from utils.report import figure, foot, label, markdown, name
-from utils.schema import BASELINE
-from utils.tables import read_serving, read_table
+from utils.measure import roofline
+from utils.measure.schema import BASELINE
+from utils.report import analysis, words
+from utils.report.tables import read_serving, read_table
+from utils.report.words import figure, foot, label, markdown, name
 from utils.utils import UserError, write_atomic
 
 BEGIN = re.compile(r"<!-- begin (\w+) (\S+)(?: (\S+))? -->")
@@ -31,20 +32,20 @@ CHARTS = {  # files that plot_utils draws, and what they show
     "training.png": "Training",
 }
 SERVING = {
-    "end_to_end.csv": ("From files to labels", report.END_TO_END),
-    "load.csv": ("Latency under load", report.LOAD),
+    "end_to_end.csv": ("From files to labels", words.END_TO_END),
+    "load.csv": ("Latency under load", words.LOAD),
 }
 
 
 def headline(rows: pd.DataFrame, environments: dict) -> str:
     """The highest throughput and its speedup over PyTorch FP32; the same in FP16, and of the methods."""
-    ok = findings.measured(rows)
+    ok = analysis.measured(rows)
     ok = ok[(ok.backend != BASELINE) & ok.speedup.notna()]
     if ok.empty:
         return "Nothing to compare with PyTorch FP32 has been measured here yet."
     best = ok.loc[ok.fps.idxmax()]
     claim = f"**{name(best)} serves ResNet-18 {figure(best.speedup)} times as fast as PyTorch FP32**"
-    if not findings.beats_baseline(best):
+    if not analysis.beats_baseline(best):
         why = "one round supports none" if pd.isna(best.speedup_low) else "the intervals overlap"
         claim = f"No verdict ({why}); the most images/s: {name(best)}, {times_of(best)} PyTorch FP32's"
     lines = [f"{claim}{sureness(best)}:\n{deed(best)}."]
@@ -65,7 +66,7 @@ def times_of(row) -> str:
 
 
 def sureness(row) -> str:
-    limits = report.between(row.speedup_low, row.speedup_high)
+    limits = words.between(row.speedup_low, row.speedup_high)
     return f" ({limits} at 95 % confidence)" if limits else ""
 
 
@@ -81,10 +82,10 @@ def summary(rows: pd.DataFrame, environments: dict) -> str:
 
     Of each method the plain one and its fastest variant, so that it fits a screen.
     """
-    best = findings.best_batch(rows)
+    best = analysis.best_batch(rows)
     if best.empty:
         return "Nothing has been measured here yet."
-    families = best.backend.map(report.family)
+    families = best.backend.map(words.family)
     keys = best.sweep + "/" + best.backend
     fastest = best.fps == best.groupby(["sweep", families]).fps.transform("max")
     best = best[(best.backend == families) | keys.isin(keys[fastest])]
@@ -98,8 +99,8 @@ def summary(rows: pd.DataFrame, environments: dict) -> str:
         lines.append([who, *(cells.get(size, "") for size in columns), f"{accuracy} %"])
     notes = ["images/s ± half the 95 % interval, speedup over PyTorch FP32 of the same sweep, b = batch size"]
     notes += dict.fromkeys(foot(known) for known in environments.values())
-    missing = rows[(rows.status != "ok") & (rows.backend.map(report.family) == rows.backend)]
-    notes += report.reasons(missing.assign(notes="", adds=""))
+    missing = rows[(rows.status != "ok") & (rows.backend.map(words.family) == rows.backend)]
+    notes += words.reasons(missing.assign(notes="", adds=""))
     return f"{markdown(lines)}\n\n<sub>{'<br>'.join(notes)}</sub>"
 
 
@@ -112,7 +113,7 @@ def summary_cell(row) -> str:
 
 
 def answers(rows: pd.DataFrame, environments: dict) -> str:
-    return "\n".join(f"- {sentence}" for sentence in report.answers_of(rows))
+    return "\n".join(f"- {sentence}" for sentence in words.answers_of(rows))
 
 
 def machine_ratios(a: Path, b: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -122,7 +123,7 @@ def machine_ratios(a: Path, b: Path) -> tuple[pd.DataFrame, list[str]]:
     if shared := set(before.sweep) & set(after.sweep):
         before, after = (rows[rows.sweep.isin(shared)] for rows in (before, after))
     first = [next(iter(known.values()), {}) for known in (old, new)]
-    return findings.ratios(before, after), [known.get("gpu") or known.get("cpu", "?") for known in first]
+    return analysis.ratios(before, after), [known.get("gpu") or known.get("cpu", "?") for known in first]
 
 
 def machines(a: Path, b: Path) -> str:
@@ -133,7 +134,7 @@ def machines(a: Path, b: Path) -> str:
     ratio, most = both.fps_ratio, both.loc[both.fps_ratio.idxmax()]
     where = f"{label(most.backend, most.precision_after)}, {most.image_size} px, batch {most.batch_size}"
     middle = f"**{second}: {figure(ratio.median())} times the images/s of {first}** in the median"
-    return f"{middle} of {len(both)} configurations ({report.span(ratio)} times; most: {where})."
+    return f"{middle} of {len(both)} configurations ({words.span(ratio)} times; most: {where})."
 
 
 PARTS = {"headline": headline, "summary": summary, "answers": answers, "machines": machines}
@@ -215,16 +216,16 @@ def serving_parts(found: pd.DataFrame | None, table: list) -> list[str]:
         return ["Measured by an earlier version; python end_to_end.py makes it anew."]
     parts = []
     for sweep, part in found.groupby("sweep", sort=False):
-        parts += [f"Sweep {sweep}:", markdown(report.lines_of(table, part))]
+        parts += [f"Sweep {sweep}:", markdown(words.lines_of(table, part))]
     return parts
 
 
 def sweep_parts(sweep: str, rows: pd.DataFrame, known: dict) -> list[str]:
     parts = [f"## Sweep {sweep}", f"<sub>{foot(known)}</sub>", *by_size(rows, results_table)]
-    parts += [f"<sub>{line}</sub>" for line in report.reasons(rows)]
-    if len(ok := findings.measured(rows)):
+    parts += [f"<sub>{line}</sub>" for line in words.reasons(rows)]
+    if len(ok := analysis.measured(rows)):
         parts.append("### What the device was doing")
-        parts += by_size(ok, lambda group: markdown(report.lines_of(report.DEVICE, group)))
+        parts += by_size(ok, lambda group: markdown(words.lines_of(words.DEVICE, group)))
         parts += [f"<sub>{text}</sub>"] if (text := ceilings_text(known)) else []
     return [*parts, "### Environment", environment_table(known)]
 
@@ -244,10 +245,10 @@ def by_size(rows: pd.DataFrame, table: Callable) -> list[str]:
 
 def results_table(rows: pd.DataFrame) -> str:
     """TABLE in Markdown; the fastest row is bold where it is so beyond doubt at its batch size."""
-    lines, ok = report.results_lines(rows), findings.measured(rows)
+    lines, ok = words.results_lines(rows), analysis.measured(rows)
     if len(ok):
         at = ok.loc[ok.fps.idxmax()].batch_size
-        best = findings.decided(rows[rows.batch_size == at])
+        best = analysis.decided(rows[rows.batch_size == at])
         fps = lines[0].index("Images/s")
         for line in lines[1:] if best is not None else []:
             if (line[0], line[2]) == (name(best), str(at)):
@@ -262,7 +263,7 @@ def ceilings_text(known: dict) -> str:
         return ""
     texts = []
     for precision, tflops in found["tflops"].items():
-        peak = ceilings.peak_tflops(known, precision)
+        peak = roofline.peak_tflops(known, precision)
         texts.append(f"{precision} {figure(tflops)}{f' of {figure(peak)}' if peak else ''} TFLOP/s")
     context = known.get("context_mb")
     share = f"; the CUDA context alone takes {figure(context)} MB of each row's GPU memory" if context else ""

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from utils.schema import BASELINE
+from utils.measure.schema import BASELINE
 from utils.utils import UserError
 
 SATURATED = 0.05  # more throughput than this is worth another doubling of the batch

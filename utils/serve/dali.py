@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from utils.environment import cores
-from utils.pipeline import IN_FLIGHT, Batch, Pillow, decode
+from utils.serve.pipeline import IN_FLIGHT, Batch, Pillow, decode
 
 PIPELINES = 2  # of DALI, in turn: while one waits for PNGs from the processor, the other has the JPEG engine
 PREFETCH = 3  # batches that each works on at a time

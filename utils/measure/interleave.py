@@ -15,9 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-from utils import findings, records, timing
-from utils.measure import Measuring, Problem, inference, problem_of, turns_of
-from utils.schema import BASELINE, Job
+from utils.measure import records, timing
+from utils.measure.schema import BASELINE, Job
+from utils.measure.worker import Measuring, Problem, inference, problem_of, turns_of
+from utils.report import analysis
 from utils.utils import UserError, end_with_parent, fresh_processes
 
 STEPS = ["open", "begin", "run", "end", "fail", "save", "close"]  # of a Measuring
@@ -239,4 +240,4 @@ def has_saturated(job: Job) -> bool:
         return True
     sizes = [batch["batch_size"] for batch in batches]
     fps = [batch["batch_size"] / timing.trimmed_mean(batch["host_ms"]) for batch in batches]
-    return findings.saturated(sizes, fps)
+    return analysis.saturated(sizes, fps)

@@ -224,8 +224,8 @@ def measure_ceilings(job: Job) -> None:
 def sweep(asked: list[Job], timeout: float, precision: float, budget_minutes: float) -> None:
     """Bring every record up to date, then add rounds where intervals are too wide."""
     if todo := [job for job in asked if not is_up_to_date(job)]:
-        jobs.look_first(todo)
-    records.make_way(asked[0])
+        jobs.compute_references(todo)
+    records.archive_stale_records(asked[0])
     todo = [job for job in todo if not is_up_to_date(job)]  # some may have come back
     measuring, limit_s = Sweep(asked, timeout), budget_minutes * 60
     with tqdm(total=len(todo), desc="benchmark", unit="process", disable=None) as progress:

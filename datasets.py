@@ -38,10 +38,8 @@ from utils.images import (
     unfinished_sample,
     visible_files,
 )
-from utils.images import (
-    load_rgb as load_rgb,
-)
-from utils.utils import UserError, alone, check_folder, run_main, uninterrupted
+from utils.images import load_rgb as load_rgb
+from utils.utils import UserError, check_folder, file_lock, run_main, uninterrupted
 
 DEFAULT = Path("data")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, for RGB in 0..1
@@ -100,7 +98,7 @@ def draw_once(data: Path, seed: int) -> None:
     """Draw the sample, or wait for another process that is drawing it.  Raises UserError."""
     check_folder(data, room_mb=50)
     check_nothing_else(data)
-    with alone(data / ".draw.lock", "drawing the sample", patience=300):
+    with file_lock(data / ".draw.lock", "drawing the sample", patience=300):
         if unfinished_sample(data) or not has_data(data):
             where = f"your own: {LAYOUT.format(data=data)}"
             print(f"no images in {data}: drawing the sample heroes ({where})", flush=True)
@@ -295,7 +293,7 @@ def main() -> None:
     args = parser.parse_args()
     if unfinished_sample(args.data) or (args.draw_sample and not is_sample(args.data)):
         check_folder(args.data, room_mb=50)
-        with alone(args.data / ".draw.lock", "drawing the sample"):
+        with file_lock(args.data / ".draw.lock", "drawing the sample"):
             draw_sample(args.data, args.seed)
     if not has_data(args.data):
         check_nothing_else(args.data)

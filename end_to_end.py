@@ -32,8 +32,8 @@ from utils.utils import (
     add_path_arguments,
     checkpoint_path,
     in_fresh_process,
+    rename_to_backup,
     run_main,
-    set_aside,
     write_atomic,
 )
 
@@ -259,7 +259,7 @@ def write_table(rows: list, path: Path, keys: list[str]) -> None:
         kept = old[~old.set_index(keys).index.isin(table.set_index(keys).index)]
         table = pd.concat([kept, table]) if len(kept) else table
     elif path.exists():
-        print(f"what was {path} is kept as {set_aside(path)}", file=sys.stderr)
+        print(f"what was {path} is kept as {rename_to_backup(path)}", file=sys.stderr)
     table = table.sort_values(["sweep", "image_size"], kind="stable")
     write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 

@@ -30,13 +30,13 @@ from utils.utils import (
     IMAGE_SIZES,
     UserError,
     add_path_arguments,
-    alone,
     check_folder,
     checkpoint_path,
+    file_lock,
     read_json,
     remove_leftovers,
+    rename_to_backup,
     run_main,
-    set_aside,
     write_json,
 )
 
@@ -247,7 +247,7 @@ def train_network(
 def keep(path: Path, images: dict) -> None:
     """Rename what is at `path` if these images can't make it again."""
     if networks.why_to_keep(path, images["fingerprint"]):
-        say(f"what was {path} is kept as {set_aside(path)}")
+        say(f"what was {path} is kept as {rename_to_backup(path)}")
 
 
 def described(row: dict) -> str:
@@ -310,7 +310,7 @@ def main() -> None:
     images = datasets.describe(args.data)
     if not args.force:
         look_at_networks(args.weights, requests, images)
-    with alone(args.weights / ".train.lock", "training") if rank() == 0 else contextlib.nullcontext():
+    with file_lock(args.weights / ".train.lock", "training") if rank() == 0 else contextlib.nullcontext():
         train_all(requests, images, args, results, device)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -29,12 +29,7 @@ def table(*rows) -> pd.DataFrame:
         row = (
             dict.fromkeys(COLUMNS, None)
             | {"adds": ""}
-            | {
-                "sweep": "main",
-                "backend": backend,
-                "precision": "FP32",
-                "device": "cpu",
-            }
+            | {"sweep": "main", "backend": backend, "precision": "FP32", "device": "cpu"}
         )
         row |= {"image_size": size, "batch_size": batch, "status": "ok", "reason": "", "notes": ""}
         if isinstance(fps, str):

@@ -13,11 +13,11 @@ from conftest import ROOT
 
 from utils.utils import (
     UserError,
-    alone,
     check_folder,
+    file_lock,
     read_json,
     remove_leftovers,
-    set_aside,
+    rename_to_backup,
     write_atomic,
     write_json,
 )
@@ -212,11 +212,11 @@ if __name__ == "__main__":
 
 
 def test_a_lock_keeps_a_second_one_out_and_is_free_again(tmp_path):
-    with alone(tmp_path / ".lock", "training"):
-        process = start(f"with alone(Path({str(tmp_path / '.lock')!r}), 'training', 0.1): pass")
+    with file_lock(tmp_path / ".lock", "training"):
+        process = start(f"with file_lock(Path({str(tmp_path / '.lock')!r}), 'training', 0.1): pass")
         assert b"another process is training in" in process.communicate(timeout=60)[1]
         assert process.returncode == 2
-    with alone(tmp_path / ".lock", "training"):
+    with file_lock(tmp_path / ".lock", "training"):
         pass
 
 
@@ -235,7 +235,7 @@ def test_what_is_set_aside_replaces_nothing(tmp_path):
     path = tmp_path / "a.pth"
     for content in ("first", "second"):
         path.write_text(content)
-        set_aside(path)
+        rename_to_backup(path)
     assert [(tmp_path / f"a.pth.{k}").read_text() for k in (1, 2)] == ["first", "second"]
 
 

@@ -480,10 +480,7 @@ def test_a_native_engine_refuses_what_it_was_not_built_for(checkpoint):
     backend = tensorrt_inference.TensorRT()
     backend.load(checkpoint, 64, [1, 4], "cuda")
     for wrong, words in [
-        (
-            torch.zeros(5, 3, 64, 64).half().cuda(),
-            r"not built for an input of shape \(5, 3, 64, 64\):\n.+",
-        ),
+        (torch.zeros(5, 3, 64, 64).half().cuda(), r"not built for an input of shape \(5, 3, 64, 64\):\n.+"),
         (torch.zeros(1, 3, 64, 64).cuda(), "torch.float32"),
         (
             torch.zeros(1, 3, 64, 64)

@@ -218,7 +218,7 @@ def in_fresh_process(function, *arguments):
 
 
 @contextlib.contextmanager
-def alone(lock: Path, doing: str, patience: float = 10) -> Iterator[None]:
+def file_lock(lock: Path, doing: str, patience: float = 10) -> Iterator[None]:
     """Hold `lock` against a second process; UserError if another has it for `patience` seconds.
 
     However a process ends the lock is free again: at once, or when the last process it forked has ended.
@@ -269,7 +269,7 @@ def remove_leftovers(*folders: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def set_aside(path: Path) -> Path:
+def rename_to_backup(path: Path) -> Path:
     """Rename `path` to the first free one of path.1, path.2, ..."""
     names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     return path.rename(next(name for name in names if not name.exists()))

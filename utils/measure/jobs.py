@@ -20,8 +20,8 @@ from utils.utils import (
     ROOT,
     UserError,
     add_path_arguments,
-    alone,
     checkpoint_path,
+    file_lock,
     in_fresh_process,
     sha256,
 )
@@ -208,10 +208,10 @@ def staleness_key(settings: Settings, device: str, known: dict) -> str:
 
 def measuring(results: Path) -> contextlib.AbstractContextManager:
     """Keep a second benchmark out of the folder: both would be wrong, and overwrite each other's records."""
-    return alone(results / ".benchmark.lock", "measuring")
+    return file_lock(results / ".benchmark.lock", "measuring")
 
 
-def look_first(todo: list[Job]) -> None:
+def compute_references(todo: list[Job]) -> None:
     """Before anything is replaced: PyTorch FP32's logits on every test image of every size, for which
     checkpoints and images are read whole.  Raises UserError."""
     baselines = {job.image_size: another(job, backend=BASELINE) for job in todo}
@@ -237,9 +237,9 @@ def main(description: str, script: str, backends: dict) -> None:
             if job.image_size == jobs[0].image_size:
                 worker.trace(job, backends[job.backend]())
         return
-    look_first(jobs)
+    compute_references(jobs)
     with measuring(jobs[0].results), worker.inference(jobs[0].device):
-        records.make_way(jobs[0])
+        records.archive_stale_records(jobs[0])
         records.note_sweep(jobs[0])
         for job in jobs:
             interleave.Round([interleave.Local(job, backends[job.backend]())]).play()

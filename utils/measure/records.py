@@ -118,7 +118,7 @@ def read_sweep(folder: Path) -> tuple[list[Record], dict, dict | None]:
     return found, note if isinstance(note, dict) else {}, limits if known else None
 
 
-def make_way(job: Job) -> None:
+def archive_stale_records(job: Job) -> None:
     """Put a sweep's records of other settings into folders of their own, and those of this job's back.
 
     So measuring by other settings, on another machine or with other packages overwrites nothing.

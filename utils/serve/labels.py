@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from utils.utils import UserError, alone, check_folder, named, write_whole
+from utils.utils import UserError, check_folder, file_lock, named, write_whole
 
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # whatever bytes a file name has
 BEGINS = b"path,class,probability"  # a table
@@ -34,7 +34,7 @@ def check_out(out: Path) -> Path:
 def alone_at(out: Path) -> Iterator[None]:
     """Keep a second run from writing the same table: each would take the other's rows for its own."""
     lock = out.with_name(f"{out.name}.lock")
-    with alone(lock, f"writing {out.name}"):
+    with file_lock(lock, f"writing {out.name}"):
         try:
             yield
         finally:

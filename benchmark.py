@@ -27,8 +27,8 @@ from tqdm import tqdm
 import onnx_inference
 import pytorch_inference
 import tensorrt_inference
-from utils import plot_utils
-from utils.measure import gpu, interleave, jobs, records, roofline, timing
+from utils import environment, plot_utils
+from utils.measure import interleave, jobs, records, roofline, timing
 from utils.measure.schema import BASELINE, Backend, Job, Record, Row
 from utils.report import readme, tables, words
 from utils.utils import builds_ahead, in_fresh_process, read_dict, run_main, write_json
@@ -112,7 +112,7 @@ def next_round(job: Job) -> int:
 def room_for(device: str) -> int:
     """How many processes may be alive together: two at least, a backend and the baseline beside it."""
     if device == "cuda":
-        free_mb = gpu.describe().get("gpu_memory_mb") or 0
+        free_mb = environment.describe().get("gpu_memory_mb") or 0
     else:
         free_mb = psutil.virtual_memory().available / 2**20
     return max(2, int(free_mb / 1024 // MEMORY_EACH_GB[device]))

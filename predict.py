@@ -79,7 +79,7 @@ def measured_here(results: Path, device: str, image_size: int):
     if not (results / "benchmark_results.csv").is_file():
         return None
     rows, environments = tables.read_table(results)
-    here = environment()
+    here = environment(device)
     same = []
     for sweep, facts in environments.items():
         if all(facts.get(name) == here[name] for name in ("gpu", "cpu", "packages")):

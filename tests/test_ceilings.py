@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import model
+from utils import environment
 from utils.measure import gpu, roofline
 
 
@@ -138,7 +139,7 @@ def test_the_ceilings_of_this_cpu_are_of_its_order():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_nothing_is_read_and_nothing_is_zero():
-    assert gpu.describe() == {} and gpu.memory_mb() == (None, None)
+    assert environment.describe() == {} and gpu.memory_mb() == (None, None)
 
 
 class Device:
@@ -154,7 +155,7 @@ class Device:
 @pytest.fixture
 def device(monkeypatch):
     shared = Device()
-    monkeypatch.setattr(gpu, "_read", shared.read)
+    monkeypatch.setattr(gpu, "read_driver", shared.read)
     monkeypatch.setattr(gpu, "_own", {"risen": 0, "began": None})
     return shared
 
@@ -182,7 +183,7 @@ def test_a_phase_that_fails_counts_as_well(device):
 def test_the_drivers_own_count_comes_first(device, monkeypatch):
     mine = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=7 * gpu.MB)]
     listed = lambda name, *_: mine if "Processes" in name else device.read(name)  # noqa: E731
-    monkeypatch.setattr(gpu, "_read", listed)
+    monkeypatch.setattr(gpu, "read_driver", listed)
     with gpu.own_phase():
         device.used += 300
     assert gpu.memory_mb() == (7, "process")

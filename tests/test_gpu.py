@@ -15,6 +15,7 @@ from conftest import ROOT
 
 import benchmark
 import model
+from utils import environment
 from utils.measure import gpu, records, roofline, timing
 from utils.serve import dali
 
@@ -130,7 +131,7 @@ def test_busy_time_lies_within_the_time_of_a_call(call):
 
 
 def test_measured_ceilings_stay_under_the_theoretical_peaks():
-    found, known = roofline.measure("cuda"), gpu.describe()
+    found, known = roofline.measure("cuda"), environment.describe()
     for precision, tflops in found["tflops"].items():
         peak = roofline.peak_tflops(known, precision)
         assert peak is None or 0.2 * peak < tflops < 1.05 * peak
@@ -144,7 +145,7 @@ def test_the_jpeg_engine_decodes_most_of_every_batch(project):
     with contextlib.closing(dali.Dali(224, 256, "cuda")) as decoder:
         busy, start = [], time.perf_counter()
         for _ in decoder.batches(itertools.cycle(jpegs)):
-            busy.append(pynvml.nvmlDeviceGetJpgUtilization(gpu._handle())[0])
+            busy.append(pynvml.nvmlDeviceGetJpgUtilization(environment.gpu_handle())[0])
             if time.perf_counter() - start > 3:
                 break
     assert max(busy) > 20  # % of its time; 3 where it gets no more than 7 files of a batch

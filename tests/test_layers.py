@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [  # from the lowest; files in one layer do not import each other
-    ["utils.measure.gpu", "utils.measure.timing", "utils.measure.roofline", "utils.measure.schema"],
-    ["utils.utils", "utils.sample_images", "utils.environment"],
+    ["utils.environment", "utils.measure.timing", "utils.measure.roofline", "utils.measure.schema"],
+    ["utils.utils", "utils.sample_images", "utils.measure.gpu"],
     ["utils.images", "utils.devices", "utils.report.training_log", "utils.serve.labels"],
     ["model", "datasets"],
     ["utils.measure.accuracy", "utils.serve.pipeline"],

@@ -216,7 +216,7 @@ def test_tensorrts_version_is_found_under_each_name_of_its_distribution(monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     reason = trt.why_unavailable(["tensorrt"], "cuda")
     assert reason.startswith("tensorrt 11.1.0.106 is installed but does not load: OSError: libcuda.so.1")
-    assert environment.environment()["packages"][distribution.replace("_", "-")] == "11.1.0.106"
+    assert environment.environment("cuda")["packages"][distribution.replace("_", "-")] == "11.1.0.106"
 
 
 @pytest.mark.parametrize("make", tensorrt_inference.BACKENDS.values(), ids=tensorrt_inference.BACKENDS)

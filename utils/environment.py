@@ -1,31 +1,127 @@
-"""What a figure depends on besides the code: machine, driver, packages, commit and command."""
+"""The machine as measured: device, driver, packages, threads and what limits them, commit and command."""
 
+import contextlib
+import ctypes
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-from utils.measure import gpu
-
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # so that the driver's GPU 0 is CUDA's
+MB = 2**20
 PACKAGES = ["torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime"]
-PACKAGES += ["torch-tensorrt", "tensorrt", "tensorrt-cu13", "tensorrt-cu12"]
+PACKAGES += ["torch-tensorrt", "tensorrt", "tensorrt-cu13", "tensorrt-cu12", "openvino"]
 PACKAGES += ["pandas", "pillow", "nvidia-ml-py"]
 MADE = [":(top,exclude)results", ":(top,exclude)README.md"]  # by runs: with it the tree is still clean
+# Variables that change threads, arithmetic, kernels or allocators, unless they only name a file or a log.
+DECIDING = re.compile(
+    r"(OMP|GOMP|KMP|MKL|OPENBLAS|VECLIB|BLIS|DNNL|ONEDNN|ATEN|CUBLAS|CUDNN|TORCHINDUCTOR|TORCHDYNAMO|TORCH_CUDNN"
+    r"|TORCH_COMPILE|TORCH_CUDA|PYTORCH|TRITON|ORT|OPENVINO|OV|TRT|MALLOC)_.+"
+    r"|NVIDIA_TF32_OVERRIDE|CUDA_LAUNCH_BLOCKING|CUDA_DEVICE_MAX_CONNECTIONS|CUDA_MODULE_LOADING"
+    r"|CUDA_FORCE_PTX_JIT|CUDA_MPS_ACTIVE_THREAD_PERCENTAGE|PYTORCH_ALLOC_CONF|LD_PRELOAD"
+)
+IDLE = re.compile(r"CACHE|LOG|VERBOSE|DEBUG|DISPLAY|_DIR|_PATH|_HOME|TELEMETRY|PYTORCH_VERSION|BUILD")
 
 
 def package_version(name: str) -> str | None:
+    """Its version, or None; torch's with its build, as torch.__version__ has it: 2.14.1+cpu, 2.14.1+cu130.
+
+    Nothing is imported: torch alone would take seconds.
+    """
     try:
-        return importlib.metadata.version(name)
+        package = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+    if name == "torch":
+        with contextlib.suppress(OSError):
+            source = Path(package.locate_file("torch/version.py")).read_text(encoding="utf-8")
+            if found := re.search(r"__version__ = ['\"]([^'\"]+)", source):
+                return found[1]
+    return package.version
+
+
+def torch_is_at_least(major: int, minor: int) -> bool:
+    """Whether the installed PyTorch is of this version or a later one."""
+    installed = (package_version("torch") or "0.0").split(".")[:2]
+    return tuple(map(int, installed)) >= (major, minor)
+
+
+# ---- the processor
 
 
 def cores() -> int:
     """The processor's cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def affinity() -> str | None:
+    """Which cores those are, as "0-3,8"; None where the system doesn't tell (it does on Linux)."""
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return re.search(r"Cpus_allowed_list:\s*(\S+)", status)[1]
+    return None
+
+
+def control_groups(controller: str = "cpu", root: Path = Path("/")) -> list[Path]:
+    """The folders of this process's Linux control groups (v2, or v1's for `controller`) and their parents.
+
+    `root` is where proc/ and sys/ lie.  A container may see its own group as the top one: that is tried too.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    folders = []
+    for line in lines:
+        _, names, path = line.split(":", 2)
+        if names and controller not in names.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / (names and controller)
+        group = top / path.strip("/")
+        folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(top)]
+        if not names and (root / "sys/fs/cgroup/unified").is_dir():  # v2 beside v1 has its own place
+            folders.append(root / "sys/fs/cgroup/unified" / path.strip("/"))
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """The cores' time that a limit (docker --cpus) leaves this process; None without a limit."""
+    quotas = []
+    for folder in control_groups("cpu", root):
+        with contextlib.suppress(OSError, ValueError):
+            if (folder / "cpu.max").is_file():
+                quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+            else:
+                quota = (folder / "cpu.cfs_quota_us").read_text(encoding="utf-8")
+                period = (folder / "cpu.cfs_period_us").read_text(encoding="utf-8")
+            if quota.strip() not in ("max", "-1"):
+                quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def throttled_s(root: Path = Path("/")) -> float | None:
+    """Seconds that the limit has held this process's group back so far, or None where nothing is told."""
+    seconds = []
+    for folder in control_groups("cpu", root):
+        with contextlib.suppress(OSError, ValueError):
+            lines = (folder / "cpu.stat").read_text(encoding="utf-8").splitlines()
+            told = dict(line.split() for line in lines)
+            if "throttled_usec" in told:
+                seconds.append(int(told["throttled_usec"]) / 1e6)
+            elif "throttled_time" in told:
+                seconds.append(int(told["throttled_time"]) / 1e9)
+    return max(seconds, default=None)
+
+
+def deciding_variables() -> dict[str, str]:
+    """The environment variables that change how fast, or to what last digit, the same code computes."""
+    names = (name for name in os.environ if DECIDING.fullmatch(name) and not IDLE.search(name))
+    return {name: os.environ[name] for name in sorted(names)}
 
 
 def today() -> str:
@@ -44,23 +140,6 @@ def keep_to_share(index: int, of: int) -> None:
         together = [cpu for first in range(half) for cpu in cpus[first::half]]
         share = together[len(cpus) * index // of : len(cpus) * (index + 1) // of]
         os.sched_setaffinity(0, share or cpus)
-
-
-def environment() -> dict:
-    """What a figure depends on besides the code: machine, driver, packages; its commit and command."""
-    return {
-        "gpu": None,
-        **gpu.describe(),
-        "cpu": cpu_name(),
-        "cores": cores(),
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := package_version(name))},
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "clean": _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *MADE) == "",
-        "date": today(),
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
 
 
 def cpu_name() -> str:
@@ -90,3 +169,99 @@ def _said_by(*command: str) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+# ---- the GPU, by NVIDIA's driver (NVML)
+
+
+@functools.cache
+def nvml():
+    """pynvml, initialised, or None where there is no NVIDIA driver."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # not installed, no driver, no permission: all mean that nothing can be read
+        return None
+    return pynvml
+
+
+@functools.cache
+def gpu_handle():
+    """The GPU that CUDA calls device 0 when CUDA_DEVICE_ORDER is PCI_BUS_ID, or None."""
+    pynvml = nvml()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if pynvml is None or visible in ("", "-1"):
+        return None
+    with contextlib.suppress(pynvml.NVMLError, ValueError):  # ValueError: no number
+        if visible.startswith(("GPU-", "MIG-")):
+            return pynvml.nvmlDeviceGetHandleByUUID(visible)
+        return pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+    return None
+
+
+def read_driver(name: str, *arguments):
+    """One NVML reading of the GPU, or None where the driver doesn't give it."""
+    pynvml, handle = nvml(), gpu_handle()
+    if handle is None:
+        return None
+    try:
+        return getattr(pynvml, name)(handle, *arguments)
+    except (pynvml.NVMLError, AttributeError):
+        return None
+
+
+def _attribute(number: int) -> int | None:
+    """A fact about CUDA's device 0 by its CUdevice_attribute in cuda.h, or None; makes no CUDA context."""
+    with contextlib.suppress(OSError):
+        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        device, value = ctypes.c_int(), ctypes.c_int()
+        failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0)
+        if not failed and not cuda.cuDeviceGetAttribute(ctypes.byref(value), number, device):
+            return value.value
+    return None
+
+
+def describe() -> dict:
+    """Name, driver, memory, power limit, compute capability, SMs and boost clock; {} without one."""
+    name = read_driver("nvmlDeviceGetName")
+    if name is None:
+        return {}
+    driver = nvml().nvmlSystemGetDriverVersion()  # str or, from older bindings, bytes
+    power, memory = read_driver("nvmlDeviceGetPowerManagementLimit"), read_driver("nvmlDeviceGetMemoryInfo")
+    clock_khz, sm_count, major, minor = (_attribute(number) for number in (13, 16, 75, 76))
+    return {
+        "gpu": name if isinstance(name, str) else name.decode(),
+        "driver": driver if isinstance(driver, str) else driver.decode(),
+        "gpu_memory_mb": memory and round(memory.total / MB),
+        "power_limit_w": power and power / 1000,
+        "compute_capability": major and [major, minor],
+        "sm_count": sm_count,
+        "boost_clock_mhz": clock_khz and clock_khz / 1000,
+    }
+
+
+# ---- all of it
+
+
+def environment(device: str) -> dict:
+    """What a figure made on `device` ("cuda" or "cpu") depends on besides the code; its commit and command.
+
+    On "cpu" no GPU is named, since none had a part in it.
+    """
+    return {
+        "gpu": None,
+        **(describe() if device == "cuda" else {}),
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "affinity": affinity(),
+        "cpu_quota": cpu_quota(),
+        "variables": deciding_variables(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := package_version(name))},
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "clean": _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *MADE) == "",
+        "date": today(),
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }

@@ -4,18 +4,16 @@ Every reading that the driver does not give is None, never 0.  It is asked betwe
 """
 
 import contextlib
-import ctypes
 import functools
 import os
-import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # so that the driver's GPU 0 is CUDA's
-MB = 2**20
+from utils.environment import MB, read_driver
+
 CALLS = 10  # under the profiler
 POLL_S = 0.05
 READINGS = {
@@ -28,73 +26,6 @@ READINGS = {
 # nvml.h, nvmlClocksEventReasons; idle, application clocks and display settings slow nothing down unasked
 THROTTLE = {4: "power cap", 8: "hardware slowdown", 0x20: "thermal (software)", 0x40: "thermal (hardware)"}
 THROTTLE[0x80] = "power brake"
-
-
-@functools.cache
-def _nvml():
-    """pynvml, initialised, or None where there is no NVIDIA driver."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # not installed, no driver, no permission: all mean that nothing can be read
-        return None
-    return pynvml
-
-
-@functools.cache
-def _handle():
-    """The GPU that CUDA calls device 0 when CUDA_DEVICE_ORDER is PCI_BUS_ID, or None."""
-    nvml = _nvml()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    if nvml is None or visible in ("", "-1"):
-        return None
-    with contextlib.suppress(nvml.NVMLError):
-        if visible.startswith(("GPU-", "MIG-")):
-            return nvml.nvmlDeviceGetHandleByUUID(visible)
-        return nvml.nvmlDeviceGetHandleByIndex(int(visible))
-    return None
-
-
-def _read(name: str, *arguments):
-    """One NVML reading of the GPU, or None where the driver doesn't give it."""
-    nvml, handle = _nvml(), _handle()
-    if handle is None:
-        return None
-    try:
-        return getattr(nvml, name)(handle, *arguments)
-    except (nvml.NVMLError, AttributeError):
-        return None
-
-
-def _attribute(number: int) -> int | None:
-    """A fact about CUDA's device 0 by its CUdevice_attribute in cuda.h, or None; makes no CUDA context."""
-    with contextlib.suppress(OSError):
-        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        device, value = ctypes.c_int(), ctypes.c_int()
-        failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0)
-        if not failed and not cuda.cuDeviceGetAttribute(ctypes.byref(value), number, device):
-            return value.value
-    return None
-
-
-def describe() -> dict:
-    """Name, driver, memory, power limit, compute capability, SMs and boost clock; {} without one."""
-    name = _read("nvmlDeviceGetName")
-    if name is None:
-        return {}
-    driver = _nvml().nvmlSystemGetDriverVersion()  # str or, from older bindings, bytes
-    power, memory = _read("nvmlDeviceGetPowerManagementLimit"), _read("nvmlDeviceGetMemoryInfo")
-    clock_khz, sm_count, major, minor = (_attribute(number) for number in (13, 16, 75, 76))
-    return {
-        "gpu": name if isinstance(name, str) else name.decode(),
-        "driver": driver if isinstance(driver, str) else driver.decode(),
-        "gpu_memory_mb": memory and round(memory.total / MB),
-        "power_limit_w": power and power / 1000,
-        "compute_capability": major and [major, minor],
-        "sm_count": sm_count,
-        "boost_clock_mhz": clock_khz and clock_khz / 1000,
-    }
 
 
 _own = {"risen": 0, "began": None}  # bytes: what finished phases added; the level when this one began
@@ -116,7 +47,7 @@ def own_phase():
 
 def _level() -> int | None:
     """Bytes of GPU memory that everyone uses."""
-    memory = _read("nvmlDeviceGetMemoryInfo")
+    memory = read_driver("nvmlDeviceGetMemoryInfo")
     return memory and memory.used
 
 
@@ -133,7 +64,7 @@ def memory_mb() -> tuple[float | None, str | None]:
     containers): the rise of everyone's memory in this process's own phases, with what programs other than
     the benchmark took or gave back meanwhile.  (None, None): not known.
     """
-    for process in _read("nvmlDeviceGetComputeRunningProcesses") or []:
+    for process in read_driver("nvmlDeviceGetComputeRunningProcesses") or []:
         if process.pid == os.getpid() and process.usedGpuMemory:
             return process.usedGpuMemory / MB, "process"
     risen = _own["risen"] + _rise()
@@ -158,17 +89,17 @@ def watch():
     def poll() -> None:
         while not done.wait(POLL_S):
             for name, asked in READINGS.items():
-                value = _read(*asked)
+                value = read_driver(*asked)
                 if value is not None:
                     seen[name].append(getattr(value, "gpu", value))  # of the rates, that of the GPU
 
-    energy, start = _read("nvmlDeviceGetTotalEnergyConsumption"), time.perf_counter()
+    energy, start = read_driver("nvmlDeviceGetTotalEnergyConsumption"), time.perf_counter()
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
         yield result
     finally:
-        seconds, end = time.perf_counter() - start, _read("nvmlDeviceGetTotalEnergyConsumption")
+        seconds, end = time.perf_counter() - start, read_driver("nvmlDeviceGetTotalEnergyConsumption")
         done.set()
         thread.join()
     throttled = seen.pop("throttled")

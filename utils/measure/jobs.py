@@ -151,7 +151,7 @@ def make_jobs(
     batch_sizes = batch_sizes_of(list(map(str, asked)))
     check_arguments(args, settings, image_sizes, batch_sizes)
     datasets.ensure_data(args.data, args.seed)
-    known = environment_of(args.data)
+    known = environment_of(args.data, device)
     settings_key = staleness_key(settings, device, known)
     results = results_folder(args)
     jobs = []
@@ -186,9 +186,12 @@ def another(job: Job, **changes) -> Job:
     return dataclasses.replace(job, record=job.results / "raw" / job.sweep / name)
 
 
-def environment_of(data: Path) -> dict:
-    """Machine, driver, packages, commit, command and the images' fingerprint."""
-    return {**environment(), "data": datasets.fingerprint(data), "sample_data": datasets.is_sample(data)}
+def environment_of(data: Path, device: str) -> dict:
+    """Machine, driver, packages, threads, commit, command and the images' fingerprint."""
+    import torch
+
+    facts = {"threads": torch.get_num_threads(), "data": datasets.fingerprint(data)}
+    return {**environment(device), **facts, "sample_data": datasets.is_sample(data)}
 
 
 def staleness_key(settings: Settings, device: str, known: dict) -> str:

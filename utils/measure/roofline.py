@@ -35,7 +35,7 @@ SECONDS = 0.25  # of products or copies, at least, for each ceiling
 def peak_tflops(environment: dict, precision: str) -> float | None:
     """The GPU's peak at its boost clock, in 10^12 multiplications and additions a second, or None.
 
-    `environment` holds gpu, compute_capability, sm_count and boost_clock_mhz, as gpu.describe() gives them.
+    `environment` holds gpu, compute_capability, sm_count and boost_clock_mhz: see environment.describe().
     """
     gpu, clock, count = (environment.get(name) for name in ("gpu", "boost_clock_mhz", "sm_count"))
     lanes = LANES.get(tuple(environment.get("compute_capability") or ()))

@@ -234,6 +234,7 @@ def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
 
     import benchmark
     import model
+    from utils.devices import choose_device
     from utils.measure import jobs, worker
     from utils.serve.dali import DECODERS
     from utils.serve.pipeline import Network
@@ -241,7 +242,7 @@ def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
     jobs.check_numbers(args, ["batch_size", "image_size"], least=1)
     if args.backend not in (None, *benchmark.BACKENDS):
         raise UserError(f"--backend {args.backend} is not one of {', '.join(benchmark.BACKENDS)}")
-    device = jobs.pick_device(args.device)
+    device = choose_device(args.device)
     checkpoint = choose_checkpoint(args.weights, args.image_size)
     facts = model.load_facts(checkpoint)
     size, classes = facts["image_size"], facts["classes"]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import datasets
 import model as networks
 from utils import devices
-from utils.devices import rank, say
+from utils.devices import print_rank0, rank
 from utils.report import training_log
 from utils.utils import (
     IMAGE_SIZES,
@@ -33,6 +33,7 @@ from utils.utils import (
     check_folder,
     checkpoint_path,
     file_lock,
+    is_out_of_memory,
     read_json,
     remove_leftovers,
     rename_to_backup,
@@ -148,7 +149,7 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.history, self.best = state["history"], state["best"]
-            say(f"{self.settings['image_size']} px: going on after epoch {len(self.history)}")
+            print_rank0(f"{self.settings['image_size']} px: going on after epoch {len(self.history)}")
 
     def has_diverged(self, loss: float) -> bool:
         return not math.isfinite(loss) or (self.scaler.is_enabled() and self.scaler.get_scale() < 1)
@@ -182,18 +183,18 @@ def train_size(
         with datasets.readable_errors():
             return train_network(settings, data, weights, images, device, precision, workers, batch_size)
     except FloatingPointError:  # some GPUs of the GTX 16 series are known to compute NaN in FP16
-        say(f"{size} px: FP16 gives no finite numbers on this GPU; starting this size again in FP32")
+        print_rank0(f"{size} px: FP16 gives no finite numbers on this GPU; starting this size again in FP32")
         devices.wait_for_all()
         checkpoint_path(weights, size, "last").unlink(missing_ok=True)
         precision = torch.float32
     except (MemoryError, RuntimeError) as error:
-        if not devices.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         smaller = max(batch_size // 2, 2)
         if smaller == batch_size or dist.is_initialized():  # the other processes wait for this one
             mend = f"try --batch-size {smaller}, or smaller --image-sizes"
             raise UserError(f"{size} px, batch size {batch_size}: out of memory; {mend}") from error
-        say(f"{size} px: out of memory at batch size {batch_size}; going on with {smaller}")
+        print_rank0(f"{size} px: out of memory at batch size {batch_size}; going on with {smaller}")
         batch_size = smaller
     return train_size(settings, data, weights, images, device, precision, workers, batch_size)
 
@@ -234,20 +235,20 @@ def train_network(
         state.note(row)
         if rank() == 0:
             state.save(last)
-        say(f"{label}: {described(row)}")  # only once it is saved
+        print_rank0(f"{label}: {described(row)}")  # only once it is saved
     if rank() == 0:
         keep(best_path, images)
         state.save_best(best_path)
         last.unlink(missing_ok=True)
     accuracy = f"test accuracy {state.best['accuracy']:.1%} of {images['test_images']} images"
-    say(f"{size} px: best epoch {state.best['epoch']}, {accuracy} -> {best_path}")
+    print_rank0(f"{size} px: best epoch {state.best['epoch']}, {accuracy} -> {best_path}")
     return state.history
 
 
 def keep(path: Path, images: dict) -> None:
     """Rename what is at `path` if these images can't make it again."""
     if networks.why_to_keep(path, images["fingerprint"]):
-        say(f"what was {path} is kept as {rename_to_backup(path)}")
+        print_rank0(f"what was {path} is kept as {rename_to_backup(path)}")
 
 
 def described(row: dict) -> str:
@@ -323,7 +324,7 @@ def train_all(requests: list[dict], images: dict, args: argparse.Namespace, resu
     precision = devices.choose_precision(device)
     counts = f"{images['train_images']} training and {images['test_images']} test images"
     sample = " (sample data)" if images["sample"] else ""
-    say(f"{devices.hardware(device)}, {devices.named(precision)}, {counts}{sample}")
+    print_rank0(f"{devices.hardware(device)}, {devices.named(precision)}, {counts}{sample}")
     forced_path = args.weights / "forced.json"
     forced = []  # what --force has still to train: it, too, goes on after an interruption
     if args.force:
@@ -336,7 +337,9 @@ def train_all(requests: list[dict], images: dict, args: argparse.Namespace, resu
             done = matching(checkpoint_path(args.weights, size), settings, images)
         devices.wait_for_all()
         if done:
-            say(f"{size} px: already trained, test accuracy {done['accuracy']:.1%} (--force trains again)")
+            print_rank0(
+                f"{size} px: already trained, test accuracy {done['accuracy']:.1%} (--force trains again)"
+            )
             rows = done["history"]
         else:
             rows = train_size(settings, args.data, args.weights, images, device, precision, args.workers)

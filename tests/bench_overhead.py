@@ -22,8 +22,8 @@ import torch
 import model
 from onnx_inference import OnnxRuntime, export
 from pytorch_inference import PyTorch
+from utils.devices import choose_device
 from utils.measure import timing
-from utils.measure.jobs import pick_device
 from utils.utils import add_path_arguments, checkpoint_path, run_main
 
 
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=8, help="per turn")
     add_path_arguments(parser)
     args = parser.parse_args()
-    device = pick_device(args.device)
+    device = choose_device(args.device)
     checkpoint = checkpoint_path(args.weights, args.image_size)
     images = torch.randn(
         args.batch_size, 3, args.image_size, args.image_size, generator=torch.Generator().manual_seed(0)

@@ -227,7 +227,7 @@ def say(text):
     print(text, flush=True)
     if "out of memory" in text:
         resource.setrlimit(resource.RLIMIT_AS, 2 * (resource.RLIM_INFINITY,))
-train.say = say
+train.print_rank0 = say
 train.run_main(train.main)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,96 +1,227 @@
-"""Which device and precision training takes, in one process or in several that torchrun started."""
+"""Which device a script uses, and what training needs to run in one process or in several.
+
+`torch` is imported inside the functions, so that a script's --help need not wait for it.
+"""
 
 import os
+import re
 import signal
+import sys
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
 
 from utils.environment import cpu_name
 from utils.utils import UserError
 
+OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version: docs.nvidia.com/deploy/cuda-compatibility
 
-def start_processes(name: str) -> torch.device:
-    """The device of this process; joins the others where torchrun started it.  Raises UserError."""
+
+def choose_device(wanted: str) -> str:
+    """ "cuda" or "cpu", for "auto", "cuda" or "cpu": the GPU where there is one.
+
+    Never silently the CPU: raises UserError, with the cause and the cure, if "cuda" was asked for, or if the
+    NVIDIA driver knows a GPU that PyTorch can't use.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    on_purpose = "to use the CPU all the same: --device cpu"
+    if wanted not in ("auto", "cuda"):
+        raise UserError(f"--device {wanted} is none of auto, cuda and cpu; {on_purpose}")
+    import torch
+
+    gpu = gpu_of_driver()
+    if torch.cuda.is_available() and not (gpu and lacks_kernels(gpu["capability"])):
+        return "cuda"
+    if gpu:
+        raise UserError(f"PyTorch can't use the {gpu['name']}: {why_not_usable(gpu)}; {on_purpose}")
+    if wanted == "cuda":
+        mend = "install NVIDIA's driver, then: python install.py"
+        raise UserError(f"--device cuda: no NVIDIA driver lists a GPU here; {mend}; {on_purpose}")
+    return "cpu"
+
+
+def gpu_of_driver() -> dict | None:
+    """Name, compute capability and CUDA version of the GPU by NVIDIA's driver, or None where it lists none.
+
+    Of several it is the one that CUDA would use.  What an old driver doesn't tell is None.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+    except Exception:  # no package, no driver, no permission: nobody lists a GPU
+        return None
+    if not count:
+        return None
+
+    def ask(function: str, *arguments):
+        try:
+            return getattr(pynvml, function)(*arguments)
+        except (pynvml.NVMLError, AttributeError):
+            return None
+
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(int(first) if first.isdigit() and int(first) < count else 0)
+    name = pynvml.nvmlDeviceGetName(handle)  # bytes from older bindings
+    capability, cuda = (
+        ask("nvmlDeviceGetCudaComputeCapability", handle),
+        ask("nvmlSystemGetCudaDriverVersion"),
+    )
+    return {
+        "name": name if isinstance(name, str) else name.decode(),
+        "capability": capability and tuple(capability),
+        "cuda": cuda and (cuda // 1000, cuda % 1000 // 10),  # 12020 is 12.2
+    }
+
+
+def lacks_kernels(capability: tuple[int, int] | None) -> bool:
+    """Whether this PyTorch has no code for GPUs of this compute capability; where it is unknown: no.
+
+    Code for sm_75 runs on 7.x from 7.5 on, code for compute_75 on all that is newer.
+    """
+    import torch
+
+    known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list()]
+    if capability is None or not all(known):  # AMD's are called gfx90a
+        return False
+    built = [(found[1], (int(found[2]), int(found[3]))) for found in known]
+    runs = [kind == "compute" or at[0] == capability[0] for kind, at in built if at <= capability]
+    return not any(runs)
+
+
+def why_not_usable(gpu: dict) -> str:
+    """Why PyTorch can't use this GPU, and the command that cures it."""
+    import torch
+
+    version, cuda, capability = torch.__version__, torch.version.cuda, gpu["capability"]
+    old = (gpu["cuda"] or (13, 0)) < (13, 0) or (capability or (7, 5)) < (7, 5)
+    file = "requirements-cuda126.txt" if old else "requirements-cuda130.txt"
+    cure = f"run: python install.py (or, by hand: python -m pip install --force-reinstall -r {file})"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if cuda is None:
+        return f"torch {version} is a build for CPUs only; {cure}"
+    if gpu["cuda"] and gpu["cuda"][0] < (major := int(cuda.split(".")[0])):
+        driver, newer = ".".join(map(str, gpu["cuda"])), OLDEST_DRIVER.get(major, "the newest")
+        return (
+            f"its driver is for CUDA {driver}, torch {version} is for {cuda}; update it to {newer}, or {cure}"
+        )
+    if lacks_kernels(capability):
+        built = " ".join(torch.cuda.get_arch_list())
+        return f"torch {version} is built for {built}, not for compute capability {capability}; {cure}"
+    if hidden is not None:
+        return f"CUDA_VISIBLE_DEVICES={hidden} hides it; unset this variable"
+    try:
+        torch.zeros(1, device="cuda")
+    except (RuntimeError, AssertionError) as error:
+        return f"CUDA does not start ({str(error).splitlines()[0]}); restart this machine, or {cure}"
+    return "CUDA did not start at first; run the same command again"
+
+
+# ---- training, in one process or in several
+
+
+def start_processes(name: str):
+    """The torch.device of this process; joins the others where torchrun started it.  Raises UserError.
+
+    `name` is auto, cpu, cuda, or one GPU of several, cuda:1.
+    """
+    import torch
+    import torch.distributed as dist
+
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several:  # a process that waits for the others inside torch would not hear torchrun's SIGTERM
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        mend = "run on the CPU: python train.py --device cpu"
-        raise UserError(f"--device {name} can't be used here ({reason}); {mend}") from error
+    kind, _, index = name.partition(":")
+    if (index and kind != "cuda") or not (index or "0").isdigit():
+        kind = name
+    device = torch.device(choose_device(kind))
     if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
+        device = torch.device("cuda", int(index or os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            mend = (
+                f"the last one is cuda:{torch.cuda.device_count() - 1}; start fewer processes or name another"
+            )
+            raise UserError(f"--device {device}: there is no such GPU here, {mend}")
+        torch.cuda.set_device(device)
     if several and device.type == "cuda":
-        new = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 3)  # NCCL guesses where it isn't told
-        dist.init_process_group("nccl", **({"device_id": device} if new else {}))
+        known = (
+            {"device_id": device} if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 3) else {}
+        )  # NCCL guesses where it isn't told
+        dist.init_process_group("nccl", **known)
     elif several:
         dist.init_process_group("gloo")
     return device
 
 
+def joined() -> bool:
+    """Whether this process is one of several that train together."""
+    distributed = sys.modules.get("torch.distributed")  # start_processes() imports it
+    return bool(distributed and distributed.is_available() and distributed.is_initialized())
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return sys.modules["torch.distributed"].get_rank() if joined() else 0
 
 
-def say(text: str) -> None:
+def print_rank0(text: str) -> None:
+    """Print from the first process alone."""
     if rank() == 0:
         print(text, flush=True)
 
 
 def wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    if joined():
+        sys.modules["torch.distributed"].barrier()
 
 
-def sum_over_ranks(*values: torch.Tensor | int, device: torch.device) -> list[float]:
+def sum_over_ranks(*values, device) -> list[float]:
+    """The sums of numbers or scalar tensors over all processes."""
+    import torch
+
     total = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
-    if dist.is_initialized():
-        dist.all_reduce(total)
+    if joined():
+        torch.distributed.all_reduce(total)
     return total.tolist()
 
 
-def average_statistics(network: torch.nn.Module) -> None:
+def average_statistics(network) -> None:
     """Each process saw other images: give all the mean of their statistics, or each tests another network."""
-    if dist.is_initialized():
+    if joined():
+        distributed = sys.modules["torch.distributed"]
         for buffer in network.buffers():
             if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= dist.get_world_size()
+                distributed.all_reduce(buffer)
+                buffer /= distributed.get_world_size()
 
 
-def choose_precision(device: torch.device) -> torch.dtype:
+def choose_precision(device):
     """bfloat16 where the hardware has it, since emulated it is slow; float16 on older GPUs, else float32."""
+    import torch
+
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu" and has_native_bfloat16():
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if has_native_bfloat16() else torch.float32
 
 
 def has_native_bfloat16() -> bool:
+    """Whether this CPU calculates in bfloat16 itself (AVX512_BF16)."""
+    import torch
+
     if hasattr(torch.cpu, "_is_avx512_bf16_supported"):  # not in torch 2.2
         return torch.cpu._is_avx512_bf16_supported()
     flags = Path("/proc/cpuinfo")
     return flags.exists() and "avx512_bf16" in flags.read_text(encoding="utf-8")
 
 
-def hardware(device: torch.device) -> str:
+def hardware(device) -> str:
+    """The GPU's name, or the CPU's with the number of threads."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def named(precision: torch.dtype) -> str:
+def named(precision) -> str:
+    """ "float16" for torch.float16."""
     return str(precision).removeprefix("torch.")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    said = "out of memory", "can't allocate memory", "not enough memory"  # on a GPU, on a CPU, on Windows
-    return isinstance(error, MemoryError) or any(text in str(error) for text in said)

@@ -246,6 +246,39 @@ def checkpoint_path(weights: Path, image_size: int, which: str = "best") -> Path
     return weights / f"{which}_resnet18_{image_size}.pth"
 
 
+def number(kind: type, least: float, most: float) -> Callable[[str], int | float]:
+    """For argparse's `type=`: an int or float from `least` to `most`, else one sentence and exit code 2."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:  # this refuses NaN, too
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{what} from {least} to {most} is needed, not {text!r}")
+        return value
+
+    return parse
+
+
+# ---- want of memory, in every runtime's words
+
+OUT_OF_MEMORY = re.compile(
+    "out ?of ?memory"  # PyTorch, CUDA; "OutOfMemory": TensorRT
+    "|can't allocate memory|not enough memory|bad.?alloc"  # a CPU's: PyTorch on Linux and on Windows, C++
+    "|alloc(ation)?_failed"  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_..._ALLOCATION_FAILED
+    "|failed to allocate memory|bfcarena|cudaerrormemoryallocation|cuda (error|failure) 2:"  # ONNX Runtime
+    "|could not be allocated|insufficient memory",  # TensorRT, OpenVINO
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException | str) -> bool:
+    """Whether an error, or the whole message of one, says that a GPU or this machine ran out of memory."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
 # ---- files
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import model
+from utils.devices import choose_device
 from utils.environment import environment
 from utils.measure import accuracy, interleave, records, worker
 from utils.measure.schema import BASELINE, Job, Settings
@@ -56,15 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser, backends: list[str]) -> None:
     quick = "64 px, batches 1 and 4, 20 runs, into results/quick"
     parser.add_argument("--quick", action="store_true", help=quick)
     add_path_arguments(parser)
-
-
-def pick_device(wanted: str) -> str:
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        mend = "check that nvidia-smi lists one, or use --device cpu"
-        raise UserError(f"--device cuda: PyTorch finds no CUDA GPU; {mend}")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def usual(value, default, quick, is_quick: bool):
@@ -142,7 +134,7 @@ def make_jobs(
     `scripts` maps every backend to the module that makes it, `default` devices to the usual ones.  Draws the
     sample where there are no images.  Raises UserError for impossible settings and missing checkpoints.
     """
-    device = pick_device(args.device)
+    device = choose_device(args.device)
     wanted = args.backends or default[device]
     names = list(scripts) if "all" in wanted else list(dict.fromkeys(wanted))
     settings = settings_of(args, device, rounds)

@@ -17,7 +17,7 @@ import psutil
 from utils.measure import accuracy, gpu, timing
 from utils.measure.records import kept_batches, note_failure, read_record, start, write_record
 from utils.measure.schema import Backend, Job, Settings
-from utils.utils import UserError
+from utils.utils import UserError, is_out_of_memory
 
 WARM_UP_SECONDS = 0.3  # at least, besides the calls asked for
 # Of a turn at least: below, what the others left in the caches shows.  A core that shares its hardware with
@@ -26,8 +26,6 @@ TURN_MS = {"cpu": 30.0, "cuda": 15.0}
 MOST_TURNS = 48  # of a round, at each batch size: further rounds tell more than further turns
 WAKE_MS, SLOW_MS = 10.0, 200.0  # untimed calls at the start of a turn: a run of 200 ms needs none
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-SHORT_OF_MEMORY = ["out of memory", "outofmemory", "failed to allocate memory", "not enough memory"]
-SHORT_OF_MEMORY += ["can't allocate memory"]  # runtimes say it each in their own words
 
 
 class Problem(Exception):  # noqa: N818 (it is a finding, handed on like one)
@@ -221,10 +219,8 @@ def problem_of(error: Exception) -> Problem:
     """What an exception stands for."""
     if isinstance(error, Problem):
         return error
-    words = str(error).lower()
-    short = any(text in words for text in SHORT_OF_MEMORY) or isinstance(error, MemoryError)
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
-    return Problem("out_of_memory" if short else "failed", reason)
+    return Problem("out_of_memory" if is_out_of_memory(error) else "failed", reason)
 
 
 def trace(job: Job, backend: Backend) -> None:

@@ -1,0 +1,130 @@
+"""The device every script takes: never silently the CPU where NVIDIA's driver knows a GPU; want of memory."""
+
+import argparse
+import sys
+import types
+
+import pytest
+import torch
+
+from utils import devices
+from utils.utils import UserError, is_out_of_memory, number
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """Have the driver list a GTX 1650 that PyTorch's CUDA can't start; returns a function that changes it."""
+    nvml = types.ModuleType("pynvml")
+    nvml.NVMLError = type("NVMLError", (Exception,), {})
+    nvml.nvmlInit = lambda: None
+    nvml.nvmlDeviceGetHandleByIndex = lambda index: index
+    nvml.nvmlDeviceGetName = lambda handle: b"NVIDIA GeForce GTX 1650"
+
+    def listing(
+        count=1, cuda=13000, capability=(7, 5), build="13.0", available=False, built=("sm_75", "sm_90")
+    ):
+        nvml.nvmlDeviceGetCount = lambda: count
+        nvml.nvmlSystemGetCudaDriverVersion = lambda: cuda
+        nvml.nvmlDeviceGetCudaComputeCapability = lambda handle: capability
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        monkeypatch.setattr(torch.version, "cuda", build)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built))
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return listing
+
+
+@pytest.mark.parametrize(
+    "facts, cause",
+    [
+        ({"build": None}, "build for CPUs only.*requirements-cuda130.txt"),
+        ({"build": None, "cuda": 12020}, "build for CPUs only.*requirements-cuda126.txt"),
+        ({"cuda": 12020}, "its driver is for CUDA 12.2, torch .* is for 13.0; update it to 580.*cuda126.txt"),
+        ({"capability": (6, 1)}, r"built for sm_75 sm_90, not for compute capability \(6, 1\).*cuda126.txt"),
+        ({"capability": (6, 1), "available": True}, "not for compute capability"),
+        ({}, "CUDA does not start"),
+    ],
+)
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_a_gpu_that_pytorch_cannot_use_is_an_error_with_its_cause_and_cure(driver, facts, cause, wanted):
+    driver(**facts)
+    with pytest.raises(UserError, match=f"GeForce GTX 1650.*{cause}.*--device cpu") as raised:
+        devices.choose_device(wanted)
+    assert "python install.py" in str(raised.value)
+    assert devices.choose_device("cpu") == "cpu"
+
+
+def test_a_hidden_gpu_says_what_hides_it(driver, monkeypatch):
+    driver()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES= hides it; unset"):
+        devices.choose_device("auto")
+
+
+def test_the_gpu_is_taken_where_it_can_be_and_the_cpu_where_there_is_none(driver):
+    driver(available=True)
+    assert devices.choose_device("auto") == devices.choose_device("cuda") == "cuda"
+    driver(count=0)
+    assert devices.choose_device("auto") == "cpu"
+    with pytest.raises(UserError, match="no NVIDIA driver lists a GPU.*--device cpu"):
+        devices.choose_device("cuda")
+    with pytest.raises(UserError, match="--device tpu is none of"):
+        devices.choose_device("tpu")
+
+
+@pytest.mark.parametrize(
+    "built, capability, lacks",
+    [
+        (["sm_75", "sm_80"], (8, 9), False),  # 8.x from 8.0 on
+        (["sm_86"], (8, 0), True),
+        (["sm_90"], (10, 0), True),
+        (["sm_90", "compute_90"], (12, 0), False),  # compiled by the driver at first use
+        (["sm_90a"], (9, 0), False),
+        (["gfx90a"], (9, 0), False),
+        (["sm_75"], None, False),
+    ],
+)
+def test_kernels_run_from_their_own_minor_version_on(monkeypatch, built, capability, lacks):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    assert devices.lacks_kernels(capability) == lacks
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[ONNXRuntimeError] : 1 : FAIL : " + "x" * 2000 + " CUDNN_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "CUDA failure 2: out of memory ; GPU=0",
+        "bfc_arena.cc:376 onnxruntime::BFCArena::AllocateRawInternal Failed to allocate memory for 33554432",
+        "cudaErrorMemoryAllocation",
+        "std::bad_alloc",
+        "bad allocation",
+        "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)",
+        "Error Code 2: OutOfMemory (Requested size was 8 bytes.)",
+        "Requested amount of GPU memory (1024 bytes) could not be allocated.",
+    ],
+)
+def test_want_of_memory_is_recognised_in_every_runtimes_words(words):
+    assert is_out_of_memory(RuntimeError(words)) and is_out_of_memory(words)
+
+
+def test_other_errors_are_not_want_of_memory():
+    assert is_out_of_memory(MemoryError())
+    for words in (
+        "CUDA error 200: invalid image",
+        "an illegal memory access was encountered",
+        "no such file",
+    ):
+        assert not is_out_of_memory(RuntimeError(words))
+
+
+@pytest.mark.parametrize("kind, text", [(int, "0"), (int, "1.5"), (int, "x"), (float, "nan"), (float, "inf")])
+def test_a_number_out_of_range_is_one_sentence(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="number from 1 to 9 is needed, not"):
+        number(kind, 1, 9)(text)
+    assert number(int, 1, 9)("9") == 9 and number(float, 1, 9)("1.5") == 1.5

@@ -29,8 +29,9 @@ import pytorch_inference
 import tensorrt_inference
 from utils import environment, plot_utils
 from utils.measure import interleave, jobs, records, roofline, timing
-from utils.measure.schema import BASELINE, Backend, Job, Record, Row
+from utils.measure.schema import BASELINE, Backend, Job, Record
 from utils.report import readme, tables, words
+from utils.report.rows import Row, rows_of, width_pct
 from utils.utils import builds_ahead, in_fresh_process, read_dict, run_main, write_json
 
 SCRIPTS = [pytorch_inference, onnx_inference, tensorrt_inference]
@@ -76,14 +77,14 @@ def measured_rows(asked: list[Job]) -> list[Row]:
     """The rows of the sweep that are asked for and have figures."""
     wanted = {(job.backend, job.image_size): job.batch_sizes for job in asked}
     found, note, _ = records.read_sweep(asked[0].record.parent)
-    rows = [row for row in records.rows_of(found, note) if row.status == "ok"]
+    rows = [row for row in rows_of(found, note) if row.status == "ok"]
     return [row for row in rows if row.batch_size in wanted.get((row.backend, row.image_size), ())]
 
 
 def too_wide(rows: list[Row], precision: float) -> list[Row]:
     """The rows whose interval is wider than `precision` percent, the widest first."""
-    wide = [row for row in rows if records.width_pct(row) > precision]
-    return sorted(wide, key=records.width_pct, reverse=True)
+    wide = [row for row in rows if width_pct(row) > precision]
+    return sorted(wide, key=width_pct, reverse=True)
 
 
 def further_jobs(asked: list[Job], rows: list[Row], wide: list[Row], round_: int) -> list[list[Job]]:
@@ -245,7 +246,7 @@ def sweep(asked: list[Job], timeout: float, precision: float, budget_minutes: fl
             spent = records.note_sweep(asked[0]).get("spent_s", 0.0)
             if not groups or spent >= limit_s:
                 break
-            widest = records.width_pct(wide[0])
+            widest = width_pct(wide[0])
             progress.set_postfix_str(f"{len(wide)} rows still too wide, the widest ±{widest:.1f} %")
             progress.total += sum(map(len, groups))
             measuring.measure_round(groups, progress, limit_s)

@@ -22,9 +22,10 @@ import compare
 import model
 import onnx_inference
 import pytorch_inference
-from utils.measure import jobs, records
+from utils.measure import jobs
 from utils.measure.timing import trimmed_mean
 from utils.report import tables
+from utils.report.rows import read_rows
 from utils.utils import run_main
 
 SMALL = ["--device", "cpu", "--backends", "pytorch", "onnx", "--image-sizes", "64", "--runs", "6", "--quick"]
@@ -208,7 +209,7 @@ def test_automatic_batch_sizes_double_until_they_saturate(project, tmp_path, cal
         "1",
     ]
     call(onnx_inference, *arguments, "--device", "cpu", "--results", tmp_path)
-    rows = records.read_rows(tmp_path).sort_values("batch_size")
+    rows = read_rows(tmp_path).sort_values("batch_size")
     batches = rows.batch_size.tolist()
     assert batches == [2**k for k in range(len(batches))] and len(batches) >= 2
     assert set(rows.status) == {"ok"}

@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, run_script
 
 import compare
-from utils.measure.schema import COLUMNS
 from utils.report import analysis, readme, tables, words
+from utils.report.rows import COLUMNS
 from utils.utils import UserError, run_main
 
 

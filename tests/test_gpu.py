@@ -16,7 +16,8 @@ from conftest import ROOT
 import benchmark
 import model
 from utils import environment
-from utils.measure import gpu, records, roofline, timing
+from utils.measure import gpu, roofline, timing
+from utils.report.rows import read_rows
 from utils.serve import dali
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -82,7 +83,7 @@ def test_a_rows_memory_is_what_nvidia_smi_saw_of_its_process(project, tmp_path, 
             time.sleep(0.1)
         said = process.stdout.read().decode("utf-8", errors="replace")
     assert process.returncode == 0, said
-    (row,) = records.read_rows(tmp_path).itertuples()
+    (row,) = read_rows(tmp_path).itertuples()
     assert row.status == "ok", row.reason
     if not any(seen):
         pytest.skip("nvidia-smi does not list a process's memory here")

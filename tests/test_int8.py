@@ -18,7 +18,8 @@ import onnx_inference
 import quantize
 import trt
 from utils import images
-from utils.measure import accuracy, records
+from utils.measure import accuracy
+from utils.report.rows import read_rows
 from utils.utils import UserError, sha256
 
 
@@ -147,7 +148,7 @@ def test_int8_calibrated_on_constant_images_or_noise_is_a_mismatch(project, tmp_
     paths = ["--data", folders["data"], "--weights", folders["weights"], "--results", tmp_path / "results"]
     what = ["--backends", "onnx-int8", "--image-sizes", 64, "--batch-sizes", 1, 4, "--device", "cpu"]
     run_script("onnx_inference.py", *what, "--runs", 4, "--min-seconds", 0, *paths)
-    rows = records.read_rows(tmp_path / "results")
+    rows = read_rows(tmp_path / "results")
     assert set(rows.precision) == {"INT8"}
     if kind == "real":
         assert set(rows.status) == {"ok"} and rows.agreement.min() >= accuracy.MIN_AGREEMENT

@@ -15,7 +15,8 @@ LAYERS = [  # from the lowest; files in one layer do not import each other
     ["utils.measure.accuracy", "utils.serve.pipeline"],
     ["utils.serve.dali", "utils.serve.load"],
     ["utils.measure.records"],
-    ["utils.report.analysis", "utils.report.tables"],
+    ["utils.report.rows", "utils.report.analysis"],
+    ["utils.report.tables"],
     ["utils.report.words", "utils.measure.worker"],
     [
         "utils.report.readme",

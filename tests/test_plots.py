@@ -10,9 +10,9 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from utils import plot_utils
-from utils.measure.schema import COLUMNS
 from utils.plot_utils import CHARTS, draw, draw_all
 from utils.report import analysis, chart_style, readme, serving_plots, tables
+from utils.report.rows import COLUMNS
 from utils.report.words import figure, label
 from utils.utils import UserError
 

@@ -9,8 +9,9 @@ import pytest
 from conftest import ROOT
 
 from utils.measure import jobs, records
-from utils.measure.schema import COLUMNS, Record, Row, Settings
-from utils.report import tables
+from utils.measure.schema import Record, Settings
+from utils.report import rows, tables
+from utils.report.rows import COLUMNS, Row
 from utils.utils import write_json
 
 WORK = {"flops": 10**9, "activations": 2 * 10**6, "weights": 8 * 10**6}
@@ -40,7 +41,7 @@ def passed(**changes) -> dict:
 
 
 def rows_of(found: list[Record], limits=None, **environment) -> list[Row]:
-    return records.rows_of(found, {"environment": ENVIRONMENT | environment}, limits)
+    return rows.rows_of(found, {"environment": ENVIRONMENT | environment}, limits)
 
 
 def keep(folder, *found: Record, commands=("python benchmark.py",)) -> None:
@@ -102,20 +103,20 @@ def test_a_single_round_has_no_interval_and_what_missed_its_target_says_by_how_m
     assert one.fps_low is None and one.speedup_low is None and one.notes.startswith("one round: ")
     own = [record("onnx", k, batch={"beside_ms": [10.0 + k], "turns": [10]}) for k in range(3)]
     note = {"environment": ENVIRONMENT, "precision_pct": 5.0}
-    (row,) = records.rows_of(own, note)
-    width = records.width_pct(row)
+    (row,) = rows.rows_of(own, note)
+    width = rows.width_pct(row)
     assert 20 < width < 30 and row.notes.startswith(f"noisy: speedup ±{width:.2g} %, target 5 %, ")
-    assert "noisy" not in records.rows_of(own, note | {"precision_pct": 30})[0].notes
+    assert "noisy" not in rows.rows_of(own, note | {"precision_pct": 30})[0].notes
     assert "shared core" not in row.notes
     wild = [record("onnx", k, batch={"beside_ms": [10.0 * 2**k], "turns": [10]}) for k in range(3)]
-    assert records.rows_of(wild, note)[0].notes.startswith("noisy: speedup ±459 %, ")  # exp(4.303 ln 2 / √3)
+    assert rows.rows_of(wild, note)[0].notes.startswith("noisy: speedup ±459 %, ")  # exp(4.303 ln 2 / √3)
     for one in own:
         one.batches[0]["core_ms"] = [0.01] * 5 + [0.02] * 5
-    assert "; shared core: a core was 2 times as slow at times, " in records.rows_of(own, note)[0].notes
-    assert "shared core" not in records.rows_of(own, note | {"precision_pct": 30})[0].notes
+    assert "; shared core: a core was 2 times as slow at times, " in rows.rows_of(own, note)[0].notes
+    assert "shared core" not in rows.rows_of(own, note | {"precision_pct": 30})[0].notes
     for one in own:
         one.runs = 100
-    assert records.rows_of(own, note)[0].notes.startswith("too short: ")
+    assert rows.rows_of(own, note)[0].notes.startswith("too short: ")
 
 
 def test_a_further_round_adds_to_a_row_and_takes_nothing_away():
@@ -155,8 +156,8 @@ def test_records_of_other_settings_or_another_checkpoint_are_not_mixed_in(tmp_pa
     other_checkpoint = record("pytorch", 1, key="older", time="2025")
     keep(folder, other_settings, other_checkpoint, record(time="2026"))
     (folder / "d_64_round2.json").write_text('{"cut', encoding="utf-8")
-    rows = records.read_rows(tmp_path)
-    assert rows.backend.tolist() == ["pytorch"] and rows.rounds.tolist() == [1]
+    table = rows.read_rows(tmp_path)
+    assert table.backend.tolist() == ["pytorch"] and table.rounds.tolist() == [1]
 
 
 def test_a_record_comes_back_as_it_was_written_its_samples_on_one_line(tmp_path):
@@ -195,7 +196,7 @@ def test_damaged_notes_of_a_sweep_are_as_good_as_none(tmp_path, content):
         write_json(tmp_path / name, content)
     write_json(tmp_path / "ceilings.json", {"settings_key": "s", "tflopt": {}})
     found, note, limits = records.read_sweep(tmp_path)
-    assert len(records.rows_of(found, note, limits)) == 1 and limits is None
+    assert len(rows.rows_of(found, note, limits)) == 1 and limits is None
 
 
 def test_the_csv_is_a_pure_function_of_the_raw_records(tmp_path):

@@ -15,6 +15,7 @@ from utils.environment import environment
 from utils.measure import accuracy, interleave, records, worker
 from utils.measure.schema import BASELINE, Job, Settings
 from utils.report import words
+from utils.report.rows import read_rows
 from utils.utils import (
     BATCH_SIZES,
     IMAGE_SIZES,
@@ -241,7 +242,7 @@ def main(description: str, script: str, backends: dict) -> None:
             record = records.read_record(job.record)
             line = f"{job.backend}, {job.image_size} px: {record.status} {record.reason}"
             print(line.rstrip(), file=sys.stderr)
-    rows = records.read_rows(jobs[0].results)
+    rows = read_rows(jobs[0].results)
     rows = rows[rows.sweep == args.sweep]
     wanted = {(job.backend, job.image_size) for job in jobs}
     shown = [pair in wanted for pair in zip(rows.backend, rows.image_size, strict=True)]

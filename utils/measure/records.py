@@ -1,4 +1,4 @@
-"""Raw records -> rows: the CSV is a pure function of results/raw/.
+"""The files of results/raw/: a record for each process that measured, and what belongs to a whole sweep.
 
 Beside a sweep's records lie sweep.json (settings and environment, once for each key that says when records
 are stale, and every command) and ceilings.json.
@@ -7,31 +7,18 @@ are stale, and every command) and ceilings.json.
 import dataclasses
 import datetime
 import sys
+import typing
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
-from utils.measure import accuracy, roofline, timing
-from utils.measure.schema import BASELINE, COLUMNS, STATUSES, Job, Record, Row
+from utils.measure.schema import STATUSES, Job, Record
 from utils.utils import read_dict, write_json
 
-TARGET_PCT = 3.0  # half-width of an interval, where the sweep says no other
-SHARED_CORE = 1.3  # times that the core was slower in one turn of ten than in the quickest tenth
-CPU_BOUND = 0.80  # time until the call returned / time on the GPU
-VERDICTS = {  # what puts a row in doubt, and what to do about it
-    "noisy": "close other programs, or raise --budget",
-    "shared core": "something else used the processor's cores for moments, close other programs "
-    "(on a rented machine its neighbours may be the cause)",
-    "throttled": "the GPU slowed itself down, cool it or raise its power limit",
-    "too short": "not all the runs asked for fitted into the time allowed, raise --max-seconds or --budget",
-    "CPU-bound": "launching takes over 80 % of the time on the GPU, take a larger batch or a CUDA graph",
-    "device memory": "the driver tells only the whole device's memory, whose rise is given, "
-    "close what else uses the GPU",
-    "one round": "no interval and no verdict, use --rounds 3",
-}
-
-# ---- files
+# What a record's parts must have for a row to be made of them.
+BUILD = {"seconds", "from_cache", "artefact_mb"}
+CHECK = {"images", "different", "correct", "max_abs_diff", "tolerance"}
+BATCH = {"batch_size", "status", "reason"}
+SAMPLES = ("host_ms", "enqueue_ms", "gpu_ms")
+TIMED = {*SAMPLES, "sustained", "memory_of", "gpu_memory_mb", "torch_memory_mb", "host_memory_mb"}
 
 
 def start(job: Job, **known) -> Record:
@@ -50,11 +37,27 @@ def read_record(path: Path) -> Record | None:
     known = {field.name for field in dataclasses.fields(Record)}
     try:
         record = Record(**{name: value for name, value in found.items() if name in known})
-        statuses = {batch["status"] for batch in record.batches}
-        statuses |= {row.status for row in rows_of([record], {})}
-    except Exception:  # damaged, it may still be JSON: whatever is missing or of another type
+    except TypeError:  # a field is missing
         return None
-    return record if statuses <= set(STATUSES) else None
+    return record if is_valid(record) else None
+
+
+def is_valid(record: Record) -> bool:
+    """Whether every field has its type and every part what a row is made of: JSON may be damaged, too."""
+    kinds = typing.get_type_hints(Record) | dict.fromkeys(("batch_sizes", "batches"), list)
+    if not all(isinstance(getattr(record, name), kind) for name, kind in kinds.items()):
+        return False
+    parts = [(record.build, BUILD), (record.check, CHECK), *((batch, BATCH) for batch in record.batches)]
+    parts += [(batch, TIMED) for batch in record.batches if isinstance(batch, dict) and "host_ms" in batch]
+    parts = [(part, needed) for part, needed in parts if part is not None]
+    if not all(isinstance(part, dict) and needed <= part.keys() for part, needed in parts):
+        return False
+    samples = [batch[name] for batch in record.batches if "host_ms" in batch for name in SAMPLES]
+    whole = all(
+        isinstance(ms, list) and all(isinstance(value, (int, float)) for value in ms) for ms in samples
+    )
+    statuses = {record.status, *(batch["status"] for batch in record.batches)}
+    return whole and statuses <= set(STATUSES) and all(batch.get("host_ms", True) for batch in record.batches)
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -140,209 +143,3 @@ def archive_stale_records(job: Job) -> None:
 
 def sweep_folders(results: Path) -> list[Path]:
     return sorted(path for path in (results / "raw").glob("*") if path.is_dir())
-
-
-def read_rows(results: Path) -> pd.DataFrame:
-    """The rows of every sweep under results/raw/, sorted; empty where there are none."""
-    rows = []
-    for folder in sweep_folders(results):
-        found, note, limits = read_sweep(folder)
-        rows += rows_of(found, note, limits)
-    return pd.DataFrame([vars(row) for row in rows], columns=COLUMNS)
-
-
-# ---- records -> rows
-
-
-def rows_of(found: list[Record], note: dict, limits: dict | None = None) -> list[Row]:
-    """The rows of one sweep, each against its own baseline, PyTorch FP32, and the machine's ceilings."""
-    rows = []
-    for backend in dict.fromkeys(record.backend for record in found):  # in the order of measuring
-        for size in sorted({record.image_size for record in found if record.backend == backend}):
-            rounds = rounds_of(found, backend, size)
-            baseline = rounds_of(found, BASELINE, size)
-            tried = {batch["batch_size"] for record in rounds.values() for batch in record.batches}
-            for batch_size in sorted(tried.union(*(record.batch_sizes for record in rounds.values()))):
-                row = row_of(rounds, baseline, batch_size, note.get("precision_pct", TARGET_PCT))
-                if row.fps:
-                    compare_with_ceilings(row, rounds, note.get("environment", {}), limits)
-                rows.append(row)
-    return rows
-
-
-def rounds_of(found: list[Record], backend: str, image_size: int) -> dict[int, Record]:
-    chosen = [record for record in found if (record.backend, record.image_size) == (backend, image_size)]
-    return {record.round: record for record in sorted(chosen, key=lambda record: record.round)}
-
-
-def row_of(rounds: dict[int, Record], baseline: dict[int, Record], batch_size: int, target: float) -> Row:
-    """The row of one configuration from its records, and the baseline's, by round."""
-    first = rounds[min(rounds)]
-    status, reason = verdict(rounds, batch_size)
-    names = "sweep", "backend", "precision", "device", "image_size"
-    row = Row(*(getattr(first, name) for name in names), batch_size, status, reason, adds=first.adds)
-    builds = [record.build for record in rounds.values() if record.build]
-    if builds:
-        row.build_s = max(builds, key=lambda build: not build["from_cache"])["seconds"]
-    made = [build for build in builds if build["from_cache"] or not build["seconds"]]
-    row.load_s = min((build["load_s"] for build in made if "load_s" in build), default=None)
-    add_accuracy(row, rounds)
-    timed = {}
-    for round_, record in rounds.items():
-        batch = record.batch(batch_size)
-        if batch and "host_ms" in batch:
-            timed[round_] = batch
-    if not timed:
-        return row
-    results = list(timed.values())
-    vars(row).update(timing.summarize([batch["host_ms"] for batch in results], batch_size))
-    on_gpu = [ms for batch in results for ms in batch["gpu_ms"]]
-    row.gpu_ms = timing.trimmed_mean(on_gpu) if on_gpu else None
-    fresh = results[1] if len(results) > 1 else results[0]  # round 0 has classified the test set before
-    row.first_call_ms = fresh.get("first_call_ms")
-    warm = [batch for k, batch in timed.items() if rounds[k].build["from_cache"]]
-    row.gpu_memory_mb = largest(warm or results, "gpu_memory_mb")  # building takes memory of its own
-    row.torch_memory_mb = largest(results, "torch_memory_mb")
-    row.host_memory_mb = largest(results, "host_memory_mb")
-    row.busy_ms = next((batch["busy_ms"] for batch in results if batch.get("busy_ms")), None)
-    add_sustained(row, results)
-    if status == "ok":
-        add_speedup(row, timed, baseline)
-    row.notes = notes(row, builds, results, first.runs, target)
-    return row
-
-
-def add_accuracy(row: Row, rounds: dict[int, Record]) -> None:
-    """What the pass over the test set gave, and the largest difference seen there and before timing."""
-    differences = []
-    for record in rounds.values():
-        if record.check:
-            images = record.check["images"]
-            row.accuracy = record.check["correct"] / images
-            row.agreement = 1 - record.check["different"] / images
-            differences.append(record.check["max_abs_diff"])
-        batch = record.batch(row.batch_size) or {}
-        if "max_abs_diff" in batch:
-            differences.append(batch["max_abs_diff"])
-    row.max_abs_diff = max(differences, default=None)
-
-
-def add_sustained(row: Row, results: list[dict]) -> None:
-    """What the driver said beside the sustained loop, if there was one."""
-    seen = next((batch["sustained"] for batch in results if batch["sustained"]), None)
-    if not seen:
-        return
-    for name in ("gpu_util_pct", "power_w", "sm_clock_mhz", "temperature_c", "throttled"):
-        setattr(row, name, seen[name])
-    images = seen["calls"] * row.batch_size
-    row.sustained_fps = images / seen["loop_s"]
-    if seen["energy_j"]:
-        row.mj_per_image = seen["energy_j"] * 1000 / images
-
-
-def add_speedup(row: Row, timed: dict[int, dict], baseline: dict[int, Record]) -> None:
-    """How many times as fast as the baseline: the geometric mean over the rounds, each formed turn by turn.
-
-    Where the baseline had no turns beside it, the means of the same round serve.
-    """
-    ratios = [1.0] * len(timed) if row.backend == BASELINE else []
-    for round_, batch in timed.items() if not ratios else []:
-        base = baseline[round_].batch(row.batch_size) if round_ in baseline else None
-        if batch.get("beside_ms"):
-            ratios.append(timing.speedup(batch["beside_ms"], batch["host_ms"], batch["turns"]))
-        elif base and base.get("host_ms"):
-            ratios.append(timing.trimmed_mean(base["host_ms"]) / timing.trimmed_mean(batch["host_ms"]))
-    if ratios:
-        row.speedup = float(np.exp(np.mean(np.log(ratios))))
-        row.speedup_low, row.speedup_high = timing.interval(row.speedup, ratios)
-
-
-def compare_with_ceilings(
-    row: Row, rounds: dict[int, Record], environment: dict, limits: dict | None
-) -> None:
-    """The rate of operations, its shares of the theoretical and the measured peak, and what limits the
-    row."""
-    work = next((record.work for record in rounds.values() if record.work), None)
-    if not work:
-        return
-    row.tflops = row.fps * work["flops"] / 1e12
-    row.flops_per_byte = work["flops"] / roofline.bytes_per_image(work, row.precision, row.batch_size)
-    peak = roofline.peak_tflops(environment, row.precision) if row.device == "cuda" else None
-    row.pct_peak = peak and row.tflops / peak * 100
-    product = limits and limits["tflops"].get(row.precision)
-    if product:
-        row.pct_measured_peak = row.tflops / product * 100
-        idle = row.busy_ms and 1 - row.busy_ms / row.mean_ms
-        row.limit = roofline.limit(idle, row.tflops, row.flops_per_byte, product, limits["gb_per_s"])
-
-
-def verdict(rounds: dict[int, Record], batch_size: int) -> tuple[str, str]:
-    """Status and reason of a configuration: ok only where every round is and the test set has been passed."""
-    for record in rounds.values():
-        if record.further:
-            continue
-        if record.status != "ok":
-            return record.status, record.reason
-        if record.check and (reason := accuracy.mismatch(record.check)):
-            return "mismatch", reason
-        batch = record.batch(batch_size)
-        if batch is None:
-            return "failed", "was interrupted; run python benchmark.py again"
-        if batch["status"] != "ok":
-            return batch["status"], batch["reason"]
-    if 0 not in rounds:
-        return "failed", "the accuracy pass (round 0) is missing; run python benchmark.py again"
-    return "ok", ""
-
-
-def width_pct(row) -> float:
-    """Half the width of the interval that --precision is about, in percent: the speedup's, the baseline's
-    throughput's."""
-    if row.backend == BASELINE or row.speedup is None or row.speedup != row.speedup:
-        return timing.half_width_pct(row.fps_low, row.fps_high)
-    return timing.half_width_pct(row.speedup_low, row.speedup_high)
-
-
-def doubts(row: Row, results: list[dict], asked: int, target: float) -> dict[str, str]:
-    """What puts a row in doubt (see VERDICTS), with what is to be said of it besides; `results` is a dict for
-    each round, `target` the half-width asked for in percent."""
-    throttled = [batch["sustained"]["throttled"] for batch in results if batch["sustained"]]
-    enqueue = np.concatenate([batch["enqueue_ms"] for batch in results])
-    on_gpu = np.concatenate([batch["gpu_ms"] for batch in results])
-    width, several = width_pct(row), len(results) > 1
-    figure = "throughput" if row.backend == BASELINE or row.speedup is None else "speedup"
-    shown = f"{width:.2g}" if width < 99.5 else f"{width:.0f}"
-    reached = f"{figure} ±{shown} %, target {target:g} %"
-    core_ms = [ms for batch in results for ms in batch.get("core_ms") or []]  # what older records lack
-    slower = np.quantile(core_ms, 0.9) / np.quantile(core_ms, 0.1) if core_ms else 1.0
-    short = row.runs < asked
-    wide = several and width > target
-    found = {
-        "noisy": wide and not short and reached,
-        "throttled": any(words not in (None, "no") for words in throttled),
-        "too short": wide and short and reached,
-        "shared core": wide and slower > SHARED_CORE and f"a core was {slower:.2g} times as slow at times",
-        "CPU-bound": len(on_gpu) > 0 and np.median(enqueue) / np.median(on_gpu) > CPU_BOUND,
-        "device memory": any(batch["memory_of"] == "device" for batch in results),
-        "one round": not several,
-    }
-    return {name: said if isinstance(said, str) else "" for name, said in found.items() if said}
-
-
-def notes(row: Row, builds: list[dict], results: list[dict], asked: int, target: float) -> str:
-    """Verdicts with their remedies ("noisy: ..."), then facts about the artefact, separated by "; "."""
-    texts = []
-    for name, said in doubts(row, results, asked, target).items():
-        texts.append(f"{name}: {', '.join(filter(None, [said, VERDICTS[name]]))}")
-    if builds and builds[0]["artefact_mb"]:
-        texts.append(f"{builds[0]['artefact_mb']} MB")
-        cold = [build["seconds"] for build in builds if not build["from_cache"]]
-        cached = [build["seconds"] for build in builds if build["from_cache"]]
-        texts += [f"built in {cold[0]:.1f} s"] if cold else []
-        texts += [f"from the cache in {cached[0]:.2f} s"] if cached else []
-    return "; ".join(texts)
-
-
-def largest(results: list[dict], name: str) -> float | None:
-    """The largest of what was read, or None where nothing was: what can't be read is empty, never 0."""
-    return max((batch[name] for batch in results if batch[name]), default=None)

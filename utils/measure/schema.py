@@ -1,4 +1,4 @@
-"""The contracts between the stages, stated here and nowhere else: Backend, Job, Record, Row."""
+"""The contracts between the stages, stated here and nowhere else: Backend, Job, Record."""
 
 import abc
 import dataclasses
@@ -113,59 +113,3 @@ class Record:
     def batch(self, batch_size: int) -> dict | None:
         """What was measured at this batch size, or None."""
         return next((batch for batch in self.batches if batch["batch_size"] == batch_size), None)
-
-
-@dataclasses.dataclass
-class Row:
-    """One configuration of one sweep; the fields are benchmark_results.csv's columns.  Empty: not known."""
-
-    sweep: str
-    backend: str
-    precision: str
-    device: str
-    image_size: int
-    batch_size: int
-    status: str
-    reason: str = ""
-    runs: int | None = None
-    rounds: int | None = None
-    mean_ms: float | None = None
-    std_ms: float | None = None
-    p50_ms: float | None = None
-    p95_ms: float | None = None
-    p99_ms: float | None = None
-    min_ms: float | None = None
-    gpu_ms: float | None = None
-    busy_ms: float | None = None
-    fps: float | None = None
-    fps_low: float | None = None
-    fps_high: float | None = None
-    sustained_fps: float | None = None
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
-    build_s: float | None = None
-    load_s: float | None = None
-    first_call_ms: float | None = None
-    gpu_memory_mb: float | None = None
-    torch_memory_mb: float | None = None
-    host_memory_mb: float | None = None
-    gpu_util_pct: float | None = None
-    power_w: float | None = None
-    mj_per_image: float | None = None
-    sm_clock_mhz: float | None = None
-    temperature_c: float | None = None
-    throttled: str | None = None
-    tflops: float | None = None
-    pct_peak: float | None = None
-    pct_measured_peak: float | None = None
-    flops_per_byte: float | None = None
-    limit: str | None = None
-    max_abs_diff: float | None = None
-    agreement: float | None = None
-    accuracy: float | None = None
-    adds: str = ""
-    notes: str = ""
-
-
-COLUMNS = [field.name for field in dataclasses.fields(Row)]

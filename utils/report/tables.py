@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from utils.measure import records
-from utils.measure.schema import COLUMNS, STATUSES, Row
+from utils.measure.schema import STATUSES
+from utils.report.rows import COLUMNS, Row, read_rows
 from utils.utils import UserError, write_atomic, write_json
 
 NEW_COLUMNS = ["load_s", "first_call_ms", "adds"]  # missing from tables made before 2026-11-25
@@ -25,7 +26,7 @@ SERVING = {  # the columns of what python end_to_end.py writes, besides the firs
 
 def write_csv(results: Path) -> pd.DataFrame:
     """Make results/benchmark_results.csv and environment.json anew from results/raw/; the rows."""
-    rows = records.read_rows(results)
+    rows = read_rows(results)
     text = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     write_atomic(results / "benchmark_results.csv", text)
     environments = {folder.name: environment_of(folder) for folder in records.sweep_folders(results)}

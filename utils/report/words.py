@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from utils.measure.records import VERDICTS
 from utils.report import analysis
+from utils.report.rows import VERDICTS
 
 NAMES = {
     "pytorch": "PyTorch",

@@ -14,7 +14,6 @@ renews the README's table.
 
 import argparse
 import datetime
-import importlib
 import itertools
 import subprocess
 import sys
@@ -24,29 +23,20 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-import onnx_inference
-import pytorch_inference
-import tensorrt_inference
+import backends
 from utils import environment, plot_utils
+from utils.backend import builds_ahead
 from utils.measure import interleave, jobs, records, roofline, timing
-from utils.measure.schema import BASELINE, Backend, Job, Record
+from utils.measure.schema import BASELINE, Job, Record
 from utils.report import readme, tables, words
 from utils.report.rows import Row, rows_of, width_pct
-from utils.utils import builds_ahead, in_fresh_process, read_dict, run_main, write_json
+from utils.utils import in_fresh_process, read_dict, run_main, write_json
 
-SCRIPTS = [pytorch_inference, onnx_inference, tensorrt_inference]
-BACKENDS = {name: script.__name__ for script in SCRIPTS for name in script.BACKENDS}
-METHODS = ["pytorch", "onnx", "torch-tensorrt", "tensorrt"]
-DEFAULT = {"cuda": METHODS, "cpu": ["pytorch", "onnx", "onnx-int8", *METHODS[2:]]}
 PRECISION_PCT = {"cuda": 1.0, "cpu": 5.0}
 BUDGET_MINUTES = {"cuda": 3.5, "cpu": 7.0}
 MEMORY_EACH_GB = {"cuda": 4, "cpu": 2}  # that a process may take: says how many are alive together
 BUSY_PCT = 20  # of all cores, by other programs
 ROOT = Path(__file__).resolve().parent
-
-
-def make_backend(script: str, name: str) -> Backend:
-    return importlib.import_module(script).BACKENDS[name]()
 
 
 # ---- what there is to do
@@ -69,7 +59,7 @@ def without_a_gpu(todo: list[Job]) -> dict[str, str]:
     On a GPU only a process of its own may load a runtime.
     """
     scripts = {job.backend: job.script for job in todo if job.device == "cpu"}
-    reasons = {name: make_backend(script, name).why_unavailable("cpu") for name, script in scripts.items()}
+    reasons = {name: backends.make(name, script).why_unavailable("cpu") for name, script in scripts.items()}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -154,7 +144,7 @@ class Sweep:
         for job in group:
             if job.backend in self.unavailable:  # not for want of another size or round
                 reason = self.unavailable[job.backend]
-                precision = make_backend(job.script, job.backend).precision
+                precision = backends.make(job.backend, job.script).precision
                 record = records.start(job, status="unavailable", precision=precision, reason=reason)
                 records.write_record(job.record, record)
         able = [job for job in group if job.backend not in self.unavailable]
@@ -186,7 +176,7 @@ class Sweep:
         members = []
         try:
             if company and all(job.backend != BASELINE for job in part):
-                baseline = jobs.another(part[0], backend=BASELINE, script=BACKENDS[BASELINE])
+                baseline = jobs.another(part[0], backend=BASELINE, script=backends.SCRIPTS[BASELINE])
                 members.append(interleave.Remote(baseline, self.log, self.timeout, recorded=False))
             members += [interleave.Remote(job, self.log, self.timeout) for job in part]
             played = interleave.Round(members, apart)
@@ -259,7 +249,7 @@ def builds_of(todo: list[Job]) -> dict[Path, float | None]:
     """The artefacts that will be built before anything is measured, and the seconds of the last time."""
     ahead = {}
     for job in todo:
-        backend = make_backend(job.script, job.backend)
+        backend = backends.make(job.backend, job.script)
         if job.round == 0 and not backend.why_unavailable(job.device):
             files = backend.artefacts(job.checkpoint, job.image_size, list(job.batch_sizes), job.device)
             ahead |= builds_ahead(files, job.checkpoint)
@@ -315,7 +305,7 @@ def write_all(args: argparse.Namespace, asked: list[Job], results: Path) -> None
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    jobs.add_arguments(parser, list(BACKENDS))
+    jobs.add_arguments(parser, list(backends.SCRIPTS))
     width = "half-width of a speedup's 95 %% interval to be reached, in percent"
     parser.add_argument("--precision", type=float, help=f"{width}; default {PRECISION_PCT}")
     spend = f"minutes after which no further rounds begin; default {BUDGET_MINUTES}"
@@ -324,7 +314,7 @@ def main() -> None:
     parser.add_argument("--end-to-end", action="store_true", help=serve)
     parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a step hangs")
     args = parser.parse_args()
-    asked = jobs.make_jobs(args, BACKENDS, DEFAULT)
+    asked = jobs.make_jobs(args, backends.SCRIPTS, backends.DEFAULT)
     device = asked[0].device
     precision = jobs.usual(args.precision, PRECISION_PCT[device], PRECISION_PCT[device], args.quick)
     budget = jobs.usual(args.budget, BUDGET_MINUTES[device], 0.0, args.quick)

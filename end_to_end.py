@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+import backends
 from utils import environment
 from utils.measure import accuracy, jobs, timing, worker
 from utils.report import analysis, tables
@@ -86,9 +87,7 @@ class Asked:
 
 def load_backend(asked: Asked, further: Iterable[int] = ()):
     """The backend for the table's batch sizes and, if its engine takes any, `further` ones."""
-    import benchmark  # not above: the workers that decode import this file too
-
-    backend = benchmark.make_backend(benchmark.BACKENDS[asked.backend], asked.backend)
+    backend = backends.make(asked.backend)
     backend.data = asked.data  # to calibrate with
     checkpoint = checkpoint_path(asked.weights, asked.image_size)
     batch_sizes = sorted({*asked.batch_sizes, *(further if backend.any_batch else ())})

@@ -7,8 +7,6 @@ in results/raw/ and prints their table.
     python onnx_inference.py --image-sizes 224 --batch-sizes 1 8 16
 """
 
-import importlib
-import importlib.util
 import time
 from pathlib import Path
 
@@ -16,80 +14,24 @@ import numpy as np
 import torch
 
 import model
-import quantize
-from pytorch_inference import GRAPH
-from utils.environment import package_version
-from utils.measure import jobs
-from utils.measure.schema import Backend
-from utils.utils import is_fresh, run_main, sha256, store
-
-MAX_BATCH = 1024  # of the exported graph's free batch axis
-OLD_EXPORTER_OPSET = 17  # torch before 2.5 has no dependable dynamo exporter
-NAMES = {"input_names": ["input"], "output_names": ["logits"]}
-
-
-def why_not_importable(package: str, install: str, distributions: list[str] | None = None) -> str | None:
-    """None if `package` can be imported, else one sentence; it may be one of several distributions."""
-    if importlib.util.find_spec(package) is None:
-        return f"{package} is not installed; run: {install}"
-    try:
-        importlib.import_module(package)
-    except Exception as error:  # a library is missing or of another version: loaders raise anything
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        version = next(filter(None, map(package_version, distributions or [package])), "")
-        return f"{package} {version} is installed but does not load: {words}"
-    return None
-
-
-def export_path(checkpoint: Path, image_size: int, precision: str) -> Path:
-    return checkpoint.with_name(f"resnet18_{image_size}_{precision.lower()}.onnx")
-
-
-def export(checkpoint: Path, image_size: int, precision: str) -> tuple[Path, float, bool]:
-    """The checkpoint as an ONNX file with a free batch axis: "input" (N, 3, S, S), "logits" (N, classes).
-
-    Batch normalisation is folded in FP32; "FP16" then halves weights, input and output.  Returns the path,
-    the seconds it took and whether a fresh file was there already.
-    """
-    start = time.perf_counter()
-    path = export_path(checkpoint, image_size, precision)
-    facts = {name: package_version(name) for name in ("torch", "onnx", "onnxscript")}
-    facts |= {"checkpoint": sha256(checkpoint), "precision": precision}
-    fresh = is_fresh(path, facts)
-    if not fresh:
-        with torch.inference_mode(False), torch.no_grad():  # exporters can't trace inference tensors
-            store(path, facts, lambda file: write_onnx(checkpoint, image_size, precision, file))
-    return path, time.perf_counter() - start, fresh
-
-
-def write_onnx(checkpoint: Path, image_size: int, precision: str, path: Path) -> None:
-    """Export to `path`: by the dynamo exporter, or with torch before 2.5 by the older one."""
-    network = model.fold_batch_norm(model.load(checkpoint, "cpu")[0])
-    example = torch.zeros(2, 3, image_size, image_size)  # a batch of 1 would be taken for a constant
-    if precision == "FP16":
-        network, example = network.half(), example.half()
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5):
-        free = {"dynamic_shapes": ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},), "dynamo": True}
-        torch.onnx.export(network, (example,), path, external_data=False, verbose=False, **free, **NAMES)
-        return
-    if precision == "FP16" and torch.cuda.is_available():  # it runs the network; CPUs had no half convolution
-        network, example = network.cuda(), example.cuda()
-    free = {"dynamic_axes": {"input": {0: "batch"}, "logits": {0: "batch"}}}
-    torch.onnx.export(network, (example,), str(path), opset_version=OLD_EXPORTER_OPSET, **free, **NAMES)
+from utils import onnx_export
+from utils.backend import Backend, why_not_importable
+from utils.utils import run_main
 
 
 class OnnxRuntime(Backend):
     """ONNX Runtime, its input and output bound to PyTorch's tensors on the device: nothing is copied.
 
     `nhwc`: the CUDA provider keeps channels last.  `graph`: it replays a CUDA graph.
-    `int8`: on CPUs, from a network that quantize.py made.
+    `int8`: on CPUs, from the QDQ network.
     """
 
     def __init__(self, nhwc: bool = False, graph: bool = False, int8: bool = False):
         self.nhwc, self.graph, self.int8 = nhwc, graph, int8
         self.precision = "INT8" if int8 else "FP16"  # load() makes it FP32 on a CPU: there FP16 is casts
-        rungs = [(int8, quantize.ADDS), (nhwc, "channels last inside"), (graph, GRAPH)]
-        self.adds = ", ".join(text for used, text in rungs if used)
+        meaning = [(int8, "INT8 calibrated on training images"), (nhwc, "channels last inside")]
+        meaning += [(graph, "replayed as one CUDA graph")]
+        self.adds = ", ".join(text for used, text in meaning if used)
 
     def why_unavailable(self, device: str) -> str | None:
         names = ["onnxruntime-gpu", "onnxruntime"]
@@ -109,8 +51,8 @@ class OnnxRuntime(Backend):
         return None
 
     def artefacts(self, checkpoint, image_size, batch_sizes, device) -> list[Path]:
-        source = export_path(checkpoint, image_size, "FP32" if device == "cpu" else "FP16")
-        return [source, quantize.path_for_cpu(source, image_size)] if self.int8 else [source]
+        source = onnx_export.export_path(checkpoint, image_size, "FP32" if device == "cpu" else "FP16")
+        return [source, onnx_export.path_for_cpu(source, image_size)] if self.int8 else [source]
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         import onnxruntime
@@ -120,10 +62,10 @@ class OnnxRuntime(Backend):
             self.precision = "FP32"
         self.classes = len(model.load_facts(checkpoint)["classes"])
         source = "FP32" if device == "cpu" else "FP16"
-        self.artefact, self.build_s, self.from_cache = export(checkpoint, image_size, source)
+        self.artefact, self.build_s, self.from_cache = onnx_export.export(checkpoint, image_size, source)
         if self.int8:
             start = time.perf_counter()
-            made = quantize.for_cpu(self.artefact, checkpoint, image_size, self.data)
+            made = onnx_export.for_cpu(self.artefact, checkpoint, image_size, self.data)
             self.artefact, self.from_cache = made
             self.build_s += time.perf_counter() - start
         if device == "cuda":
@@ -202,4 +144,6 @@ BACKENDS = {
 }
 
 if __name__ == "__main__":
+    from utils.measure import jobs
+
     run_main(lambda: jobs.main(__doc__, "onnx_inference", BACKENDS))

@@ -90,19 +90,19 @@ def measured_here(results: Path, device: str, image_size: int):
 
 def choose_backend(name: str | None, rows, device: str):
     """(backend, its name, batch size, batch sizes to load) by the table; PyTorch where it has none."""
-    import benchmark
+    import backends
 
     known = rows is not None and not rows.empty
     for row in rows.itertuples() if known else ():
-        if row.backend in ([name] if name else benchmark.BACKENDS):
-            backend = benchmark.make_backend(benchmark.BACKENDS[row.backend], row.backend)
+        if row.backend in ([name] if name else backends.SCRIPTS):
+            backend = backends.make(row.backend)
             if not backend.why_unavailable(device):
                 sizes = sorted(set(rows[rows.sweep == row.sweep].batch_size.tolist()))
                 return backend, row.backend, row.batch_size, sizes
     if not name:
         say("nothing was measured here at this size: PyTorch serves; python benchmark.py finds faster ones")
     name = name or "pytorch"
-    backend = benchmark.make_backend(benchmark.BACKENDS[name], name)
+    backend = backends.make(name)
     if reason := backend.why_unavailable(device):
         raise UserError(f"--backend {name}: {reason}")
     return backend, name, BATCH_SIZE[device], [BATCH_SIZE[device]]
@@ -232,7 +232,7 @@ def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
         fresh_processes("utils.serve.pipeline")  # what the decoding ones come from imports meanwhile
     import torch
 
-    import benchmark
+    import backends
     import model
     from utils.devices import choose_device
     from utils.measure import jobs, worker
@@ -240,8 +240,8 @@ def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
     from utils.serve.pipeline import Network
 
     jobs.check_numbers(args, ["batch_size", "image_size"], least=1)
-    if args.backend not in (None, *benchmark.BACKENDS):
-        raise UserError(f"--backend {args.backend} is not one of {', '.join(benchmark.BACKENDS)}")
+    if args.backend not in (None, *backends.SCRIPTS):
+        raise UserError(f"--backend {args.backend} is not one of {', '.join(backends.SCRIPTS)}")
     device = choose_device(args.device)
     checkpoint = choose_checkpoint(args.weights, args.image_size)
     facts = model.load_facts(checkpoint)

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 
 import model
+from utils.backend import Backend, CudaGraph
 from utils.devices import has_native_bfloat16
-from utils.measure import jobs
-from utils.measure.schema import Backend
 from utils.utils import run_main
 
 DTYPES = {"FP32": torch.float32, "TF32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
-TUNED, GRAPH = "channels last, batch norm folded", "replayed as one CUDA graph"  # what a rung adds
+TUNED = "channels last, batch norm folded"  # what a variant adds
 
 
 class PyTorch(Backend):
@@ -80,55 +79,6 @@ def why_not_compiled(device: str) -> str | None:
     return None
 
 
-class CudaGraph(Backend):
-    """Any backend replayed from CUDA graphs, one for each batch size, captured when prepare() first meets it.
-
-    Replaying launches the whole network at once: launching kernels one by one no longer bounds small batches.
-    """
-
-    WARM_UP = 3  # calls before the capture, so that algorithms are chosen and memory is allocated
-
-    def __init__(self, backend: Backend):
-        self.backend, self.precision = backend, backend.precision
-        self.any_batch, self.torch_allocator = backend.any_batch, backend.torch_allocator
-        self.adds = ", ".join(filter(None, [backend.adds, GRAPH]))
-
-    def why_unavailable(self, device: str) -> str | None:
-        if device == "cpu":
-            return "CUDA graphs need a CUDA GPU; this run is on the CPU"
-        return self.backend.why_unavailable(device)
-
-    def artefacts(self, *asked) -> list[Path]:
-        return self.backend.artefacts(*asked)
-
-    def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
-        inner, self.graphs = self.backend, {}
-        inner.data = self.data
-        inner.load(checkpoint, image_size, batch_sizes, device)
-        self.precision, self.build_s = inner.precision, inner.build_s
-        self.from_cache, self.artefact = inner.from_cache, inner.artefact
-
-    def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        prepared = self.backend.prepare(images)
-        if len(images) not in self.graphs:
-            fixed = prepared.clone()
-            for _ in range(self.WARM_UP):
-                self.backend.predict(fixed)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                logits = self.backend.predict(fixed)
-            self.graphs[len(images)] = graph, fixed, logits
-        fixed = self.graphs[len(images)][1]
-        fixed.copy_(prepared)
-        return fixed
-
-    def predict(self, x: torch.Tensor) -> torch.Tensor:
-        graph, _, logits = self.graphs[len(x)]
-        graph.replay()
-        return logits
-
-
 def fp16() -> PyTorch:
     return PyTorch("FP16", "cuda", tuned=True, adds=f"FP16, {TUNED}, cuDNN's kernels chosen by trial")
 
@@ -150,4 +100,6 @@ BACKENDS = {
 }
 
 if __name__ == "__main__":
+    from utils.measure import jobs
+
     run_main(lambda: jobs.main(__doc__, "pytorch_inference", BACKENDS))

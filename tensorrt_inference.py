@@ -14,49 +14,46 @@ from pathlib import Path
 
 import torch
 
-import quantize
 import torch_trt
 import trt
-from pytorch_inference import CudaGraph
-from utils.measure import jobs
-from utils.measure.schema import Backend
+from utils.backend import Backend, CudaGraph, EngineFile, why_no_tensorrt
 from utils.utils import run_main
 
 
 class TensorRT(Backend):
     """ResNet-18 by TensorRT: one engine for all batch sizes, or with `static` one for each.
 
-    `recipe` is the route: trt.Recipe natively, torch_trt.Module through Torch-TensorRT.  With `graph` every
+    `kind` is the route: trt.NativeEngine, or torch_trt.Module through Torch-TensorRT.  With `graph` every
     batch size gets an engine of its own: a CUDA graph is only good while the bindings stay as captured.
     """
 
-    def __init__(self, recipe: type[trt.Recipe] = trt.Recipe, graph: bool = False, **options: bool):
-        self.recipe, self.graph, self.options = recipe, graph, options
+    def __init__(self, kind: type[EngineFile] = trt.NativeEngine, graph: bool = False, **options: bool):
+        self.kind, self.graph, self.options = kind, graph, options
         self.precision = "INT8" if options.get("int8") else "FP16"
         self.any_batch = not options.get("static")
-        rungs = {"int8": quantize.ADDS, "static": "an engine for each batch size"}
-        self.adds = ", ".join(text for name, text in rungs.items() if options.get(name))
+        meaning = {"int8": "INT8 calibrated on training images", "static": "an engine for each batch size"}
+        self.adds = ", ".join(text for name, text in meaning.items() if options.get(name))
 
     def why_unavailable(self, device: str) -> str | None:
-        return trt.why_unavailable(self.recipe.PACKAGES, device)
+        return why_no_tensorrt(self.kind.PACKAGES, device)
 
-    def recipes(self, checkpoint: Path, image_size: int, batch_sizes: list[int]) -> Iterator[tuple]:
-        """(recipe, the batch sizes that its engine serves)."""
+    def files(self, checkpoint: Path, image_size: int, batch_sizes: list[int]) -> Iterator[tuple]:
+        """(its file, the batch sizes that its engine serves)."""
         for batches in [[n] for n in batch_sizes] if self.options.get("static") else [batch_sizes]:
-            yield self.recipe(checkpoint, image_size, batches, self.data, **self.options), batches
+            yield self.kind(checkpoint, image_size, batches, self.data, **self.options), batches
 
     def artefacts(self, checkpoint, image_size, batch_sizes, device) -> list[Path]:
-        return [recipe.path for recipe, _ in self.recipes(checkpoint, image_size, batch_sizes)]
+        return [file.path for file, _ in self.files(checkpoint, image_size, batch_sizes)]
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         self.build_s, self.from_cache, self.engines = 0.0, True, {}
-        for recipe, batches in self.recipes(checkpoint, image_size, batch_sizes):
-            engine, seconds, from_cache = recipe.load_or_build()
-            self.artefact = recipe.path
+        for file, batches in self.files(checkpoint, image_size, batch_sizes):
+            engine, seconds, from_cache = file.load_or_build()
+            self.artefact = file.path
             self.build_s += seconds
             self.from_cache &= from_cache
             for batch in batches:
-                self.engines[batch] = recipe.open() if self.graph and batch != batches[0] else engine
+                self.engines[batch] = file.open() if self.graph and batch != batches[0] else engine
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         return images.half().contiguous()
@@ -82,4 +79,6 @@ BACKENDS = {
 }
 
 if __name__ == "__main__":
+    from utils.measure import jobs
+
     run_main(lambda: jobs.main(__doc__, "tensorrt_inference", BACKENDS))

@@ -16,21 +16,21 @@ from pathlib import Path
 import torch
 
 import model
-import trt
+from utils.backend import EngineFile, build_engines, workspace_bytes
+from utils.environment import torch_is_at_least
 from utils.utils import run_main
 
 
 def is_torchscript() -> bool:
     """2.2 compiles TorchScript, as its other route fails on a free batch axis; later ones compile exports."""
-    return tuple(map(int, torch.__version__.split(".")[:2])) < (2, 3)
+    return not torch_is_at_least(2, 3)
 
 
-class Module(trt.Recipe):
+class Module(EngineFile):
     """A module's file; Torch-TensorRT's own cache ignores weights, versions and the GPU."""
 
     PACKAGES = ["torch_tensorrt"]
     MADE_WITH = ["torch", "torch-tensorrt"]
-    OPTIONS = {}
 
     @property
     def suffix(self) -> str:
@@ -66,7 +66,7 @@ def compile_network(network: torch.nn.Module, shapes: list[list[int]], timings: 
     import torch_tensorrt
 
     common = {"inputs": [input_range(shapes)], "require_full_compilation": True}
-    common["workspace_size"] = trt.workspace_bytes()
+    common["workspace_size"] = workspace_bytes()
     logging.getLogger("torch_tensorrt.dynamo._compiler").addFilter(is_true)
     if is_torchscript():
         network = torch.jit.script(network)
@@ -115,9 +115,5 @@ def check_one_engine(module) -> None:
         raise RuntimeError(f"Torch-TensorRT did not put the whole network into one engine, but made: {made}")
 
 
-def main() -> None:
-    trt.build_asked(__doc__, Module)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: build_engines(__doc__, Module))

@@ -1,6 +1,6 @@
 """Native TensorRT, 8.6 to 11: build an engine from the ONNX export, keep it in weights/, run it on tensors.
 
-Reads weights/best_resnet18_<size>.pth through onnx_inference.py's export, writes
+Reads weights/best_resnet18_<size>.pth, writes its ONNX export, the engine
 weights/resnet18_<size>_<batches>_<precision>.engine, what it was made from beside it, and TensorRT's timings.
 
     python trt.py --image-sizes 224 --batch-sizes 1 8 16
@@ -9,101 +9,45 @@ One engine per image size serves every batch up to the largest; with --static, o
 With --int8 it is calibrated on images of data/train; 8.6 keeps the scales in weights/ for the next engine.
 """
 
-import argparse
 import functools
-import os
 import sys
-import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-import onnx_inference
-import quantize
-from utils import environment, utils
-from utils.utils import UserError, in_fresh_process, is_fresh, sha256, store
+from utils import onnx_export
+from utils.backend import EngineFile, build_engines, is_fresh, store, workspace_bytes
+from utils.utils import run_main
 
-WORKSPACE_BYTES = 1 << 30  # at most; a quarter of the free memory where less, so that a 4 GB card can build
 OLD_PARSER_OPSET = 17  # TensorRT 8.6 misreads ReduceMean from opset 18 on, where the axes are an input
-DISTRIBUTIONS = ["tensorrt", "tensorrt-cu13", "tensorrt-cu12"]  # one module, by version of CUDA
-INSTALL = "pip install -r requirements-tensorrt.txt (Python 3.10: requirements-tensorrt86.txt)"
 
 
-def why_unavailable(packages: list[str], device: str) -> str | None:
-    """None if `packages` load and there is a GPU to run on, else one sentence that says what to do."""
-    if device != "cuda":
-        return "TensorRT needs an NVIDIA GPU; this run is on the CPU"
-    if not torch.cuda.is_available():
-        return "TensorRT needs an NVIDIA GPU, and PyTorch finds none; check that nvidia-smi lists one"
-    for package in packages:
-        names = DISTRIBUTIONS if package == "tensorrt" else [package]
-        if reason := onnx_inference.why_not_importable(package, INSTALL, names):
-            return reason
-    return None
+class NativeEngine(EngineFile):
+    """The file of a native engine: one for every batch up to the largest, or `static` for one alone."""
 
-
-def workspace_bytes() -> int:
-    return min(WORKSPACE_BYTES, torch.cuda.mem_get_info()[0] // 4)
-
-
-# ---- files
-
-
-class Recipe:
-    """An engine's file: what it is made from, for which shapes, how it is built and opened.
-
-    `shapes` is TensorRT's optimisation profile: smallest, best and largest input.  The best batch is at
-    least 2, since exporters take a batch of 1 for a constant.
-    """
-
-    PACKAGES = ["tensorrt", "onnx"]  # modules that it needs
-    MADE_WITH = ["torch", "onnx", "onnxscript"]  # distributions whose version changes the file
+    PACKAGES = ["tensorrt", "onnx"]
+    MADE_WITH = ["torch", "onnx", "onnxscript"]
     OPTIONS = {"static": "an engine for each batch size alone", "int8": "INT8, calibrated on data/train"}
     suffix = "engine"
 
-    def __init__(self, checkpoint, image_size, batch_sizes, data: Path | None, static=False, int8=False):
-        largest = max(batch_sizes)
-        batches = [largest] * 3 if static else [1, max(largest, 2), max(largest, 2)]
-        self.checkpoint, self.image_size, self.data = checkpoint, image_size, data
-        self.static, self.int8 = static, int8
-        self.shapes = [[batch, 3, image_size, image_size] for batch in batches]
-
-    @property
-    def path(self) -> Path:
-        kind = f"{'static' if self.static else 'max'}{self.shapes[2][0]}"
-        precision = "int8" if self.int8 else "fp16"
-        return self.checkpoint.with_name(f"resnet18_{self.image_size}_{kind}_{precision}.{self.suffix}")
-
     def facts(self) -> dict:
-        """What the file depends on."""
-        import tensorrt
-
-        major, minor = torch.cuda.get_device_capability()
-        int8 = {}
-        if self.int8:
-            int8 = {"images": quantize.fingerprint(self.data), "precision": quantize.PRECISION}
-        return int8 | {
-            **{name: environment.package_version(name) for name in self.MADE_WITH},
-            "checkpoint": sha256(self.checkpoint),
-            "tensorrt": tensorrt.__version__,
-            "gpu": torch.cuda.get_device_name(),
-            "compute_capability": f"{major}.{minor}",
-            "shapes": self.shapes,
-            "workspace_bytes": WORKSPACE_BYTES,
-        }
+        if not self.int8:
+            return super().facts()
+        return super().facts() | onnx_export.facts_of_int8(self.data)
 
     def make(self, path: Path, timings: bytes) -> bytes:
         """Build and write `path`; the timing cache with what building has measured."""
         import tensorrt
 
         typed = is_strongly_typed(tensorrt)
-        source = onnx_inference.export(self.checkpoint, self.image_size, "FP32" if self.int8 else "FP16")[0]
+        source = onnx_export.export(self.checkpoint, self.image_size, "FP32" if self.int8 else "FP16")[0]
         calibrator = None
         if self.int8 and typed:
-            source, _ = quantize.for_tensorrt(source, self.image_size, self.data)
+            source, _ = onnx_export.for_tensorrt(source, self.image_size, self.data)
         elif self.int8:
             table, timings = self.calibration(source, timings)
-            calibrator = quantize.calibrator(table=table)
+            calibrator = calibrator_of(table=table)
         model = onnx_for(tensorrt.__version__, source, self.shapes[0][0] if self.static else None)
         plan, timings = build_plan(model, self.shapes, timings, calibrator)
         path.write_bytes(plan)
@@ -121,8 +65,8 @@ class Recipe:
         facts = {name: value for name, value in self.facts().items() if name != "shapes"}
         if not is_fresh(path, facts):
             print(f"calibrating {path} on {self.data / 'train'}", file=sys.stderr, flush=True)
-            calibrator = quantize.calibrator(quantize.calibration_batches(self.data, self.image_size))
-            shape = [quantize.BATCH, 3, self.image_size, self.image_size]
+            calibrator = calibrator_of(onnx_export.calibration_batches(self.data, self.image_size))
+            shape = [onnx_export.BATCH, 3, self.image_size, self.image_size]
             model = onnx_for(tensorrt.__version__, source, None)
             _, timings = build_plan(model, [shape] * 3, timings, calibrator)
             store(path, facts, lambda file: file.write_bytes(calibrator.table))
@@ -130,36 +74,6 @@ class Recipe:
 
     def open(self):
         return Engine(self.path.read_bytes())
-
-    def build(self) -> float:
-        """Build and write the file; the seconds that it took.  TensorRT's timings serve every network."""
-        start = time.perf_counter()
-        print(f"building {self.path}; this can take a minute", file=sys.stderr, flush=True)
-        facts = self.facts()
-        timings = self.checkpoint.with_name("tensorrt.timings")
-        timed_with = {name: facts[name] for name in ("tensorrt", "gpu", "compute_capability")}
-        known, timed = timings.read_bytes() if is_fresh(timings, timed_with) else b"", []
-        store(self.path, facts, lambda file: timed.append(self.make(file, known)))
-        store(timings, timed_with, lambda file: file.write_bytes(timed[0]))
-        return time.perf_counter() - start
-
-    def load_or_build(self, force: bool = False) -> tuple[object, float, bool]:
-        """What open() gives, the seconds and whether a fresh file was there.
-
-        A file that does not load is built anew.  Building has a process of its own, so that nothing of it
-        stays in this one's GPU memory.
-        """
-        if not self.checkpoint.is_file():
-            mend = f"train it first: python train.py --image-sizes {self.image_size}"
-            raise UserError(f"{self.checkpoint} is missing; {mend}")
-        start = time.perf_counter()
-        if not force and is_fresh(self.path, self.facts()):
-            try:
-                return self.open(), time.perf_counter() - start, True
-            except Exception as error:  # whole and made from the same, yet refused, in whatever words
-                print(f"{self.path} does not load ({error}); building it anew", file=sys.stderr, flush=True)
-        seconds = in_fresh_process(self.build)
-        return self.open(), seconds, False
 
 
 # ---- building
@@ -259,6 +173,66 @@ def build_plan(model: bytes, shapes: list[list[int]], timings: bytes, calibrator
     return bytes(plan), bytes(config.get_timing_cache().serialize())
 
 
+# ---- calibrating TensorRT 8.6
+
+
+def calibrator_of(batches: Iterable[torch.Tensor] = (), table: bytes | None = None):
+    """TensorRT's calibrator over `batches`, or one that knows the `table` from an earlier one.
+
+    As elsewhere scales come from the largest values.  The entropy calibrator may cut rare ones off; by it 2
+    of 100 test images fewer were right on an H100.
+    """
+    import tensorrt
+
+    class Calibrator(tensorrt.IInt8MinMaxCalibrator):
+        def __init__(self):
+            tensorrt.IInt8MinMaxCalibrator.__init__(self)
+            self.table, self.batches = table, iter(batches)
+
+        def get_batch_size(self):
+            return onnx_export.BATCH
+
+        def get_batch(self, names):
+            batch = next(self.batches, None)
+            if batch is None:
+                return None
+            self.batch = batch.cuda()  # kept until the next call: TensorRT reads it by its address
+            torch.cuda.synchronize()  # and on a stream of its own
+            return [self.batch.data_ptr()]
+
+        def read_calibration_cache(self):
+            return table
+
+        def write_calibration_cache(self, cache):
+            self.table = bytes(cache)
+
+        def join(self, network, config, profile):
+            """Have the build take its scales from here; only with known scales input and output are half,
+            and all that follows the last convolution."""
+            config.set_flag(tensorrt.BuilderFlag.INT8)
+            config.int8_calibrator = self
+            if table is None:
+                config.set_calibration_profile(profile)
+                config.builder_optimization_level = 0  # of the engine nothing is wanted but the table
+            else:
+                network.get_input(0).dtype = network.get_output(0).dtype = tensorrt.DataType.HALF
+                config.set_flag(tensorrt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+                for layer in layers_of_classifier(tensorrt, network):
+                    layer.precision = tensorrt.DataType.HALF
+                    layer.set_output_type(0, tensorrt.DataType.HALF)
+
+    return Calibrator()
+
+
+def layers_of_classifier(tensorrt, network) -> list:
+    """The layers that compute something from the mean over all pixels on."""
+    kinds = tensorrt.LayerType
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    start = next(i for i, layer in enumerate(layers) if layer.type == kinds.REDUCE)
+    computing = (kinds.REDUCE, kinds.MATRIX_MULTIPLY, kinds.ELEMENTWISE)
+    return [layer for layer in layers[start:] if layer.type in computing]
+
+
 # ---- running
 
 
@@ -313,33 +287,5 @@ class Engine:
         return self.logits
 
 
-def build_asked(about: str, recipe: type[Recipe]) -> None:
-    """What trt.py and torch_trt.py do when they are run: build what is missing, a line for each file."""
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, formatter_class=form)
-    parser.add_argument("--image-sizes", nargs="+", type=int, default=utils.IMAGE_SIZES)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=utils.BATCH_SIZES)
-    parser.add_argument("--force", action="store_true", help="build even where a fresh file is there")
-    for name, text in recipe.OPTIONS.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-    utils.add_path_arguments(parser)
-    args = parser.parse_args()
-    if reason := why_unavailable(recipe.PACKAGES, "cuda"):
-        raise UserError(reason)
-    options = {name: getattr(args, name) for name in recipe.OPTIONS}
-    for size in args.image_sizes:
-        for batches in [[n] for n in args.batch_sizes] if options.get("static") else [args.batch_sizes]:
-            made = recipe(utils.checkpoint_path(args.weights, size), size, batches, args.data, **options)
-            _, seconds, from_cache = made.load_or_build(args.force)
-            how = "from the cache" if from_cache else "built"
-            megabytes = made.path.stat().st_size / 2**20
-            print(f"{made.path}: {how} in {seconds:.1f} s, {megabytes:.1f} MB", flush=True)
-
-
-def main() -> None:
-    build_asked(__doc__, Recipe)
-
-
 if __name__ == "__main__":
-    utils.run_main(main)
+    run_main(lambda: build_engines(__doc__, NativeEngine))

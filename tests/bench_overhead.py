@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 import model
-from onnx_inference import OnnxRuntime, export
+from onnx_inference import OnnxRuntime
 from pytorch_inference import PyTorch
+from utils import onnx_export
 from utils.devices import choose_device
 from utils.measure import timing
 from utils.utils import add_path_arguments, checkpoint_path, run_main
@@ -45,13 +46,13 @@ def bare_onnx(checkpoint: Path, images: torch.Tensor, device: str):
     import onnxruntime
 
     if device == "cpu":
-        path, _, _ = export(checkpoint, images.shape[-1], "FP32")
+        path, _, _ = onnx_export.export(checkpoint, images.shape[-1], "FP32")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         x = images.numpy()
         return lambda: session.run(None, {"input": x})
-    path, _, _ = export(checkpoint, images.shape[-1], "FP16")
+    path, _, _ = onnx_export.export(checkpoint, images.shape[-1], "FP16")
     onnxruntime.preload_dlls()
     session = onnxruntime.InferenceSession(path, providers=["CUDAExecutionProvider"])
     x = images.to(device).half()

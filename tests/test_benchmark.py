@@ -22,6 +22,7 @@ import compare
 import model
 import onnx_inference
 import pytorch_inference
+from utils import onnx_export
 from utils.measure import jobs
 from utils.measure.timing import trimmed_mean
 from utils.report import tables
@@ -264,11 +265,11 @@ def test_a_profile_is_a_table_by_operator_and_a_trace(project, tmp_path, call):
 
 def test_the_export_is_used_again_until_its_checkpoint_changes(project, results):
     checkpoint = project / "weights" / "best_resnet18_64.pth"
-    path, _, cached = onnx_inference.export(checkpoint, 64, "FP32")
+    path, _, cached = onnx_export.export(checkpoint, 64, "FP32")
     assert cached
     path.write_bytes(path.read_bytes()[:-100])  # cut short
-    assert onnx_inference.export(checkpoint, 64, "FP32")[2] is False
-    assert onnx_inference.export(checkpoint, 64, "FP32")[2] is True
+    assert onnx_export.export(checkpoint, 64, "FP32")[2] is False
+    assert onnx_export.export(checkpoint, 64, "FP32")[2] is True
 
 
 def test_an_onnx_runtime_that_does_not_load_costs_its_own_row(project, tmp_path, monkeypatch):

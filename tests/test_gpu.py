@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import benchmark
+import backends
 import model
 from utils import environment
 from utils.measure import gpu, roofline, timing
@@ -67,8 +67,8 @@ def test_memory_is_what_nvidia_smi_says_of_this_process(call):
 @pytest.mark.parametrize("batch", [1, 256])
 @pytest.mark.parametrize("backend", ["pytorch", "onnx", "torch-tensorrt", "tensorrt"])
 def test_a_rows_memory_is_what_nvidia_smi_saw_of_its_process(project, tmp_path, backend, batch):
-    script = benchmark.BACKENDS[backend]
-    if reason := benchmark.make_backend(script, backend).why_unavailable("cuda"):
+    script = backends.SCRIPTS[backend]
+    if reason := backends.make(backend).why_unavailable("cuda"):
         pytest.skip(reason)
     folders = ["--data", project / "data", "--weights", project / "weights", "--results", tmp_path]
     what = ["--backends", backend, "--image-sizes", 64, "--batch-sizes", batch]

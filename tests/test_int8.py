@@ -15,9 +15,8 @@ from PIL import Image
 
 import model
 import onnx_inference
-import quantize
 import trt
-from utils import images
+from utils import images, onnx_export
 from utils.measure import accuracy
 from utils.report.rows import read_rows
 from utils.utils import UserError, sha256
@@ -37,34 +36,34 @@ def write_images(folder: Path, count: int) -> list[Path]:
 @pytest.mark.parametrize(("there", "used"), [(1, 1), (256, 256), (257, 129), (600, 200)])
 def test_calibration_takes_training_images_evenly_and_always_the_same(tmp_path, there, used):
     write_images(tmp_path, there)
-    chosen = quantize.calibration_files(tmp_path)
+    chosen = onnx_export.calibration_files(tmp_path)
     everything = images.list_images(tmp_path)["train"]
     ordered = [path for paths in everything.values() for path in paths]
-    assert len(chosen) == used <= quantize.MAX_IMAGES
+    assert len(chosen) == used <= onnx_export.MAX_IMAGES
     assert (
         chosen
         == ordered[:: ordered.index(chosen[1]) if used > 1 else 1]
-        == quantize.calibration_files(tmp_path)
+        == onnx_export.calibration_files(tmp_path)
     )
 
 
 def test_the_last_batch_is_filled_up_from_the_beginning(tmp_path):
     write_images(tmp_path, 10)
-    first, last = quantize.calibration_batches(tmp_path, 32)
-    assert first.shape == last.shape == (quantize.BATCH, 3, 32, 32)
+    first, last = onnx_export.calibration_batches(tmp_path, 32)
+    assert first.shape == last.shape == (onnx_export.BATCH, 3, 32, 32)
     assert torch.equal(last[2:], first[:6]) and not torch.equal(last[:2], first[:2])
 
 
 def test_the_fingerprint_follows_the_contents(tmp_path):
     path = write_images(tmp_path, 3)[1]
-    before = quantize.fingerprint(tmp_path)
+    before = onnx_export.fingerprint(tmp_path)
     Image.new("RGB", (40, 30), "white").save(path)
-    assert quantize.fingerprint(tmp_path) != before == before[:16]
+    assert onnx_export.fingerprint(tmp_path) != before == before[:16]
 
 
 def test_without_training_images_the_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="train holds no images to calibrate INT8 with"):
-        quantize.fingerprint(tmp_path)
+        onnx_export.fingerprint(tmp_path)
 
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -72,7 +71,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @pytest.mark.skipif(not CPUINFO.is_file() or "vnni" not in CPUINFO.read_text(), reason="no VNNI listed here")
 def test_a_processor_with_vnni_does_not_saturate():
-    assert quantize.saturates() is False
+    assert onnx_export.saturates() is False
 
 
 # ---- ONNX Runtime on the CPU
@@ -83,35 +82,37 @@ def exported(project, tmp_path_factory) -> Path:
     """The project's checkpoint and its FP32 export in a folder of their own."""
     folder = tmp_path_factory.mktemp("weights")
     checkpoint = shutil.copy(project / "weights" / "best_resnet18_64.pth", folder)
-    return onnx_inference.export(Path(checkpoint), 64, "FP32")[0]
+    return onnx_export.export(Path(checkpoint), 64, "FP32")[0]
 
 
 def test_the_quantised_network_is_kept_and_made_anew_when_damaged(project, exported, capsys):
     data = project / "data"
-    path, fresh = quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data)
-    assert not fresh and quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data) == (
-        path,
-        True,
-    )
+    path, fresh = onnx_export.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data)
+    assert not fresh and onnx_export.for_cpu(
+        exported, exported.with_name("best_resnet18_64.pth"), 64, data
+    ) == (path, True)
     before = sha256(path)
     path.write_bytes(path.read_bytes()[:-1])
-    assert quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data) == (path, False)
+    assert onnx_export.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data) == (
+        path,
+        False,
+    )
     assert capsys.readouterr().err == f"{path} is damaged; building it anew\n"
     assert sha256(path) == before  # the same network again, to the byte
 
 
 def test_a_training_image_that_broke_meanwhile_is_named(project, exported, tmp_path):
     data = Path(shutil.copytree(project / "data", tmp_path / "data"))
-    broken = quantize.calibration_files(data)[-1]
+    broken = onnx_export.calibration_files(data)[-1]
     broken.write_bytes(b"hi")
     with pytest.raises(UserError, match=f"{re.escape(str(broken))} can't be read any more"):
-        quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data)
+        onnx_export.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data)
 
 
 def test_a_network_calibrated_on_other_images_is_made_anew(project, exported, tmp_path, capsys):
-    path, _ = quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, project / "data")
+    path, _ = onnx_export.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, project / "data")
     write_images(tmp_path, 9)
-    assert quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, tmp_path) == (
+    assert onnx_export.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, tmp_path) == (
         path,
         False,
     )
@@ -122,7 +123,7 @@ def test_the_classifier_is_left_as_it_is(project, exported):
     """Rounded like the rest it clips the features of a rare image, and with them half of its logits."""
     import onnx
 
-    path, _ = quantize.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, project / "data")
+    path, _ = onnx_export.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, project / "data")
     nodes = onnx.load(path).graph.node
     made_by = {name: node.op_type for node in nodes for name in node.output}
     (gemm,) = (node for node in nodes if node.op_type == "Gemm")
@@ -192,7 +193,7 @@ def network(project, exported):
     import onnx
 
     need_scales_in_fp16(exported)
-    return onnx.load(quantize.for_tensorrt(exported, 64, project / "data")[0])
+    return onnx.load(onnx_export.for_tensorrt(exported, 64, project / "data")[0])
 
 
 def test_what_tensorrt_fuses_is_left_alone_and_all_else_is_rounded(network):
@@ -240,7 +241,7 @@ def test_a_scale_too_small_for_half_does_not_vanish():
 
     values = np.array([1e-9, 0.0, 0.25], np.float32)
     graph = helper.make_graph([], "g", [], [], [numpy_helper.from_array(values, "scale")])
-    quantize.halve(graph)
+    onnx_export.halve(graph)
     assert graph.initializer[0].data_type == TensorProto.FLOAT16
     assert numpy_helper.to_array(graph.initializer[0]).tolist() == [2**-24, 0.0, 0.25]
 
@@ -284,20 +285,20 @@ class Told:
 
 
 def test_a_calibrator_gives_every_batch_once_in_fp32_and_keeps_the_table(tensorrt):
-    batches = [torch.full((quantize.BATCH, 3, 4, 4), float(i)) for i in range(3)]
-    calibrator, config, network = quantize.calibrator(batches), Told(), Told()
+    batches = [torch.full((onnx_export.BATCH, 3, 4, 4), float(i)) for i in range(3)]
+    calibrator, config, network = trt.calibrator_of(batches), Told(), Told()
     calibrator.join(network, config, "profile")
     assert config.flags == ["INT8"] and config.int8_calibrator is calibrator and config.profile == "profile"
     assert network.dtype == "float"
     addresses = [calibrator.get_batch(["input"]) for _ in range(4)]
     assert addresses == [[batch.data_ptr()] for batch in batches] + [None]
-    assert calibrator.get_batch_size() == quantize.BATCH and calibrator.read_calibration_cache() is None
+    assert calibrator.get_batch_size() == onnx_export.BATCH and calibrator.read_calibration_cache() is None
     calibrator.write_calibration_cache(memoryview(b"scales"))
     assert calibrator.table == b"scales"
 
 
 def test_with_a_known_table_nothing_is_calibrated_and_input_and_output_are_half(tensorrt):
-    calibrator, config, network = quantize.calibrator(table=b"scales"), Told(), Told()
+    calibrator, config, network = trt.calibrator_of(table=b"scales"), Told(), Told()
     calibrator.join(network, config, "profile")
     assert calibrator.read_calibration_cache() == b"scales" and calibrator.get_batch(["input"]) is None
     assert config.profile is None and network.dtype == "half" and config.flags == ["INT8", "prefer"]
@@ -306,11 +307,14 @@ def test_with_a_known_table_nothing_is_calibrated_and_input_and_output_are_half(
     assert network.layers[1].precision is None  # a shortcut's sum
 
 
-class Recipe(trt.Recipe):
+class WithoutGpu(trt.NativeEngine):
     """Without a GPU to name among the facts."""
 
     def facts(self):
-        facts = {"tensorrt": sys.modules["tensorrt"].__version__, "images": quantize.fingerprint(self.data)}
+        facts = {
+            "tensorrt": sys.modules["tensorrt"].__version__,
+            "images": onnx_export.fingerprint(self.data),
+        }
         return facts | {"shapes": self.shapes}
 
 
@@ -340,14 +344,14 @@ def test_each_tensorrt_is_given_its_own_kind_of_int8(tensorrt, built, project, e
         need_scales_in_fp16(exported)
     tensorrt.__version__, tensorrt.NetworkDefinitionCreationFlag = version, SimpleNamespace(**kinds)
     checkpoint = exported.with_name("best_resnet18_64.pth")
-    recipe = Recipe(checkpoint, 64, [1, 16], project / "data", int8=True)
+    recipe = WithoutGpu(checkpoint, 64, [1, 16], project / "data", int8=True)
     plan = checkpoint.with_name("plan")
     timings = recipe.make(plan, b"timings")
     assert plan.read_bytes() == b"plan"
     networks = [onnx.load_from_string(model) for model, _, _ in built]
     asked = [(shapes, known) for _, shapes, known in built]
     if version == "8.6.0":
-        batch = [quantize.BATCH, 3, 64, 64]
+        batch = [onnx_export.BATCH, 3, 64, 64]
         assert asked == [([batch] * 3, None), (recipe.shapes, b"scales")] and timings == b"timings++"
         for network in networks:
             assert network.opset_import[0].version == 17
@@ -365,7 +369,7 @@ def test_a_calibration_serves_every_engine_and_is_made_anew_when_damaged_or_fore
     checkpoint = tmp_path / "best_resnet18_64.pth"
     kept = tmp_path / "resnet18_64_int8.calibration"
     for batch, static in [(16, False), (1, True), (16, True)]:
-        recipe = Recipe(checkpoint, 64, [batch], project / "data", static=static, int8=True)
+        recipe = WithoutGpu(checkpoint, 64, [batch], project / "data", static=static, int8=True)
         assert recipe.calibration(exported, b"")[0] == b"scales"
     assert len(built) == 1
     capsys.readouterr()

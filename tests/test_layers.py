@@ -10,11 +10,11 @@ from conftest import ROOT
 LAYERS = [  # from the lowest; files in one layer do not import each other
     ["utils.environment", "utils.measure.timing", "utils.measure.roofline", "utils.measure.schema"],
     ["utils.utils", "utils.sample_images", "utils.measure.gpu"],
-    ["utils.images", "utils.devices", "utils.report.training_log", "utils.serve.labels"],
-    ["model", "datasets"],
-    ["utils.measure.accuracy", "utils.serve.pipeline"],
-    ["utils.serve.dali", "utils.serve.load"],
-    ["utils.measure.records"],
+    ["utils.images", "utils.devices", "utils.report.training_log", "utils.serve.labels", "utils.backend"],
+    ["model", "datasets", "backends"],
+    ["utils.onnx_export", "utils.measure.accuracy", "utils.serve.pipeline"],
+    ["pytorch_inference", "onnx_inference", "trt", "torch_trt", "utils.serve.dali", "utils.serve.load"],
+    ["tensorrt_inference", "utils.measure.records"],
     ["utils.report.rows", "utils.report.analysis"],
     ["utils.report.tables"],
     ["utils.report.words", "utils.measure.worker"],
@@ -26,11 +26,6 @@ LAYERS = [  # from the lowest; files in one layer do not import each other
     ],
     ["utils.report.serving_plots", "utils.measure.jobs"],
     ["utils.plot_utils"],
-    ["pytorch_inference", "quantize"],
-    ["onnx_inference"],
-    ["trt"],
-    ["torch_trt"],
-    ["tensorrt_inference"],
     ["benchmark"],
     ["compare", "end_to_end", "predict", "train"],
 ]
@@ -38,9 +33,13 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def imported(source: str) -> set[str]:
-    """The names of modules that a file's import statements, wherever they stand, could mean."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
+    """The names of modules that a file's import statements, wherever they stand, could mean.
+
+    What it does when it is run as a script is left out: nobody who imports it imports that.
+    """
+    names, tree = set(), ast.parse(source)
+    tree.body = [node for node in tree.body if not ast.unparse(node).startswith("if __name__ == '__main__'")]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -71,6 +70,15 @@ def test_an_upward_import_is_seen_wherever_it_stands():
     assert upward("utils.measure.records", hidden) == {"utils.report.words"}
     assert upward("compare", "import train\n") == {"train"}
     assert not upward("utils.report.words", "from utils.report import analysis\n")
+    assert not upward("trt", 'if __name__ == "__main__":\n    import train\n')
+
+
+@pytest.mark.parametrize("module", ["pytorch_inference", "onnx_inference", "tensorrt_inference", "backends"])
+def test_importing_a_backend_imports_nothing_that_measures_or_reports(module):
+    code = f"import sys, {module}; print(*[name for name in sys.modules if name.startswith('utils.')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = done.stdout.split()
+    assert not [name for name in found if name.startswith(("utils.measure", "utils.report"))]
 
 
 def test_importing_touches_no_gpu():

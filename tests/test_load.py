@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import benchmark
+import backends
 from utils.measure.worker import inference
 from utils.serve import load
 from utils.serve.pipeline import Network
@@ -18,7 +18,7 @@ def network(project, tmp_path, monkeypatch):
     monkeypatch.setattr(load, "QUERIES", 30)
     monkeypatch.setattr(load, "SEARCH", (2, 5.0))
     checkpoint = project / "weights" / "best_resnet18_64.pth"
-    backend = benchmark.make_backend(benchmark.BACKENDS["onnx"], "onnx")
+    backend = backends.make("onnx")
     with inference("cpu"):
         backend.load(checkpoint, 64, [1, 4], "cpu")
         yield Network(backend, [1, 4], 64, "cpu")

@@ -17,7 +17,7 @@ from conftest import load_test_images, run_script
 from PIL import Image
 from torchvision.transforms import v2
 
-import benchmark
+import backends
 import datasets
 import end_to_end
 import model
@@ -229,7 +229,7 @@ def test_logits_from_files_are_those_of_the_test_set(project, name):
     images, labels = load_test_images(project / "data", 64, classes)
     listed = datasets.list_images(project / "data")["test"].values()
     paths = [str(path) for of_class in listed for path in of_class]
-    backend = benchmark.make_backend(benchmark.BACKENDS[name], name)
+    backend = backends.make(name)
     with inference("cpu"), contextlib.closing(pipeline.Pillow(64, 8, "cpu", few=True)) as decoder:
         backend.load(checkpoint, 64, [8], "cpu")
         network, waited = pipeline.Network(backend, [8], 64, "cpu"), {}

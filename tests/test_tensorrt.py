@@ -17,7 +17,8 @@ import model
 import tensorrt_inference
 import torch_trt
 import trt
-from utils import environment, utils
+from utils import environment, onnx_export, utils
+from utils.backend import build_engines, builds_ahead, is_fresh, store, why_no_tensorrt
 from utils.measure import accuracy
 from utils.utils import UserError
 
@@ -29,8 +30,8 @@ FACTS = {
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHECKPOINT = Path("weights") / "best_resnet18_64.pth"
-NATIVE = trt.why_unavailable(["tensorrt", "onnx"], DEVICE)
-TORCH = trt.why_unavailable(["torch_tensorrt"], DEVICE)
+NATIVE = why_no_tensorrt(["tensorrt", "onnx"], DEVICE)
+TORCH = why_no_tensorrt(["torch_tensorrt"], DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ TORCH = trt.why_unavailable(["torch_tensorrt"], DEVICE)
     ],
 )
 def test_the_profile_spans_one_to_the_largest_batch_and_its_best_is_at_least_two(batches, static, expected):
-    recipe = trt.Recipe(CHECKPOINT, 64, batches, None, static=static)
+    recipe = trt.NativeEngine(CHECKPOINT, 64, batches, None, static=static)
     assert recipe.shapes == [[batch, 3, 64, 64] for batch in expected]
 
 
@@ -53,7 +54,7 @@ def test_every_size_largest_batch_kind_and_route_has_a_file_of_its_own():
     for batch in (4, 8):
         for size in (64, 96):
             recipes += [
-                trt.Recipe(CHECKPOINT, size, [batch], None, static=static, int8=int8)
+                trt.NativeEngine(CHECKPOINT, size, [batch], None, static=static, int8=int8)
                 for static in (False, True)
                 for int8 in (False, True)
             ]
@@ -66,31 +67,31 @@ def test_every_size_largest_batch_kind_and_route_has_a_file_of_its_own():
 @pytest.fixture
 def engine(tmp_path):
     path = tmp_path / "resnet18_64_max4_fp16.engine"
-    utils.store(path, FACTS, lambda temporary: temporary.write_bytes(b"a plan"))
+    store(path, FACTS, lambda temporary: temporary.write_bytes(b"a plan"))
     return path
 
 
 def test_a_whole_file_made_from_the_same_is_fresh(engine, capsys):
-    assert utils.is_fresh(engine, json.loads(json.dumps(FACTS)))
+    assert is_fresh(engine, json.loads(json.dumps(FACTS)))
     assert sorted(path.name for path in engine.parent.iterdir()) == [engine.name, f"{engine.name}.json"]
     assert capsys.readouterr().err == ""
 
 
 def test_a_missing_file_is_no_surprise(tmp_path, capsys):
-    assert not utils.is_fresh(tmp_path / "none.engine", FACTS)
+    assert not is_fresh(tmp_path / "none.engine", FACTS)
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("content", [b"", b"a pla", b"a plan!", b"b plan"])
 def test_a_damaged_file_is_noticed(engine, content, capsys):
     engine.write_bytes(content)
-    assert not utils.is_fresh(engine, FACTS)
+    assert not is_fresh(engine, FACTS)
     assert capsys.readouterr().err == f"{engine} is damaged; building it anew\n"
 
 
 @pytest.mark.parametrize("name", FACTS)
 def test_a_file_made_from_anything_else_is_a_miss_and_says_what_differs(engine, name, capsys):
-    assert not utils.is_fresh(engine, {**FACTS, name: "other"})
+    assert not is_fresh(engine, {**FACTS, name: "other"})
     assert capsys.readouterr().err == f"{engine} was made for another {name}; building it anew\n"
 
 
@@ -98,7 +99,7 @@ def test_a_file_made_from_anything_else_is_a_miss_and_says_what_differs(engine, 
 def test_a_file_without_a_readable_note_is_a_miss(engine, note, capsys):
     path = engine.with_name(engine.name + ".json")
     path.unlink() if note is None else path.write_bytes(note)
-    assert not utils.is_fresh(engine, FACTS)
+    assert not is_fresh(engine, FACTS)
     assert capsys.readouterr().err == f"{engine} does not say what it was made from; building it anew\n"
 
 
@@ -111,12 +112,12 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_half_one(engine, error)
         raise error
 
     with pytest.raises(type(error)):
-        utils.store(engine, {**FACTS, "onnx": "new"}, write)
+        store(engine, {**FACTS, "onnx": "new"}, write)
     assert len(list(engine.parent.iterdir())) == 2
-    assert utils.is_fresh(engine, FACTS)
+    assert is_fresh(engine, FACTS)
 
 
-class Small(trt.Recipe):
+class Small(trt.NativeEngine):
     """Needs no GPU: its engine is a few bytes, and "a plan" does not load."""
 
     def facts(self):
@@ -133,11 +134,11 @@ class Small(trt.Recipe):
 
 
 def test_an_engine_that_does_not_load_is_built_anew(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trt, "in_fresh_process", lambda function: function())
+    monkeypatch.setattr("utils.backend.in_fresh_process", lambda function: function())
     checkpoint = tmp_path / "best_resnet18_64.pth"
     checkpoint.write_bytes(b"weights")
     recipe = Small(checkpoint, 64, [4], None)
-    utils.store(recipe.path, recipe.facts(), lambda file: file.write_bytes(b"a plan"))
+    store(recipe.path, recipe.facts(), lambda file: file.write_bytes(b"a plan"))
     engine, seconds, from_cache = recipe.load_or_build()
     assert engine == "engine" and seconds > 0 and not from_cache
     assert "TensorRT can't load the engine); building it anew" in capsys.readouterr().err
@@ -148,7 +149,7 @@ def test_an_engine_that_does_not_load_is_built_anew(tmp_path, monkeypatch, capsy
 
 def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(UserError, match="python train.py --image-sizes 64"):
-        trt.Recipe(tmp_path / "best_resnet18_64.pth", 64, [4], None).load_or_build()
+        trt.NativeEngine(tmp_path / "best_resnet18_64.pth", 64, [4], None).load_or_build()
 
 
 def test_builds_ahead_are_known_without_loading_anything(tmp_path):
@@ -158,38 +159,38 @@ def test_builds_ahead_are_known_without_loading_anything(tmp_path):
     backend = tensorrt_inference.BACKENDS["tensorrt-int8-static-graph"]()
     paths = backend.artefacts(checkpoint, 64, [1, 4], "cuda")
     assert [path.name for path in paths] == [f"resnet18_64_static{batch}_int8.engine" for batch in (1, 4)]
-    assert utils.builds_ahead(paths, checkpoint) == dict.fromkeys(paths)
+    assert builds_ahead(paths, checkpoint) == dict.fromkeys(paths)
     for path in paths:
-        utils.store(path, weights, lambda file: (time.sleep(0.02), file.write_bytes(b"a plan")))
-    assert utils.builds_ahead(paths, checkpoint) == {}
+        store(path, weights, lambda file: (time.sleep(0.02), file.write_bytes(b"a plan")))
+    assert builds_ahead(paths, checkpoint) == {}
     note, whole = paths[1].with_name(paths[1].name + ".json"), paths[1].read_bytes()
     for damage in (lambda: note.write_text("[1]"), lambda: note.write_text('{"made_from": 5}')):
         told = note.read_bytes()
         damage()
-        assert list(utils.builds_ahead(paths, checkpoint)) == [paths[1]]
+        assert list(builds_ahead(paths, checkpoint)) == [paths[1]]
         note.write_bytes(told)
     paths[1].write_bytes(b"half")
-    assert list(utils.builds_ahead(paths, checkpoint)) == [paths[1]]
+    assert list(builds_ahead(paths, checkpoint)) == [paths[1]]
     paths[1].write_bytes(whole)
     paths[0].unlink()
-    ((path, seconds),) = utils.builds_ahead(paths, checkpoint).items()
+    ((path, seconds),) = builds_ahead(paths, checkpoint).items()
     assert path == paths[0] and 0.02 <= seconds < 5
     checkpoint.write_bytes(b"other weights")
-    assert list(utils.builds_ahead(paths, checkpoint)) == paths
+    assert list(builds_ahead(paths, checkpoint)) == paths
 
 
 # ---- reasons
 
 
 def test_without_a_gpu_the_reason_is_the_gpu(monkeypatch):
-    assert trt.why_unavailable(["tensorrt"], "cpu") == "TensorRT needs an NVIDIA GPU; this run is on the CPU"
+    assert why_no_tensorrt(["tensorrt"], "cpu") == "TensorRT needs an NVIDIA GPU; this run is on the CPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "nvidia-smi" in trt.why_unavailable(["tensorrt"], "cuda")
+    assert "nvidia-smi" in why_no_tensorrt(["tensorrt"], "cuda")
 
 
 def test_a_missing_package_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reason = trt.why_unavailable(["no_such_package"], "cuda")
+    reason = why_no_tensorrt(["no_such_package"], "cuda")
     assert reason.startswith(
         "no_such_package is not installed; run: pip install -r requirements-tensorrt.txt"
     )
@@ -201,7 +202,7 @@ def test_a_package_that_does_not_load_is_quoted(monkeypatch, tmp_path):
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reason = trt.why_unavailable(["broken_tensorrt"], "cuda")
+    reason = why_no_tensorrt(["broken_tensorrt"], "cuda")
     assert "installed but does not load: OSError: libnvinfer.so.8: cannot open shared object file" in reason
 
 
@@ -214,7 +215,7 @@ def test_tensorrts_version_is_found_under_each_name_of_its_distribution(monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reason = trt.why_unavailable(["tensorrt"], "cuda")
+    reason = why_no_tensorrt(["tensorrt"], "cuda")
     assert reason.startswith("tensorrt 11.1.0.106 is installed but does not load: OSError: libcuda.so.1")
     assert environment.environment("cuda")["packages"][distribution.replace("_", "-")] == "11.1.0.106"
 
@@ -226,12 +227,12 @@ def test_every_backend_says_why_it_is_unavailable_on_a_cpu(make):
     assert backend.precision == ("INT8" if "int8" in backend.adds.lower() else "FP16")
 
 
-@pytest.mark.parametrize("script", [trt, torch_trt])
-def test_the_scripts_say_why_they_cannot_build(script, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [trt.NativeEngine, torch_trt.Module])
+def test_the_scripts_say_why_they_cannot_build(kind, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", [script.__name__, "--image-sizes", "64"])
+    monkeypatch.setattr(sys, "argv", ["trt.py", "--image-sizes", "64"])
     with pytest.raises(SystemExit) as stop:
-        utils.run_main(script.main)
+        utils.run_main(lambda: build_engines("", kind))
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: TensorRT needs an NVIDIA GPU")
 
@@ -505,10 +506,10 @@ def test_a_corrupt_timing_cache_does_not_break_a_build(checkpoint):
     needs("tensorrt")
     import tensorrt
 
-    import onnx_inference
-
-    path, _, _ = onnx_inference.export(checkpoint, 64, "FP16")
+    path, _, _ = onnx_export.export(checkpoint, 64, "FP16")
     plan, timings = trt.build_plan(
-        trt.onnx_for(tensorrt.__version__, path, None), trt.Recipe(path, 64, [2], None).shapes, b"corrupt"
+        trt.onnx_for(tensorrt.__version__, path, None),
+        trt.NativeEngine(path, 64, [2], None).shapes,
+        b"corrupt",
     )
     assert trt.Engine(plan)(torch.zeros(2, 3, 64, 64).half().cuda()).shape == (2, 3) and timings

@@ -1,4 +1,4 @@
-"""What scripts share: arguments, user errors, whole files, hashes, what is fresh, the environment."""
+"""What scripts share: arguments, user errors, whole files, hashes."""
 
 import argparse
 import contextlib
@@ -15,7 +15,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
@@ -367,50 +366,6 @@ def write_json(path: Path, value) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=1)
     text = re.sub(r'\[\n([^\[\]{}"]*?)\n\s*\]', lambda found: f"[{' '.join(found[1].split())}]", text)
     write_atomic(path, text + "\n")
-
-
-def is_fresh(path: Path, facts: dict) -> bool:
-    """Whether `path` is whole and made from exactly `facts`; if it is there but not that, stderr says why."""
-    if not path.is_file():
-        return False
-    try:
-        record = read_dict(path.with_name(path.name + ".json"))
-    except OSError:
-        record = {}
-    if not isinstance(record.get("made_from"), dict):
-        wrong = "does not say what it was made from"
-    elif others := sorted(name for name in facts if record["made_from"].get(name) != facts[name]):
-        wrong = f"was made for another {', '.join(others)}"
-    elif record.get("sha256") != sha256(path):
-        wrong = "is damaged"
-    else:
-        return True
-    print(f"{path} {wrong}; building it anew", file=sys.stderr, flush=True)
-    return False
-
-
-def store(path: Path, facts: dict, write: Callable[[Path], object]) -> None:
-    """Have `write(path)` write the whole file, with a note beside it: from what, and in how many seconds."""
-    start = time.perf_counter()
-    write_whole(path, write)
-    seconds = round(time.perf_counter() - start, 3)
-    note = {"made_from": facts, "sha256": sha256(path), "build_s": seconds}
-    write_json(path.with_name(path.name + ".json"), note)
-
-
-def builds_ahead(artefacts: list[Path], checkpoint: Path) -> dict[Path, float | None]:
-    """Those that are missing, damaged or of other weights, with the seconds of the last time, if known.
-
-    Nothing is loaded: what another version or GPU makes stale shows only when it is needed.
-    """
-    found, weights = {}, sha256(checkpoint)
-    for path in artefacts:
-        note = read_dict(path.with_name(path.name + ".json"))
-        made_from = note.get("made_from") if isinstance(note.get("made_from"), dict) else {}
-        whole = path.is_file() and note.get("sha256") == sha256(path)
-        if not whole or made_from.get("checkpoint") != weights:
-            found[path] = note.get("build_s")
-    return found
 
 
 def sha256(*parts: str | bytes | Path) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.backend import is_fresh, store
 from utils.measure.schema import BASELINE, Job
-from utils.utils import in_fresh_process, is_fresh, sha256, store
+from utils.utils import in_fresh_process, sha256
 
 MIN_AGREEMENT = 0.99  # of the test images, or all but one on small sets
 CPU_BATCH = 16  # of the accuracy pass on a CPU, where no shapes are fixed and memory is no concern

@@ -33,8 +33,8 @@ AUTO_BATCH_SIZES = [2**k for k in range(9)]  # 1 to 256; measured until they sat
 MIN_SECONDS = {"cuda": 0.75, "cpu": 1.5}
 MAX_SECONDS = {"cuda": 30.0, "cpu": 2.0}
 # A change of any of these makes an earlier measurement stale.
-MEASURING = ["model.py", "datasets.py", "quantize.py", "*_inference.py", "trt.py", "torch_trt.py"]
-MEASURING += ["utils/images.py"]
+MEASURING = ["model.py", "datasets.py", "*_inference.py", "trt.py", "torch_trt.py"]
+MEASURING += ["utils/backend.py", "utils/images.py", "utils/onnx_export.py"]
 MEASURING += [f"utils/measure/{name}.py" for name in ("accuracy", "gpu", "interleave", "roofline")]
 MEASURING += [f"utils/measure/{name}.py" for name in ("timing", "worker")]
 

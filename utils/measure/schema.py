@@ -1,47 +1,10 @@
-"""The contracts between the stages, stated here and nowhere else: Backend, Job, Record."""
+"""The contracts between the stages, stated here and nowhere else: Job, Record."""
 
-import abc
 import dataclasses
 from pathlib import Path
 
 STATUSES = ["ok", "unavailable", "out_of_memory", "failed", "mismatch"]
 BASELINE = "pytorch"  # the backend that every speedup is formed against, at the same size and batch
-
-
-class Backend(abc.ABC):
-    """A way to run ResNet-18.  To add one: a class, a line in its script's BACKENDS, a colour in plot_utils.
-
-    Everything vendor-specific is imported inside the methods, so that --help works on every machine.
-    """
-
-    precision = "FP32"  # of weights and arithmetic: FP32, TF32, FP16, BF16, INT8; load() may correct it
-    build_s = 0.0  # seconds that load() took to export, build or compile, or to find the artefact
-    from_cache = False  # whether the artefact was there already
-    artefact: Path | None = None  # the file in weights/ that it runs from besides the checkpoint
-    adds = ""  # what a variant adds to its plain method, in one clause
-    data: Path | None = None  # the images' folder, set before load(): INT8 is calibrated on data/train
-    any_batch = True  # whether it takes every batch size up to the largest that load() is given
-    torch_allocator = False  # whether PyTorch's allocator holds its memory, and so can tell how much
-
-    def why_unavailable(self, device: str) -> str | None:
-        """None if it can run on `device` ("cuda" or "cpu"), else one sentence that a user can act on."""
-        return None
-
-    def artefacts(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> list[Path]:
-        """The files that load() would build where they are missing or stale; nothing is loaded for this."""
-        return []
-
-    @abc.abstractmethod
-    def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
-        """Make ready for these batch sizes; never timed as inference.  What it raises costs its own rows."""
-
-    def prepare(self, images):
-        """float32 (N, 3, S, S) on the device -> predict()'s own dtype and layout.  Outside the clock."""
-        return images.contiguous()
-
-    @abc.abstractmethod
-    def predict(self, x):
-        """Enqueue on the current CUDA stream; logits (N, classes) on the device.  The clock synchronises."""
 
 
 @dataclasses.dataclass(frozen=True)

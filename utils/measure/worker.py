@@ -14,9 +14,10 @@ from collections.abc import Callable
 import numpy as np
 import psutil
 
+from utils.backend import Backend
 from utils.measure import accuracy, gpu, timing
 from utils.measure.records import kept_batches, note_failure, read_record, start, write_record
-from utils.measure.schema import Backend, Job, Settings
+from utils.measure.schema import Job, Settings
 from utils.utils import UserError, is_out_of_memory
 
 WARM_UP_SECONDS = 0.3  # at least, besides the calls asked for

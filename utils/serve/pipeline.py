@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 import datasets
 from utils import environment
-from utils.measure.schema import Backend
+from utils.backend import Backend
 from utils.utils import end_with_parent, fresh_processes, uninterrupted
 
 IN_FLIGHT = 2  # batches that wait for the network while the decoder goes on

@@ -1,15 +1,16 @@
-"""INT8 for every runtime that wants it: training images to calibrate with, and networks in ONNX's QDQ form.
+"""A checkpoint as ONNX: FP32, FP16 and INT8.
 
-A QDQ network keeps its layers and says beside each how its tensors are rounded to 8 bits.  The scales of
-activations come from the largest values that the FP32 network shows for training images: the test images
-stay unseen.  The classifier after the last convolution is left as it is: it takes no time, and a rare image
-whose features are twice as large as any seen lost half of its logits there.
+INT8 is a network in ONNX's QDQ form: it keeps its layers and says beside each how its tensors are rounded to
+8 bits.  The scales of activations come from the largest values that the FP32 network shows for training
+images: the test images stay unseen.  The classifier after the last convolution is left as it is: it takes no
+time, and a rare image whose features are twice as large as any seen lost half of its logits there.
 """
 
 import functools
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,13 +18,58 @@ import numpy as np
 import torch
 
 import datasets
+import model
 from utils import images
-from utils.utils import UserError, is_fresh, sha256, store
+from utils.backend import is_fresh, store
+from utils.environment import package_version, torch_is_at_least
+from utils.utils import UserError, sha256
 
+MAX_BATCH = 1024  # of the exported graph's free batch axis
+OLD_EXPORTER_OPSET = 17  # torch before 2.5 has no dependable dynamo exporter
+NAMES = {"input_names": ["input"], "output_names": ["logits"]}
 MAX_IMAGES = 256  # a few hundred do (Krishnamoorthi, Quantizing deep convolutional networks, 2018, section 3)
 BATCH = 8  # images at once
-ADDS = "INT8 calibrated on training images"  # what a rung adds
 PRECISION = "INT8 by the largest values, classifier as it is"
+
+
+def export_path(checkpoint: Path, image_size: int, precision: str) -> Path:
+    return checkpoint.with_name(f"resnet18_{image_size}_{precision.lower()}.onnx")
+
+
+def export(checkpoint: Path, image_size: int, precision: str) -> tuple[Path, float, bool]:
+    """The checkpoint as an ONNX file with a free batch axis: "input" (N, 3, S, S), "logits" (N, classes).
+
+    Batch normalisation is folded in FP32; "FP16" then halves weights, input and output.  Returns the path,
+    the seconds it took and whether a fresh file was there already.
+    """
+    start = time.perf_counter()
+    path = export_path(checkpoint, image_size, precision)
+    facts = {name: package_version(name) for name in ("torch", "onnx", "onnxscript")}
+    facts |= {"checkpoint": sha256(checkpoint), "precision": precision}
+    fresh = is_fresh(path, facts)
+    if not fresh:
+        with torch.inference_mode(False), torch.no_grad():  # exporters can't trace inference tensors
+            store(path, facts, lambda file: write_onnx(checkpoint, image_size, precision, file))
+    return path, time.perf_counter() - start, fresh
+
+
+def write_onnx(checkpoint: Path, image_size: int, precision: str, path: Path) -> None:
+    """Export to `path`: by the dynamo exporter, or with torch before 2.5 by the older one."""
+    network = model.fold_batch_norm(model.load(checkpoint, "cpu")[0])
+    example = torch.zeros(2, 3, image_size, image_size)  # a batch of 1 would be taken for a constant
+    if precision == "FP16":
+        network, example = network.half(), example.half()
+    if torch_is_at_least(2, 5):
+        free = {"dynamic_shapes": ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},), "dynamo": True}
+        torch.onnx.export(network, (example,), path, external_data=False, verbose=False, **free, **NAMES)
+        return
+    if precision == "FP16" and torch.cuda.is_available():  # it runs the network; CPUs had no half convolution
+        network, example = network.cuda(), example.cuda()
+    free = {"dynamic_axes": {"input": {0: "batch"}, "logits": {0: "batch"}}}
+    torch.onnx.export(network, (example,), str(path), opset_version=OLD_EXPORTER_OPSET, **free, **NAMES)
+
+
+# ---- the images that INT8 is calibrated on
 
 
 def calibration_files(data: Path) -> list[Path]:
@@ -49,6 +95,11 @@ def calibration_batches(data: Path, image_size: int) -> Iterator[torch.Tensor]:
 def fingerprint(data: Path) -> str:
     """Of the images' contents, in order."""
     return sha256(*images.content_hashes(calibration_files(data)))[:16]
+
+
+def facts_of_int8(data: Path) -> dict:
+    """What an INT8 file depends on besides the network: the images and the way it is rounded."""
+    return {"images": fingerprint(data), "precision": PRECISION}
 
 
 # ---- for ONNX Runtime on CPUs
@@ -186,63 +237,3 @@ def halve(graph) -> None:
     for value in (*graph.input, *graph.output):
         value.type.tensor_type.elem_type = TensorProto.FLOAT16
     del graph.value_info[:]  # they still say FP32
-
-
-# ---- for TensorRT 8.6
-
-
-def calibrator(batches: Iterable[torch.Tensor] = (), table: bytes | None = None):
-    """TensorRT's calibrator over `batches`, or one that knows the `table` from an earlier one.
-
-    As elsewhere scales come from the largest values.  The entropy calibrator may cut rare ones off; by it 2
-    of 100 test images fewer were right on an H100.
-    """
-    import tensorrt
-
-    class Calibrator(tensorrt.IInt8MinMaxCalibrator):
-        def __init__(self):
-            tensorrt.IInt8MinMaxCalibrator.__init__(self)
-            self.table, self.batches = table, iter(batches)
-
-        def get_batch_size(self):
-            return BATCH
-
-        def get_batch(self, names):
-            batch = next(self.batches, None)
-            if batch is None:
-                return None
-            self.batch = batch.cuda()  # kept until the next call: TensorRT reads it by its address
-            torch.cuda.synchronize()  # and on a stream of its own
-            return [self.batch.data_ptr()]
-
-        def read_calibration_cache(self):
-            return table
-
-        def write_calibration_cache(self, cache):
-            self.table = bytes(cache)
-
-        def join(self, network, config, profile):
-            """Have the build take its scales from here; only with known scales input and output are half,
-            and all that follows the last convolution."""
-            config.set_flag(tensorrt.BuilderFlag.INT8)
-            config.int8_calibrator = self
-            if table is None:
-                config.set_calibration_profile(profile)
-                config.builder_optimization_level = 0  # of the engine nothing is wanted but the table
-            else:
-                network.get_input(0).dtype = network.get_output(0).dtype = tensorrt.DataType.HALF
-                config.set_flag(tensorrt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
-                for layer in layers_of_classifier(tensorrt, network):
-                    layer.precision = tensorrt.DataType.HALF
-                    layer.set_output_type(0, tensorrt.DataType.HALF)
-
-    return Calibrator()
-
-
-def layers_of_classifier(tensorrt, network) -> list:
-    """The layers that compute something from the mean over all pixels on."""
-    kinds = tensorrt.LayerType
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    start = next(i for i, layer in enumerate(layers) if layer.type == kinds.REDUCE)
-    computing = (kinds.REDUCE, kinds.MATRIX_MULTIPLY, kinds.ELEMENTWISE)
-    return [layer for layer in layers[start:] if layer.type in computing]

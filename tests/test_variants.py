@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import load_test_images
 
-import benchmark
+import backends
 import model
 import pytorch_inference
 from utils.measure import accuracy
@@ -58,9 +58,9 @@ def test_cudnn_chooses_by_trial_for_tuned_rungs_and_not_for_the_baseline(project
     torch.backends.cudnn.benchmark = before
 
 
-@pytest.mark.parametrize("name", benchmark.BACKENDS)
+@pytest.mark.parametrize("name", backends.SCRIPTS)
 def test_every_variant_says_in_one_clause_what_it_adds_and_plain_methods_add_nothing(name):
-    adds = benchmark.make_backend(benchmark.BACKENDS[name], name).adds
+    adds = backends.make(name).adds
     plain = name in ("pytorch", "onnx", "torch-tensorrt", "tensorrt")
     assert (adds == "") == plain
     assert len(adds) < 110 and "\n" not in adds and not adds.endswith(".")

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 import model
-from utils.backend import Backend, CudaGraph
+from utils.backend import Backend, CudaGraph, Unavailable
 from utils.devices import has_native_bfloat16
-from utils.utils import run_main
+from utils.utils import is_out_of_memory, run_main
 
 DTYPES = {"FP32": torch.float32, "TF32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
 TUNED = "channels last, batch norm folded"  # what a variant adds
@@ -38,8 +38,8 @@ class PyTorch(Backend):
             places = {"cuda": "a GPU", "cpu": "the CPU"}
             what = f"this form of PyTorch ({self.adds}) is measured on {places[self.only]} only"
             return f"{what}; this run is on {places[device]}"
-        if self.precision == "BF16" and not has_native_bfloat16():
-            return "this processor has no BF16 arithmetic (AVX512_BF16): emulated, it is slower than FP32"
+        if reason := why_not_precise(self.precision, device):
+            return reason
         return why_not_compiled(device) if self.compiled else None
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
@@ -54,14 +54,71 @@ class PyTorch(Backend):
         self.network = network.to(device, DTYPES[self.precision])
         if self.compiled:  # once for each batch size; beyond its limit, 8, it would run uncompiled
             torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-            self.network = torch.compile(self.network, dynamic=False)
+            self.network = Compiled(self.network)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         layout = torch.channels_last if self.tuned else torch.contiguous_format
-        return images.to(DTYPES[self.precision]).contiguous(memory_format=layout)
+        x = images.to(DTYPES[self.precision]).contiguous(memory_format=layout)
+        if self.compiled:
+            self.network.compile_for(x)
+        return x
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         return self.network(x)
+
+
+class Compiled:
+    """A network by torch.compile, as one graph for each batch size.
+
+    Some settings have torch.compile run a network as it is, without a word (TORCHDYNAMO_DISABLE=1), so it is
+    counted whether the compiler was asked and gave something.
+    """
+
+    def __init__(self, network: torch.nn.Module):
+        self.graphs, self.known = 0, set()
+        self.network = torch.compile(network, dynamic=False, fullgraph=True, backend=self.counted)
+
+    def counted(self, graph, examples):
+        compiled = torch._dynamo.lookup_backend("inductor")(graph, examples)  # torch.compile's default
+        self.graphs += 1
+        return compiled
+
+    def compile_for(self, x: torch.Tensor) -> None:
+        """Compile for x's batch size, once.  Raises Unavailable where that gave no compiled network."""
+        if len(x) in self.known:
+            return
+        before, leave = self.graphs, "or leave torch-compile out of --backends"
+        try:
+            self.network(x)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            words = " ".join(str(error).split())
+            raise Unavailable(f"torch.compile failed; mend its compiler, {leave}: {words}") from error
+        if self.graphs == before:
+            switches = [
+                name for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE") if os.environ.get(name)
+            ]
+            why = f"unset {' and '.join(switches)}" if switches else "switch TorchDynamo on"
+            raise Unavailable(f"torch.compile compiled nothing and ran PyTorch as it is; {why}, {leave}")
+        self.known.add(len(x))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x)
+
+
+def why_not_precise(precision: str, device: str) -> str | None:
+    """Why a variant would compute in another precision than its name says, or None."""
+    if precision == "BF16" and not has_native_bfloat16():
+        return "this processor has no BF16 arithmetic (AVX512_BF16): emulated, it is slower than FP32"
+    if device != "cuda" or not torch.cuda.is_available():
+        return None
+    if precision == "TF32" and torch.cuda.get_device_capability() < (8, 0):
+        return "this GPU has no TF32 arithmetic (from compute capability 8.0 on), so it would compute in FP32"
+    forced = os.environ.get("NVIDIA_TF32_OVERRIDE")
+    if forced and forced == {"FP32": "1", "TF32": "0"}.get(precision):
+        return f"NVIDIA_TF32_OVERRIDE={forced} keeps PyTorch from computing in {precision}; unset it"
+    return None
 
 
 def why_not_compiled(device: str) -> str | None:

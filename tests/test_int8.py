@@ -13,11 +13,13 @@ import torch
 from conftest import load_test_images, run_script
 from PIL import Image
 
+import backends
 import model
 import onnx_inference
 import trt
 from utils import images, onnx_export
-from utils.measure import accuracy
+from utils.backend import Unavailable
+from utils.measure import accuracy, worker
 from utils.report.rows import read_rows
 from utils.utils import UserError, sha256
 
@@ -117,6 +119,37 @@ def test_a_network_calibrated_on_other_images_is_made_anew(project, exported, tm
         False,
     )
     assert "was made for another images; building it anew" in capsys.readouterr().err
+
+
+def test_without_images_the_network_that_is_there_is_used_and_none_is_made(project, exported, tmp_path):
+    checkpoint = exported.with_name("best_resnet18_64.pth")
+    path, _ = onnx_export.for_cpu(exported, checkpoint, 64, project / "data")
+    whole = path.read_bytes()
+    assert onnx_export.for_cpu(exported, checkpoint, 64, None) == (path, True)
+    path.unlink()
+    backend = backends.make("onnx-int8")
+    with pytest.raises(Unavailable, match="python benchmark.py"):
+        backend.load(checkpoint, 64, [1], "cpu")
+    path.write_bytes(whole)
+    backend.load(checkpoint, 64, [1], "cpu")
+    assert backend.from_cache and backend.artefact == path
+
+
+@pytest.mark.parametrize(
+    ("module", "status"),
+    [("onnxscript", "unavailable: the export to ONNX needs onnxscript"), (None, "failed")],
+)
+def test_an_export_that_cannot_be_written_says_what_mends_it(project, tmp_path, monkeypatch, module, status):
+    checkpoint = Path(shutil.copy(project / "weights" / "best_resnet18_64.pth", tmp_path))
+    if module:
+        monkeypatch.setitem(sys.modules, module, None)
+    else:
+        (tmp_path / "resnet18_64_fp32.onnx").mkdir()
+    with pytest.raises((Unavailable, OSError)) as error:
+        onnx_export.export(checkpoint, 64, "FP32")
+    problem = worker.problem_of(error.value)
+    assert f"{problem.status}: {problem.reason}".startswith(status)
+    assert "run: pip install" in problem.reason or "a folder is where a file belongs" in problem.reason
 
 
 def test_the_classifier_is_left_as_it_is(project, exported):

@@ -1,6 +1,7 @@
-"""What PyTorch alone can do: every rung computes what the baseline computes, or says why it can't."""
+"""PyTorch's own variants: each computes what the baseline computes, or says why it can't."""
 
 import contextlib
+import importlib
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from conftest import load_test_images
 import backends
 import model
 import pytorch_inference
-from utils.measure import accuracy
+from utils.backend import Unavailable
+from utils.measure import accuracy, worker
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RUNGS = [name for name in pytorch_inference.BACKENDS if name != "pytorch"]
+VARIANTS = [name for name in pytorch_inference.BACKENDS if name != "pytorch"]
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +33,8 @@ def in_its_place(device: str):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", RUNGS)
-def test_a_rung_computes_what_the_baseline_computes(project, pictures, name):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_computes_what_the_baseline_computes(project, pictures, name):
     backend = pytorch_inference.BACKENDS[name]()
     if reason := backend.why_unavailable(DEVICE):
         pytest.skip(reason)
@@ -46,7 +48,7 @@ def test_a_rung_computes_what_the_baseline_computes(project, pictures, name):
             assert difference <= accuracy.TOLERANCE[backend.precision] * np.abs(expected).max()
 
 
-def test_cudnn_chooses_by_trial_for_tuned_rungs_and_not_for_the_baseline(project):
+def test_cudnn_chooses_by_trial_for_tuned_variants_and_not_for_the_baseline(project):
     checkpoint = project / "weights" / "best_resnet18_64.pth"
     before = torch.backends.cudnn.benchmark
     for backend, expected in [
@@ -69,7 +71,7 @@ def test_every_variant_says_in_one_clause_what_it_adds_and_plain_methods_add_not
 
 
 @pytest.mark.parametrize("name", ["pytorch-channels-last", "pytorch-bf16"])
-def test_cpu_rungs_say_so_on_a_gpu(name):
+def test_cpu_variants_say_so_on_a_gpu(name):
     reason = pytorch_inference.BACKENDS[name]().why_unavailable("cuda")
     assert reason.endswith("is measured on the CPU only; this run is on a GPU")
 
@@ -85,22 +87,61 @@ def test_without_a_compiler_torch_compile_says_which_one_it_looks_for(monkeypatc
     assert "no-such-compiler -O2 is not there; install one or set CXX" in reason
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_more_batch_sizes_than_the_compilers_limit_are_all_compiled(project):
+def compiled_without_inductor(monkeypatch, project, checkpoint="best_resnet18_64.pth"):
+    """torch-compile, loaded, whose compiler gives the graph back as it is: it takes no time."""
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph, examples: graph.forward)
+    monkeypatch.setattr(pytorch_inference, "why_not_compiled", lambda device: None)
+    torch._dynamo.reset()
     backend = pytorch_inference.BACKENDS["torch-compile"]()
-    if reason := backend.why_unavailable("cpu"):
-        pytest.skip(reason)
-    backend.load(project / "weights" / "best_resnet18_64.pth", 64, list(range(1, 11)), "cpu")
-    compiled = []
+    backend.load(project / "weights" / checkpoint, 64, list(range(1, 11)), "cpu")
+    return backend
 
-    def count(graph, example):
-        compiled.append(len(example))
-        return graph.forward
 
-    torch._dynamo.reset()
-    network = torch.compile(backend.network._orig_mod, backend=count, dynamic=False)
+def test_more_batch_sizes_than_the_compilers_limit_are_all_compiled(project, monkeypatch):
+    backend = compiled_without_inductor(monkeypatch, project)
     with torch.inference_mode():
-        for batch in range(1, 11):
-            network(torch.zeros(batch, 3, 32, 32))
-    torch._dynamo.reset()
-    assert len(compiled) == 10
+        for batch in [*range(1, 11), 3]:
+            backend.predict(backend.prepare(torch.zeros(batch, 3, 32, 32)))
+    assert backend.network.graphs == 10
+
+
+def test_torch_compile_that_compiled_nothing_is_unavailable(project, monkeypatch):
+    monkeypatch.setenv(switch := "TORCHDYNAMO_DISABLE", "1")
+    with (
+        torch.inference_mode(),
+        pytest.raises(Unavailable, match=f"compiled nothing.*unset {switch}") as found,
+    ):
+        compiled_without_inductor(monkeypatch, project).prepare(torch.zeros(2, 3, 32, 32))
+    assert worker.problem_of(found.value).status == "unavailable"
+
+
+@pytest.mark.parametrize("suppressed", [True, False])
+def test_a_compiler_that_fails_is_unavailable_even_where_errors_are_suppressed(
+    project, monkeypatch, suppressed
+):
+    def fails(graph, examples):
+        raise RuntimeError("g++: internal compiler error")
+
+    backend = compiled_without_inductor(monkeypatch, project)
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: fails)
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", suppressed)
+    with torch.inference_mode(), pytest.raises(Unavailable, match="compile"):
+        backend.prepare(torch.zeros(2, 3, 32, 32))
+
+
+def test_a_gpu_without_tf32_and_a_variable_that_overrides_it_are_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "no TF32 arithmetic" in pytorch_inference.BACKENDS["pytorch-tf32"]().why_unavailable("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for name, value in (("pytorch-tf32", "0"), ("pytorch", "1")):
+        backend = pytorch_inference.BACKENDS[name]()
+        assert backend.why_unavailable("cuda") is None
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", value)
+        assert f"NVIDIA_TF32_OVERRIDE={value} keeps" in backend.why_unavailable("cuda")
+        monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+
+
+def test_the_registry_names_exactly_what_the_scripts_make():
+    for script, names in backends.NAMES.items():
+        assert list(importlib.import_module(script).BACKENDS) == names

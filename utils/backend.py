@@ -28,6 +28,10 @@ from utils.utils import (
 # ---- the contract
 
 
+class Unavailable(Exception):  # noqa: N818 (it is a finding like why_unavailable()'s, only made later)
+    """load(), prepare() or predict() found that this machine can't do what the backend's name says."""
+
+
 class Backend(abc.ABC):
     """A way to run ResNet-18.  To add one: a class, a line in backends.py, a colour in chart_style.py.
 
@@ -39,7 +43,9 @@ class Backend(abc.ABC):
     from_cache = False  # whether the artefact was there already
     artefact: Path | None = None  # the file in weights/ that it runs from besides the checkpoint
     adds = ""  # what a variant adds to its plain method, in one clause
-    data: Path | None = None  # the images' folder, set before load(): INT8 is calibrated on data/train
+    data: Path | None = (
+        None  # train/ in it calibrates INT8; None: an INT8 file that is there is used as it is
+    )
     any_batch = True  # whether it takes every batch size up to the largest that load() is given
     torch_allocator = False  # whether PyTorch's allocator holds its memory, and so can tell how much
 

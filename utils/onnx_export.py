@@ -20,7 +20,7 @@ import torch
 import datasets
 import model
 from utils import images
-from utils.backend import is_fresh, store
+from utils.backend import Unavailable, is_fresh, store, why_not_importable
 from utils.environment import package_version, torch_is_at_least
 from utils.utils import UserError, sha256
 
@@ -48,6 +48,9 @@ def export(checkpoint: Path, image_size: int, precision: str) -> tuple[Path, flo
     facts |= {"checkpoint": sha256(checkpoint), "precision": precision}
     fresh = is_fresh(path, facts)
     if not fresh:
+        for package in ["onnx", "onnxscript"] if torch_is_at_least(2, 5) else ["onnx"]:
+            if reason := why_not_importable(package, "pip install -r requirements.txt"):
+                raise Unavailable(f"the export to ONNX needs {package}: {reason}")
         with torch.inference_mode(False), torch.no_grad():  # exporters can't trace inference tensors
             store(path, facts, lambda file: write_onnx(checkpoint, image_size, precision, file))
     return path, time.perf_counter() - start, fresh
@@ -72,8 +75,13 @@ def write_onnx(checkpoint: Path, image_size: int, precision: str, path: Path) ->
 # ---- the images that INT8 is calibrated on
 
 
-def calibration_files(data: Path) -> list[Path]:
-    """Training images, evenly spread over all in the order of their names.  Raises UserError."""
+def calibration_files(data: Path | None) -> list[Path]:
+    """Training images, evenly spread over all in the order of their names.
+
+    Raises UserError where there are none, Unavailable where the caller has none to give.
+    """
+    if data is None:
+        raise Unavailable("no INT8 network of this checkpoint is there; make it: python benchmark.py")
     files = [path for paths in images.list_images(data)["train"].values() for path in paths]
     if not files:
         raise UserError(f"{data / 'train'} holds no images to calibrate INT8 with; see: python datasets.py")
@@ -97,9 +105,12 @@ def fingerprint(data: Path) -> str:
     return sha256(*images.content_hashes(calibration_files(data)))[:16]
 
 
-def facts_of_int8(data: Path) -> dict:
-    """What an INT8 file depends on besides the network: the images and the way it is rounded."""
-    return {"images": fingerprint(data), "precision": PRECISION}
+def facts_of_int8(data: Path | None) -> dict:
+    """What an INT8 file depends on besides the network: the way it is rounded, and the images.
+
+    Without `data` any images will do: what was measured is used as long as its file is there.
+    """
+    return {"precision": PRECISION} | ({"images": fingerprint(data)} if data else {})
 
 
 # ---- for ONNX Runtime on CPUs
@@ -114,8 +125,8 @@ def for_cpu(source: Path, checkpoint: Path, image_size: int, data: Path) -> tupl
     import onnxruntime
 
     path = path_for_cpu(source, image_size)
-    facts = {"checkpoint": sha256(checkpoint), "onnx": sha256(source), "images": fingerprint(data)}
-    facts |= {"onnxruntime": onnxruntime.__version__, "precision": PRECISION, "reduce_range": saturates()}
+    facts = {"checkpoint": sha256(checkpoint), "onnx": sha256(source), **facts_of_int8(data)}
+    facts |= {"onnxruntime": onnxruntime.__version__, "reduce_range": saturates()}
     fresh = is_fresh(path, facts)
     if not fresh:
         batches = calibration_batches(data, image_size)
@@ -175,8 +186,7 @@ def for_tensorrt(source: Path, image_size: int, data: Path) -> tuple[Path, bool]
     import onnxruntime
 
     path = source.with_name(f"resnet18_{image_size}_int8_tensorrt.onnx")
-    facts = {"onnx": sha256(source), "images": fingerprint(data), "precision": PRECISION}
-    facts |= {"onnxruntime": onnxruntime.__version__}
+    facts = {"onnx": sha256(source), "onnxruntime": onnxruntime.__version__, **facts_of_int8(data)}
     fresh = is_fresh(path, facts)
     if not fresh:
         batches = calibration_batches(data, image_size)

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import numpy as np
 import psutil
 
-from utils.backend import Backend
+from utils.backend import Backend, Unavailable
 from utils.measure import accuracy, gpu, timing
 from utils.measure.records import kept_batches, note_failure, read_record, start, write_record
 from utils.measure.schema import Job, Settings
-from utils.utils import UserError, is_out_of_memory
+from utils.utils import MENDS, UserError, is_out_of_memory, sentence
 
 WARM_UP_SECONDS = 0.3  # at least, besides the calls asked for
 # Of a turn at least: below, what the others left in the caches shows.  A core that shares its hardware with
@@ -220,6 +220,10 @@ def problem_of(error: Exception) -> Problem:
     """What an exception stands for."""
     if isinstance(error, Problem):
         return error
+    if isinstance(error, Unavailable):
+        return Problem("unavailable", str(error))
+    if isinstance(error, OSError) and error.errno in MENDS:
+        return Problem("failed", sentence(error))
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
     return Problem("out_of_memory" if is_out_of_memory(error) else "failed", reason)
 

@@ -11,11 +11,12 @@ all: .venv/installed
 	$(PY) benchmark.py $(FLAGS)
 
 test: .venv/installed
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m pyright
 
 .venv/installed: requirements.txt requirements-tensorrt.txt
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 2; }

@@ -1,14 +1,15 @@
-"""What several tests share: the repo on the path, and one small project that the real scripts trained."""
+"""What several tests share: the repo on the path, and a small project, trained and measured for real."""
 
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from filelock import FileLock  # PyTorch brings it along
+from filelock import FileLock
 
 # Tests run beside one another: threads that wait spinning would take each other's cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -43,23 +44,37 @@ def load_test_images(data: Path, image_size: int, classes: list[str], num_worker
 @pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Path:
     """A folder with the drawn sample as data/ and a checkpoint for 64 px in weights/, as train.py --quick
-    makes them, for this process.
+    makes them.  It is made once; each test process has its own copy."""
+    return shared_copy(tmp_path_factory, "project", train)
 
-    It is made once: test processes beside this one wait for it and copy it.
-    """
-    made = tmp_path_factory.getbasetemp() / "project"
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return train(made)
-    shared = tmp_path_factory.getbasetemp().parent / "project"
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory, project) -> Path:
+    """Another copy of the project, with exports and in results/quick the table of PyTorch and ONNX Runtime
+    at 64 px, batch 1 and 4, in two rounds."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(project, folder)
+        run_script("benchmark.py", *MEASURED, cwd=folder)
+
+    return shared_copy(tmp_path_factory, "measured", make)
+
+
+MEASURED = ["--quick", "--device", "cpu", "--backends", "pytorch", "onnx", "--rounds", "2", "--runs", "6"]
+
+
+def train(folder: Path) -> None:
+    folder.mkdir()  # the CPU, so that the network is the same everywhere, whatever GPU there is
+    run_script("train.py", "--quick", "--workers", 0, "--device", "cpu", cwd=folder)
+
+
+def shared_copy(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A copy of the folder that `make(folder)` makes: the first test process does, those beside it wait."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / f"shared-{name}"
     with FileLock(f"{shared}.lock"):
-        if not (shared / "weights" / "best_resnet18_64.pth").is_file():
-            train(shared)
-    return Path(shutil.copytree(shared, made))
-
-
-def train(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    run_script(
-        "train.py", "--quick", "--workers", 0, "--device", "cpu", cwd=folder
-    )  # the same everywhere, whatever GPU there is
-    return folder
+        if not shared.exists():
+            unfinished = shared.with_name(f"unfinished-{name}-{os.getpid()}")
+            make(unfinished)
+            unfinished.rename(shared)
+    return Path(shutil.copytree(shared, own / name))

@@ -1,0 +1,141 @@
+"""What the house promises of itself: imports have their requirements, commands in documents are accepted."""
+
+import argparse
+import ast
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+
+import backends
+from utils.utils import read_text
+
+# Import -> distributions, where the names differ; of several, any one brings it.
+DISTRIBUTIONS = {
+    "PIL": ["pillow"],
+    "triton": ["torch"],  # on Linux
+    "pynvml": ["nvidia-ml-py"],
+    "mlperf_loadgen": ["mlcommons-loadgen"],
+    "onnxruntime": ["onnxruntime-gpu", "onnxruntime"],
+    "tensorrt": ["tensorrt-cu13", "tensorrt"],
+    "nvidia": ["nvidia-dali-cuda130", "nvidia-dali-cuda120"],
+}
+VENDORS = {"tensorrt", "torch_tensorrt", "nvidia"}  # need an NVIDIA GPU: in the files that install TensorRT
+UNIMPORTED = {  # distribution -> what uses it
+    "onnxscript": "torch.onnx.export",
+    "pytest-xdist": "make test",
+    "ruff": "make lint",
+    "pyright": "make lint",
+    "pandas-stubs": "make lint",
+}
+
+
+def requirements(name: str) -> set[str]:
+    """The distributions that a requirements file names, also through `-r`."""
+    found = set()
+    for line in read_text(ROOT / name).splitlines():
+        if other := re.match(r"-r (\S+)", line):
+            found |= requirements(other[1])
+        elif named := re.match(r"[A-Za-z][\w.-]*", line):
+            found.add(re.sub(r"[-_.]+", "-", named[0]).lower())
+    return found
+
+
+def third_party() -> set[str]:
+    """The top-level modules that any file of this repo imports anywhere and that are not its own."""
+    own = {path.stem for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]} | {"utils"}
+    names = set()
+    for path in [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        for node in ast.walk(ast.parse(read_text(path))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(str(node.module).partition(".")[0])
+    return names - own - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize(
+    "name, vendors",
+    [("requirements.txt", False), ("requirements-tensorrt.txt", True), ("requirements-tensorrt86.txt", True)],
+)
+def test_every_import_is_named_in_the_requirements(name, vendors):
+    named = requirements(name)
+    for module in third_party() - (set() if vendors else VENDORS):
+        brings = DISTRIBUTIONS.get(module, [module.replace("_", "-").lower()])
+        assert named & set(brings), f"{module} is imported, and {name} names none of {brings}"
+
+
+def test_every_requirement_is_imported_or_used_by_a_command():
+    brought = {name for module in third_party() for name in DISTRIBUTIONS.get(module, [module])}
+    brought = {name.replace("_", "-").lower() for name in brought} | set(UNIMPORTED)
+    assert requirements("requirements-tensorrt.txt") - brought == set()
+
+
+# ---- commands in README.md and docs/
+
+
+def commands() -> list[tuple[str, str]]:
+    """(file, command) for every command in a code block or between backticks that starts with a program."""
+    found = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = read_text(path)
+        blocks = re.findall(r"^```(?:\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        lines = [line for block in blocks for line in block.splitlines()]
+        lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+        lines = [re.sub(r"\s#.*", "", line).strip() for line in lines]
+        starts = r"(python|py|torchrun|make|make\.bat|pip|\.venv\S*python(\.exe)?)( |$)"
+        found += [(path.name, line) for line in dict.fromkeys(lines) if re.match(starts, line)]
+    return found
+
+
+def refused(script: str, arguments: list[str], monkeypatch, capsys) -> str:
+    """What the script's own argument parser says against the arguments; nothing behind the parser runs."""
+    accepted = []
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, *given, **options):
+        accepted.append(parse(parser, *given, **options))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setitem(backends.SCRIPTS, "torchscript", "torchscript_inference")  # which the README adds
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return "" if accepted else capsys.readouterr().err
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^(\w+):", read_text(ROOT / "Makefile"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("where, command", commands())
+def test_every_command_in_the_documents_is_one_that_the_scripts_accept(where, command, monkeypatch, capsys):
+    program, *words = shlex.split(command.replace("\\", "/"))
+    if program.startswith("make"):
+        assert set(words) - {"QUICK=1"} <= targets(), f"{where}: {command}"
+        return
+    for flag in ("-r", "-m"):  # pip's files; modules, of which pytest's arguments are not ours
+        if flag in words:
+            named = words[words.index(flag) + 1]
+            assert named in ("venv", "pytest", "pip") or (ROOT / named).is_file(), f"{where}: {command}"
+            if named in ("venv", "pytest"):
+                return
+    script = next((word for word in words if word.endswith(".py")), None)
+    if not script:
+        assert program == "pip" or "pip" in words or words[:1] == ["-c"], f"{where}: {command}"
+        return
+    arguments = words[words.index(script) + 1 :]
+    assert (ROOT / script).is_file(), f"{where}: {command}"
+    if "argparse" not in read_text(ROOT / script) and "jobs" not in read_text(ROOT / script):
+        assert not arguments, f"{where}: {command}"
+        return
+    assert not refused(script, arguments, monkeypatch, capsys), f"{where}: {command}"
+
+
+def test_there_are_commands_and_a_wrong_one_is_refused(monkeypatch, capsys):
+    assert len(commands()) >= 10
+    assert "--no-such-flag" in refused("compare.py", ["--no-such-flag"], monkeypatch, capsys)

@@ -12,6 +12,8 @@ renews the README's table.
     python benchmark.py
 """
 
+import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
+
 import argparse
 import datetime
 import itertools

@@ -8,6 +8,8 @@ Reads benchmark_results.csv and environment.json alone, so any table can be read
     python compare.py --write-readme                        # README.md, results' READMEs and charts anew
 """
 
+import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
+
 import argparse
 import math
 import sys

@@ -7,6 +7,8 @@ Writes only to draw the sample into a folder without images; data/SAMPLE.txt the
     python datasets.py --draw-sample    draw the sample heroes (train.py does it where there is no data)
 """
 
+import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
+
 import argparse
 import contextlib
 import itertools

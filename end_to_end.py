@@ -11,6 +11,8 @@ With --load, results/load.csv instead: the latency of single images that arrive 
     python end_to_end.py --load --image-sizes 224 --max-latency-ms 15
 """
 
+import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
+
 import argparse
 import contextlib
 import dataclasses

@@ -7,6 +7,8 @@ in results/raw/ and prints their table.
     python onnx_inference.py --image-sizes 224 --batch-sizes 1 8 16
 """
 
+import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
+
 import time
 from pathlib import Path
 

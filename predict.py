@@ -10,6 +10,8 @@ cores, 4.4 GB with DALI beside an H100 with 16, however many images; at the end 
     torchrun --nproc-per-node 2 predict.py photos/ --out labels.csv      the files shared among two GPUs
 """
 
+import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
+
 import argparse
 import atexit
 import contextlib

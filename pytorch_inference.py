@@ -5,6 +5,8 @@ Reads weights/best_resnet18_<size>.pth, leaves raw records in results/raw/ and p
     python pytorch_inference.py --image-sizes 224 --batch-sizes 1 8 16
 """
 
+import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
+
 import os
 import shutil
 import sys

@@ -9,6 +9,8 @@ leaves raw records in results/raw/ and prints their table.
     python tensorrt_inference.py --image-sizes 224 --batch-sizes 1 8 16 --backends all
 """
 
+import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
+
 from collections.abc import Iterator
 from pathlib import Path
 

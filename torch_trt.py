@@ -8,6 +8,8 @@ Torch-TensorRT 2.2: .ts), what it was made from beside it, and TensorRT's timing
 The module serves every batch up to the largest.  An operation that would fall back to PyTorch is an error.
 """
 
+import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
+
 import logging
 import operator
 import tempfile

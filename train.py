@@ -9,6 +9,8 @@ goes on after its last whole epoch.
     torchrun --nproc-per-node 2 train.py                          on two GPUs, or in two CPU processes
 """
 
+import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
+
 import argparse
 import contextlib
 import math
@@ -258,7 +260,7 @@ def described(row: dict) -> str:
 
 def arguments() -> argparse.Namespace:
     """What was asked for.  Raises UserError where it is beyond LIMITS."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add, flag = parser.add_argument, {"action": "store_true"}
     add("--image-sizes", type=int, nargs="+", help=f"pixels, square (default: {IMAGE_SIZES})")
     add("--epochs", type=int, help=f"per size (default: {EPOCHS})")

@@ -1,10 +1,12 @@
 """What every script shares: the way out, locks, temporary files, folders, and helper processes."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import psutil
@@ -15,6 +17,7 @@ from utils.utils import (
     UserError,
     check_folder,
     file_lock,
+    name_problem,
     read_json,
     remove_leftovers,
     rename_to_backup,
@@ -198,8 +201,8 @@ def test_a_fresh_process_stands_where_this_one_does_and_imports_nothing_from_the
         f"""{HEAD}
 def where():
     import os, sys
-    import utils.pipeline
-    return os.getcwd(), utils.pipeline.__file__, "torchvision" in sys.modules
+    import utils.serve.pipeline
+    return os.getcwd(), utils.serve.pipeline.__file__, "torchvision" in sys.modules
 if __name__ == "__main__":
     fresh_processes("utils.serve.pipeline")
     print(*in_fresh_process(where), sep="\\n")
@@ -207,7 +210,7 @@ if __name__ == "__main__":
         encoding="utf-8",
     )
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
-    pipeline = str(ROOT / "utils" / "pipeline.py")
+    pipeline = str(ROOT / "utils" / "serve" / "pipeline.py")
     assert done.stdout.splitlines() == [str(tmp_path), pipeline, "True"], done.stderr
 
 
@@ -256,3 +259,116 @@ def test_damaged_json_is_none(tmp_path):
         assert read_json(path) is None
     write_json(path, {"a": [1, 2]})
     assert read_json(path) == {"a": [1, 2]}
+
+
+# ---- what holds from the first import on
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_main(" in path.read_text("utf-8"))
+
+
+@posix
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_during_the_imports_is_quiet(script, tmp_path):
+    slow = "import sys, time; print('importing', flush=True); time.sleep(60)"
+    (tmp_path / "argparse.py").write_text(slow, encoding="utf-8")  # every script imports it early
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == b"interrupted: run the same command again\n"
+
+
+@posix
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&-"])
+def test_closed_streams_change_neither_the_result_nor_what_files_hold(closed, tmp_path):
+    (tmp_path / "script.py").write_text(f"""{HEAD}
+import utils
+utils.__file__ = {str(tmp_path / "utils" / "__init__.py")!r}  # as if this were one of the scripts
+utils.prepare_process()
+def main():
+    import os
+    write_atomic(Path({str(tmp_path / "table")!r}), "whole")
+    with open({str(tmp_path / "other")!r}, "w") as other:
+        print("said", file=sys.stderr)
+        os.write(2, b"by a library")
+        print("said")
+        other.write("whole")
+run_main(main)
+""")
+    done = subprocess.run(f"{sys.executable} {tmp_path}/script.py {closed}", shell=True)
+    assert done.returncode == 0
+    assert [(tmp_path / name).read_text() for name in ("table", "other")] == ["whole", "whole"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_neither_docstrings_nor_a_notebooks_backend(script):
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    command = [sys.executable, "-OO", ROOT / script, "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+# ---- systems that lack something
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524])
+@posix
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
+    import fcntl
+
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=f"{tmp_path}: its file system offers no locks.*local disk"):
+        file_lock(tmp_path / ".lock", "training", 0.1).__enter__()
+
+
+@posix
+def test_a_read_only_disk_is_called_so(tmp_path, monkeypatch):
+    real = os.statvfs(tmp_path)
+    known = {name: getattr(real, name) for name in dir(real) if name.startswith("f_")}
+    known["f_flag"] |= os.ST_RDONLY
+    monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(**known))
+    with pytest.raises(UserError, match="the disk is read-only; name another folder"):
+        check_folder(tmp_path / "new")
+
+
+def test_a_drive_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    with pytest.raises(UserError, match="there is no drive or share .*connect it"):
+        check_folder(Path("Q:/labels"))
+
+
+@pytest.mark.parametrize(
+    "name, problem",
+    [
+        ("torch-2.14_a.b", None),
+        ("a.", "no dot at the end"),
+        ("..", "no dot at the end"),
+        ("a/b", "use letters"),
+        ("con", "Windows keeps this name"),
+        ("LPT1.txt", "Windows keeps this name"),
+        ("Main", "it is the folder 'main'"),
+        ("main", None),
+    ],
+)
+def test_names_that_windows_folds_or_keeps_are_refused(name, problem):
+    found = name_problem(name, ["main", "other"])
+    assert found is None if problem is None else problem in found
+
+
+def test_messages_advise_nothing_that_windows_lacks():
+    code = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+from utils import utils
+import importlib
+sys.platform = "win32"
+importlib.reload(utils)
+print(utils.MENDS, utils.MOST_WORKERS)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "ulimit" not in done.stdout and "Excel" in done.stdout and done.stdout.endswith(" 61\n")

@@ -1,0 +1,41 @@
+"""Imported first by every script: what must hold while large libraries are still being imported."""
+
+import os
+import signal
+import sys
+
+
+def interrupt(number, frame) -> None:
+    """Ctrl-C: KeyboardInterrupt; during an import the end at once, since half imported libraries complain."""
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"interrupted: run the same command again\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def prepare_process() -> None:
+    """For our scripts and their worker processes; programs of others that import this stay as they are."""
+    processes = sys.modules.get("multiprocessing.process")
+    worker = bool(processes and processes.parent_process())
+    script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")  # noqa: PTH100
+    if not worker and os.path.dirname(script) != os.path.dirname(os.path.dirname(__file__)):  # noqa: PTH120
+        return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Workers leave Ctrl-C to the process that started them.
+        signal.signal(signal.SIGINT, signal.SIG_IGN if worker else interrupt)
+    # Charts go into files; the value that notebooks set names a package that this environment lacks.
+    os.environ["MPLBACKEND"] = "agg"
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except (
+            OSError
+        ):  # closed (2>&-): the next file that is opened would get its number, and what is printed
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: PTH123, SIM115
+
+
+prepare_process()

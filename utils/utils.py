@@ -1,4 +1,4 @@
-"""What scripts share: arguments, user errors, whole files, hashes."""
+"""What scripts share: user errors and the way out, processes, arguments, whole files, hashes."""
 
 import argparse
 import contextlib
@@ -15,12 +15,12 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
 
 IMAGE_SIZES = [224, 256, 384, 512]  # pixels, square
 BATCH_SIZES = [1, 8, 16]
@@ -39,13 +39,16 @@ class Terminated(KeyboardInterrupt):
 # ---- the way out of every script
 
 AGAIN = "then run the same command again"
-DENIED, FILE_THERE = (
-    "access is denied; change its permissions",
-    "a file is where a folder belongs; move it away",
-)
+WINDOWS = sys.platform == "win32"
+MOST_WORKERS = 61 if WINDOWS else 256  # Windows lets a process wait for so many others
+HELD = "close it if another program, say Excel, holds it open, or " if WINDOWS else ""
+DENIED = f"access is denied; {HELD}change its permissions"
+FILE_THERE = "a file is where a folder belongs; move it away"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524}  # 524: Linux's ENOTSUPP, which NFS gives
 MENDS = {  # what the system says -> what is wrong with the file; what mends it
     errno.ENOSPC: "no room is left on the disk; free some",
-    errno.EFBIG: "the file would become larger than is allowed here; raise the limit (ulimit -f)",
+    errno.EFBIG: "the file would become larger than is allowed here; "
+    + ("name a folder on another disk" if WINDOWS else "raise the limit (ulimit -f)"),
     errno.EACCES: DENIED,
     errno.EPERM: DENIED,
     errno.EROFS: "the disk is read-only; name another folder",
@@ -53,7 +56,8 @@ MENDS = {  # what the system says -> what is wrong with the file; what mends it
     errno.ENOTDIR: FILE_THERE,
     errno.EEXIST: FILE_THERE,
     errno.EISDIR: "a folder is where a file belongs; move it away",
-    errno.EMFILE: "too many files are open; raise the limit (ulimit -n) or use fewer --workers",
+    errno.EMFILE: "too many files are open; use fewer --workers"
+    + ("" if WINDOWS else ", or raise the limit (ulimit -n)"),
 }
 
 
@@ -90,7 +94,7 @@ def run_main(main: Callable) -> None:
     except UnicodeEncodeError as error:
         leave(2, f"error: this locale can't write {error.object!r}; set PYTHONUTF8=1, {AGAIN}")
     except OSError as error:
-        if let_go_of_stdout(error) and isinstance(error, BrokenPipeError):
+        if let_go_of_stdout(error) and is_closed_pipe(error):
             sys.exit(141)
         if error.errno is None:  # raised by a program, not by the system
             raise
@@ -103,6 +107,7 @@ def sentence(error: OSError) -> str:
 
 
 def leave(code: int, text: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own end is no place for a traceback
     with contextlib.suppress(BrokenPipeError):
         print(text, file=sys.stderr, flush=True)
     sys.exit(code)
@@ -112,12 +117,17 @@ def let_go_of_stdout(error: OSError) -> bool:
     """Whether it can take no more; then what is left goes nowhere, else Python complains at its end."""
     try:
         sys.stdout.flush()
-        if isinstance(error, BrokenPipeError):  # whose is it?  A flush that failed does not fail again
+        if is_closed_pipe(error):  # whose is it?  A flush that failed does not fail again
             os.write(sys.stdout.fileno(), b"\n")
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
+
+
+def is_closed_pipe(error: OSError) -> bool:
+    """Windows says EINVAL where a reader (`| more`) has closed its end."""
+    return isinstance(error, BrokenPipeError) or (WINDOWS and error.errno == errno.EINVAL)
 
 
 def terminate(number: int, frame) -> None:
@@ -222,11 +232,20 @@ def file_lock(lock: Path, doing: str, patience: float = 10) -> Iterator[None]:
 
     However a process ends the lock is free again: at once, or when the last process it forked has ended.
     """
+    from filelock import FileLock, Timeout
+
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        held = FileLock(lock, timeout=patience).acquire()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # given where only a weaker kind of lock can be had
+            held = FileLock(lock, timeout=patience).acquire()
     except Timeout as error:
         raise UserError(f"another process is {doing} in {lock.parent}; wait for its end, {AGAIN}") from error
+    except (OSError, NotImplementedError, UserWarning) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        mend = "name a folder on a local disk (--data, --weights, --results or --out)"
+        raise UserError(f"{lock.parent}: its file system offers no locks ({error}); {mend}") from error
     with held:
         yield
 
@@ -283,14 +302,31 @@ def is_out_of_memory(error: BaseException | str) -> bool:
 
 def check_folder(folder: Path, room_mb: float = 0) -> None:
     """Raise UserError unless `folder`, made if need be, can take `room_mb` MB of files.  Touches nothing."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    around = (path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not (there := next(around, None)):
+        missing = folder.absolute().anchor
+        raise UserError(
+            f"{folder}: there is no drive or share {missing}; connect it or name another, {AGAIN}"
+        )
     if not there.is_dir():
         raise UserError(sentence(NotADirectoryError(errno.ENOTDIR, "", str(there))))
+    if hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY:
+        raise UserError(sentence(OSError(errno.EROFS, "", str(there))))
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(sentence(PermissionError(errno.EACCES, "", str(there))))
     free_mb = shutil.disk_usage(there).free / 1e6
     if free_mb < room_mb:
         raise UserError(f"{there}: {free_mb:.0f} MB are free, {room_mb:.0f} are needed; free some, {AGAIN}")
+
+
+def name_problem(name: str, beside: Iterable[str] = ()) -> str | None:
+    """Why a folder of this name can't be the same on every system, or None; `beside` are its neighbours."""
+    if not re.fullmatch(r"[\w.-]+", name) or name.endswith("."):
+        return "use letters, digits, '.', '-' and '_', and no dot at the end"
+    if re.fullmatch(r"(con|nul|prn|aux|(com|lpt)[0-9¹²³])(\..*)?", name, re.IGNORECASE):
+        return "Windows keeps this name for a device; choose another one"
+    same = [other for other in beside if other != name and other.casefold() == name.casefold()]
+    return f"on Windows and macOS it is the folder {same[0]!r}; write it as it is there" if same else None
 
 
 def remove_leftovers(*folders: Path) -> None:

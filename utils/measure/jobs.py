@@ -25,6 +25,7 @@ from utils.utils import (
     checkpoint_path,
     file_lock,
     in_fresh_process,
+    name_problem,
     sha256,
 )
 
@@ -101,9 +102,9 @@ def check_arguments(args, settings: Settings, image_sizes: list[int], batch_size
             "image sizes start at 32, batch sizes, runs, rounds and warm-up at 1, "
             "with at least one run a round; see --help"
         )
-    if not args.sweep.replace("-", "").replace(".", "").replace("_", "").isalnum():
-        mend = "use letters, digits, '.', '-' and '_' in --sweep"
-        raise UserError(f"the sweep's name {args.sweep!r} becomes a folder's; {mend}")
+    raw = results_folder(args) / "raw"
+    if problem := name_problem(args.sweep, [path.name for path in raw.glob("*")]):
+        raise UserError(f"--sweep {args.sweep}: {problem}")
     check_numbers(args, ["max_seconds", "precision", "timeout"], least=0.001)
     check_numbers(args, ["min_seconds", "sustain_seconds", "budget"], least=0)
     missing = [size for size in image_sizes if not checkpoint_path(args.weights, size).is_file()]

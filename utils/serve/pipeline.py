@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 import datasets
 from utils import environment
 from utils.backend import Backend
-from utils.utils import end_with_parent, fresh_processes, uninterrupted
+from utils.utils import MOST_WORKERS, end_with_parent, fresh_processes, uninterrupted
 
 IN_FLIGHT = 2  # batches that wait for the network while the decoder goes on
 WARM_UP_SECONDS = 1.0  # before a rate is timed, and until all that is decoded ahead has passed once
@@ -128,7 +128,7 @@ class Pillow:
 
     def __init__(self, image_size: int, batch_size: int, device: str, few: bool = False):
         self.image_size, self.batch_size, self.device = image_size, batch_size, device
-        workers, self.chunk = environment.cores(), min(self.chunk, batch_size)
+        workers, self.chunk = min(environment.cores(), MOST_WORKERS), min(self.chunk, batch_size)
         self.ahead = max(2, -(-2 * workers * self.chunk // batch_size))  # two chunks for every worker
         self.slots = self.ahead + self.hold + 1
         shape = self.slots * batch_size, image_size, image_size, 3

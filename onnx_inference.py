@@ -137,6 +137,11 @@ class OnnxRuntime(Backend):
         session.run_with_iobinding(binding, self.run_options)
         return logits
 
+    def release(self) -> None:
+        if self.device == "cuda":  # there each batch size has a session of its own, with an arena of its own
+            self.bound.clear()
+            self.sessions.clear()
+
 
 BACKENDS = {
     "onnx": OnnxRuntime,
@@ -146,6 +151,6 @@ BACKENDS = {
 }
 
 if __name__ == "__main__":
-    from utils.measure import jobs
+    from utils.standalone import main
 
-    run_main(lambda: jobs.main(__doc__, "onnx_inference", BACKENDS))
+    run_main(lambda: main(__doc__, "onnx_inference", BACKENDS))

@@ -81,6 +81,6 @@ BACKENDS = {
 }
 
 if __name__ == "__main__":
-    from utils.measure import jobs
+    from utils.standalone import main
 
-    run_main(lambda: jobs.main(__doc__, "tensorrt_inference", BACKENDS))
+    run_main(lambda: main(__doc__, "tensorrt_inference", BACKENDS))

@@ -22,7 +22,7 @@ import compare
 import model
 import onnx_inference
 import pytorch_inference
-from utils import onnx_export
+from utils import onnx_export, standalone
 from utils.measure import jobs
 from utils.measure.timing import trimmed_mean
 from utils.report import tables
@@ -39,7 +39,9 @@ def call(project, monkeypatch, capsys):
     def run(script, *arguments, code: int = 0):
         monkeypatch.chdir(project)
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-        main = getattr(script, "main", lambda: jobs.main(script.__doc__, script.__name__, script.BACKENDS))
+        main = getattr(
+            script, "main", lambda: standalone.main(script.__doc__, script.__name__, script.BACKENDS)
+        )
         if code:
             with pytest.raises(SystemExit) as stopped:
                 run_main(main)
@@ -133,7 +135,7 @@ def test_other_settings_overwrite_nothing(results, call):
 
 
 def test_a_second_benchmark_in_the_folder_waits_for_the_first_or_says_so(results, call, monkeypatch):
-    monkeypatch.setattr(jobs, "alone", functools.partial(jobs.alone, patience=0.1))
+    monkeypatch.setattr(jobs, "file_lock", functools.partial(jobs.file_lock, patience=0.1))
     with FileLock(results / ".benchmark.lock"):
         for script in (benchmark, onnx_inference):
             said = call(script, "--device", "cpu", "--quick", "--results", results, code=2).err
@@ -143,7 +145,7 @@ def test_a_second_benchmark_in_the_folder_waits_for_the_first_or_says_so(results
 def test_other_programs_that_keep_the_processor_busy_are_told_of(capsys):
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
     try:
-        benchmark.say_what_is_busy()
+        benchmark.print_busy()
     finally:
         for process in busy:
             process.kill()
@@ -241,7 +243,7 @@ def test_a_backend_script_alone_leaves_the_same_kind_of_record(project, results,
     assert "ONNX Runtime FP32" in said.out
     assert alone["wall"] is None and swept["wall"]["run"] > 0 and {"start", "open"} <= swept["wall"].keys()
     for batch in alone["batches"] + swept["batches"]:
-        assert len(batch["core_ms"]) == len(batch["turns"]) and min(batch["core_ms"]) > 0
+        assert len(batch["core_ms"]) == len(batch["block_runs"]) and min(batch["core_ms"]) > 0
 
 
 def test_a_profile_is_a_table_by_operator_and_a_trace(project, tmp_path, call):

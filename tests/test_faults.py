@@ -24,7 +24,7 @@ def rows(project, tmp_path_factory):
     asked = dict(backends=list(backends), image_sizes=[64], batch_sizes=[1, 2], rounds=1, sweep="main")
     folders = dict(data=project / "data", weights=project / "weights", results=results)
     args = Namespace(**SETTINGS, **asked, **folders, sustain_seconds=3.0, seed=0, quick=False)
-    benchmark.sweep(jobs.make_jobs(args, backends, {}), timeout=15, precision=3, budget_minutes=0)
+    benchmark.sweep(jobs.make_jobs(args, backends, {}), timeout=15, ci_width=3, budget_minutes=0)
     return tables.write_csv(results).set_index(["backend", "batch_size"])
 
 

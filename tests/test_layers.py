@@ -12,11 +12,12 @@ from conftest import ROOT
 # the backends and what builds engines for them; measuring; serving; reporting; the scripts.
 BASE, BACKENDS, MEASURE, SERVE, REPORT, SCRIPT = range(6)
 FLOORS = {"model": BASE, "datasets": BASE, "utils": BASE, "utils.plot_utils": REPORT}
+FLOORS |= {"utils.standalone": SCRIPT}
 FLOORS |= {"utils.measure": MEASURE, "utils.serve": SERVE, "utils.report": REPORT}
 FLOORS |= dict.fromkeys(["train", "benchmark", "compare", "predict", "end_to_end", "install"], SCRIPT)
 LONGEST_CHAIN = 10  # files
 LONGEST_FILE = 430
-MOST_LINES = 9500  # of Python that is no test
+MOST_LINES = 9750  # of Python that is no test
 
 
 def floor(module: str) -> int:
@@ -81,7 +82,6 @@ def test_there_is_no_circle_and_no_long_chain_of_imports():
     assert len(chain) <= LONGEST_CHAIN, f"{len(chain)} files: {' -> '.join(chain)}"
 
 
-@pytest.mark.xfail(reason="measuring imports rows and analysis", strict=False)
 def test_no_file_imports_from_a_floor_above():
     assert upward(graph()) == []
 

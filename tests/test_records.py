@@ -24,7 +24,7 @@ def record(backend="pytorch", round_=0, host_ms=(10.0,) * 10, batch=None, **chan
     timed = {"batch_size": 4, "status": "ok", "reason": "", "max_abs_diff": 0.01, "host_ms": list(host_ms)}
     timed |= {"enqueue_ms": [], "gpu_ms": [], "gpu_memory_mb": None, "memory_of": None}
     timed |= {"torch_memory_mb": None, "host_memory_mb": 500.0, "sustained": None}
-    timed |= {"first_call_ms": 100.0 - round_, "turns": [len(host_ms)], "beside_ms": None}
+    timed |= {"first_call_ms": 100.0 - round_, "block_runs": [len(host_ms)], "baseline_ms": None}
     made = {"sweep": "main", "backend": backend, "precision": "FP32", "device": "cpu", "image_size": 64}
     made |= {"round": round_, "batch_sizes": [4], "runs": 10, "key": "k", "settings_key": "s"}
     made |= {"time": "2026-01-01", "build": {"seconds": 1.5, "from_cache": round_ > 0, "artefact_mb": 40.0}}
@@ -91,7 +91,7 @@ def test_what_the_device_did_against_hand_worked_figures():
 
 def test_the_baseline_beside_a_row_gives_its_speedup_whatever_the_baselines_own_row_says():
     base = [record(round_=k) for k in range(3)]
-    seen = {"beside_ms": [12.0, 24.0], "turns": [5, 5]}
+    seen = {"baseline_ms": [12.0, 24.0], "block_runs": [5, 5]}
     own = [record("onnx", k, host_ms=[4.0] * 5 + [8.0] * 5, batch=seen) for k in range(3)]
     row = rows_of(base + own)[1]
     assert row.speedup == row.speedup_low == row.speedup_high == pytest.approx(3)
@@ -101,14 +101,14 @@ def test_the_baseline_beside_a_row_gives_its_speedup_whatever_the_baselines_own_
 def test_a_single_round_has_no_interval_and_what_missed_its_target_says_by_how_much():
     (one,) = rows_of([record()])
     assert one.fps_low is None and one.speedup_low is None and one.notes.startswith("one round: ")
-    own = [record("onnx", k, batch={"beside_ms": [10.0 + k], "turns": [10]}) for k in range(3)]
+    own = [record("onnx", k, batch={"baseline_ms": [10.0 + k], "block_runs": [10]}) for k in range(3)]
     note = {"environment": ENVIRONMENT, "precision_pct": 5.0}
     (row,) = rows.rows_of(own, note)
     width = rows.width_pct(row)
     assert 20 < width < 30 and row.notes.startswith(f"noisy: speedup ±{width:.2g} %, target 5 %, ")
     assert "noisy" not in rows.rows_of(own, note | {"precision_pct": 30})[0].notes
     assert "shared core" not in row.notes
-    wild = [record("onnx", k, batch={"beside_ms": [10.0 * 2**k], "turns": [10]}) for k in range(3)]
+    wild = [record("onnx", k, batch={"baseline_ms": [10.0 * 2**k], "block_runs": [10]}) for k in range(3)]
     assert rows.rows_of(wild, note)[0].notes.startswith("noisy: speedup ±459 %, ")  # exp(4.303 ln 2 / √3)
     for one in own:
         one.batches[0]["core_ms"] = [0.01] * 5 + [0.02] * 5
@@ -228,7 +228,7 @@ def test_the_key_changes_with_settings_machine_and_data_but_not_with_the_commit(
 
     assert key() == key(commit="another", date="2027-01-01", command="python onnx_inference.py")
     assert len({key(), key(runs=50), key(cpu="another"), key(data="another")}) == 4
-    monkeypatch.setattr(jobs, "MEASURING", ["model.py", "modle.py"])
+    monkeypatch.setattr(jobs, "DECISIVE", ["model.py", "modle.py"])
     with pytest.raises(FileNotFoundError, match="modle.py"):
         key()
 

@@ -69,6 +69,9 @@ class Backend(abc.ABC):
     def predict(self, x):
         """Enqueue on the current CUDA stream; logits (N, classes) on the device.  The clock synchronises."""
 
+    def release(self) -> None:  # noqa: B027 (most hold nothing)
+        """Give back the memory that batch sizes so far hold; prepare() takes it anew where it is needed."""
+
 
 class CudaGraph(Backend):
     """Any backend replayed from CUDA graphs, one for each batch size, captured when prepare() first meets it.
@@ -119,6 +122,10 @@ class CudaGraph(Backend):
         graph, _, logits = self.graphs[len(x)]
         graph.replay()
         return logits
+
+    def release(self) -> None:
+        self.graphs.clear()
+        self.backend.release()
 
 
 # ---- whether a package is there

@@ -1,68 +1,76 @@
-"""One round at one image size: processes that are alive together take turns, so that drift falls on all
-alike.
+"""One round at one image size: processes that are alive together are timed in turn, so that a machine whose
+speed drifts drifts for all alike.
 
-Everyone is opened, checked and warmed up at every batch size; then they time small blocks of runs in random
-order, one at work while the others wait for word, the turns of each batch size spread over the whole time.
-A row is later held against the baseline's block of the same turn.
+Everyone is loaded, checked and warmed up at every batch size; then small blocks of runs are timed in random
+order, one process at work while the others wait, the blocks of each batch size spread over the whole time.
+A block is later compared with the baseline's of the same pass.
 """
 
-import contextlib
 import functools
-import importlib
-import os
+import math
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from utils.environment import throttled_s
 from utils.measure import records, timing
-from utils.measure.schema import BASELINE, Job
-from utils.measure.worker import Measuring, Problem, inference, problem_of, turns_of
-from utils.report import analysis
-from utils.utils import UserError, end_with_parent, fresh_processes
+from utils.measure.schema import BASELINE, Job, Problem, Record, Settings
+from utils.measure.worker import LONGEST_REASON, Measurement, problem_of, serve
+from utils.utils import UserError, fresh_processes
 
-STEPS = ["open", "begin", "run", "end", "fail", "save", "close"]  # of a Measuring
+# Of a block at least: below, what the others left in the caches shows.  A core that shares its hardware with
+# a neighbour's changes between two speeds several times a second, which shows where launching is the limit.
+BLOCK_MS = {"cpu": 30.0, "cuda": 15.0}
+MOST_BLOCKS = 48  # of a round, at each batch size: further rounds tell more than further blocks
 
 
 class Remote:
-    """A Measuring in a fresh process: its steps are asked for here and happen there.
+    """A Measurement in a fresh process; its steps are asked for here and happen there."""
 
-    `recorded` says whether its figures are kept; those of a baseline that is only company are not.
-    """
-
-    def __init__(self, job: Job, log: Path, timeout: float, recorded: bool = True):
-        self.job, self.log, self.timeout, self.recorded = job, log, timeout, recorded
-        for step in STEPS:
-            setattr(self, step, functools.partial(self.ask, step))
-        self.said_before = log.stat().st_size
+    def __init__(self, job: Job, log: Path, timeout: float):
+        self.log, self.timeout, self.seconds = log, timeout, {}
+        self.log_size_before = log.stat().st_size
         processes = fresh_processes()
         self.pipe, theirs = processes.Pipe()
-        self.process = processes.Process(target=serve, args=(job, theirs, log, time.time()))
+        self.process = processes.Process(target=serve, args=(job, theirs, log, time.perf_counter()))
         self.process.start()
         theirs.close()
 
     def ask(self, step: str, *arguments):
         """What the step returns.  Raises its Problem or UserError, also where the process dies or hangs."""
+        began = time.perf_counter()
         try:
+            if not self.seconds:
+                self.seconds["start"] = round(self.answer(), 2)
+                began = time.perf_counter()
             self.pipe.send((step, arguments))
-            answered = self.pipe.poll(self.timeout)
-            result = self.pipe.recv() if answered else None
+            result = self.answer()
         except (EOFError, OSError) as error:
-            raise Problem("failed", self.epitaph()) from error
-        if not answered:
-            self.process.kill()
-            self.stop()
-            raise Problem("failed", f"its process was stopped after {self.timeout:g} s (--timeout)")
+            raise Problem("failed", self.last_words()) from error
+        self.seconds[step] = round(self.seconds.get(step, 0.0) + time.perf_counter() - began, 2)
         if isinstance(result, Exception):
             raise result
         return result
 
-    def epitaph(self) -> str:
+    def answer(self):
+        if not self.pipe.poll(self.timeout):
+            self.process.kill()
+            self.stop()
+            more = f"allow more: --timeout {self.timeout * 2:g}"
+            raise Problem("failed", f"its process was stopped after {self.timeout:g} s; {more}")
+        return self.pipe.recv()
+
+    def last_words(self) -> str:
+        """How the process ended, and the end of what it wrote into the log."""
         self.stop()
         code = self.process.exitcode
         reason = f"its process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
-        said = self.log.read_bytes()[self.said_before :].decode("utf-8", errors="replace").strip()
-        return f"{reason}: {said.splitlines()[-1][:300]}" if said else reason
+        written = self.log.read_bytes()[self.log_size_before :].decode("utf-8", errors="replace").split("\n")
+        lines = [line.strip() for line in written if line.strip()]
+        more = f": {lines[-1][-LONGEST_REASON:]}" if lines else ""
+        return f"{reason}{more}; see {self.log}, or free memory and run the same command again"
 
     def is_gone(self) -> bool:
         return self.process.exitcode is not None
@@ -75,45 +83,82 @@ class Remote:
         self.process.join()
 
 
-class Local(Measuring):
-    """A Measuring in this process."""
+class Local:
+    """A Measurement in this process."""
 
-    recorded = True
+    seconds = None
+
+    def __init__(self, job: Job, backend):
+        self.measurement = Measurement(job, backend)
+
+    def ask(self, step: str, *arguments):
+        return getattr(self.measurement, step)(*arguments)
 
     def is_gone(self) -> bool:
         return False
 
-
-def serve(job: Job, pipe, log: Path, asked: float) -> None:
-    """What a member's process, `asked` for then, does: its steps.  Whatever anyone says goes to the log."""
-    end_with_parent()
-    with log.open("ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):  # the pipe is closed, or Ctrl-C
-        measuring = Measuring(job, importlib.import_module(job.script).BACKENDS[job.backend]())
-        wall = measuring.record.wall = {"start": round(time.time() - asked, 2)}
-        with inference(job.device):
-            while True:
-                step, arguments = pipe.recv()
-                began = time.perf_counter()
-                try:
-                    result = getattr(measuring, step)(*arguments)
-                except UserError as error:
-                    result = error
-                except Exception as error:
-                    result = problem_of(error)
-                wall[step] = round(wall.get(step, 0.0) + time.perf_counter() - began, 2)
-                pipe.send(result)
+    def stop(self) -> None:
+        pass
 
 
-def new_server() -> None:
-    """Have later processes forked from a server of their own: what another memory layout changes belongs
-    into the spread between rounds."""
-    if sys.platform == "linux":
-        from multiprocessing import forkserver
+class Member:
+    """A backend in a round: where its steps happen, and the record that grows by what they return.
 
-        forkserver._forkserver._stop()  # the next process starts another; no public way
+    `record` is what the job goes on with, see records.resume(); None for a baseline that only runs beside
+    others, whose figures are not wanted.
+    """
+
+    def __init__(self, job: Job, steps: Remote | Local, record: Record | None):
+        self.job, self.steps, self.recorded = job, steps, record is not None
+        self.record = record or records.start(job)
+        self.record.wall = steps.seconds
+        self.begun = {}  # batch size -> what begin() returned
+
+    def missing(self) -> list[int]:
+        return [size for size in self.job.to_measure if not self.record.batch(size)]
+
+    def open(self) -> None:
+        for step in ("describe", "open"):
+            vars(self.record).update(self.steps.ask(step))
+
+    def begin(self, batch_size: int, only: bool) -> float:
+        """Check and warm up; the milliseconds that a run takes."""
+        self.begun[batch_size] = self.steps.ask("begin", batch_size, only)
+        return self.begun[batch_size]["run_ms"]
+
+    def run(self, batch_size: int, runs: int) -> float:
+        return self.steps.ask("run", batch_size, runs, self.begun[batch_size]["run_ms"])
+
+    def end(self, batch_size: int, **beside) -> None:
+        """Note what one batch size gave, and `beside` it."""
+        self.note(
+            batch_size, "ok", "", **self.begun[batch_size], **self.steps.ask("end", batch_size), **beside
+        )
+
+    def note(self, batch_size: int, status: str, reason: str, **found) -> None:
+        batch = {"batch_size": batch_size, "status": status, "reason": reason, **found}
+        self.record.batches = sorted([*self.record.batches, batch], key=lambda one: one["batch_size"])
+
+    def fail(self, batch_size: int | None, problem: Problem) -> None:
+        """Note that a batch size gave no figures, or, at None or where its process is dead, all."""
+        if batch_size is None and not self.record.batches:  # a measurement is not replaced by a failure
+            self.record.status, self.record.reason = problem.status, problem.reason
+            return
+        lost = [batch_size] if batch_size and not self.steps.is_gone() else self.missing()
+        for size in lost[:1] if self.job.auto else lost:
+            known = self.begun.get(size, {}).get("max_abs_diff", problem.max_abs_diff)
+            self.note(
+                size, problem.status, problem.reason, **({} if known is None else {"max_abs_diff": known})
+            )
+
+    def profile(self, only: bool) -> None:
+        """Ask for the time that the GPU works in a call, where that is watched."""
+        if self.job.device == "cuda" and self.job.round == 0 and self.job.settings.sustain_seconds:
+            for size in self.begun:
+                batch = self.record.batch(size)
+                if batch and batch["status"] == "ok" and not self.steps.is_gone():
+                    busy_ms = attempt(self.steps.ask, "busy_ms", size, only)
+                    batch["busy_ms"] = None if isinstance(busy_ms, Problem) else busy_ms
 
 
 def attempt(step, *arguments):
@@ -126,118 +171,139 @@ def attempt(step, *arguments):
         return problem_of(error)
 
 
-class Round:
-    """Members, which have Measuring's steps, at one image size.
+class InterleavedRound:
+    """Members at one image size.  play() fills their records with what was measured and what failed.
 
-    `apart`: one batch size after another, each written when it is measured.  `short` collects the members to
-    be played again: those that ran out of memory though they were not alone, and those whose process ended
-    though they were not played apart.  Neither is held against them yet.
+    `keep` is called with every member whose record has grown.  `sequential`: one batch size after another,
+    each alone in memory.  `again` collects the members whose failure is not held against them yet: they ran
+    out of memory beside others or other batch sizes, or their process ended though it was not sequential.
     """
 
-    def __init__(self, members: list, apart: bool = False):
-        self.members, self.short = members, []
-        self.apart = apart or (members[0].job.auto and members[0].job.round == 0)
+    def __init__(self, members: list[Member], keep: Callable[[Member], object], sequential: bool = False):
         job = members[0].job
+        self.members, self.keep, self.again = members, keep, []
+        self.growing = job.auto and job.round == 0  # batch sizes are tried until throughput saturates
+        self.sequential = sequential or self.growing
         self.job, self.rng = job, random.Random(f"{job.settings.seed} {job.image_size} {job.round}")
 
     def play(self) -> None:
         """Measure every member at every batch size that its record lacks."""
         missing = {}
-        for one in self.members:
-            problem = attempt(one.open)
+        for member in self.members:
+            problem = attempt(member.open)
             if isinstance(problem, Problem):
-                self.lose(one, problem, None)
+                self.handle_failure(member, problem)
             else:
-                missing[one] = lacking(one)
-        recorded = [one for one in missing if one.recorded]
+                missing[member] = member.missing()
+        opened = [member for member in missing if member.recorded]
         sizes = self.job.batch_sizes
-        for together in [[size] for size in sizes] if self.apart else [sizes]:
-            if self.job.auto and self.apart and all(has_saturated(one.job) for one in recorded):
+        for together in [[size] for size in sizes] if self.sequential else [sizes]:
+            if self.growing and all(has_saturated(member.record) for member in opened):
                 break
-            asked = {size: [one for one in missing if size in missing[one]] for size in together}
-            self.play_sizes({size: them for size, them in asked.items() if any(one.recorded for one in them)})
-        for one in recorded:
-            if not one.is_gone() and one not in self.short:
-                attempt(one.close)
+            asked = {size: [member for member in missing if size in missing[member]] for size in together}
+            asked = {size: them for size, them in asked.items() if any(member.recorded for member in them)}
+            self.play_sizes(asked)
+            for member in opened if self.sequential else []:
+                self.keep(member)
+        for member in opened:
+            member.profile(self.sequential)
+            if self.growing and member.record.batches:  # what the record holds is all that was wanted
+                member.record.batch_sizes = [batch["batch_size"] for batch in member.record.batches]
+        for member in self.members:
+            if member.recorded:
+                self.keep(member)
 
-    def play_sizes(self, asked: dict[int, list]) -> None:
-        """Batch size -> members: warm all up, have them take turns, each spread over the whole time."""
-        tables = [Table(self, size, members) for size, members in asked.items()]
-        for turn in range(max((table.turns for table in tables), default=0)):
-            for table in self.rng.sample(tables, len(tables)):
-                if turn < table.turns:
-                    table.turn()
-        for table in tables:
-            table.end()
-        for one in self.members if self.apart else []:
-            if one.recorded and not one.is_gone():
-                attempt(one.save)
+    def play_sizes(self, asked: dict[int, list[Member]]) -> None:
+        """Batch size -> members: warm all up, then time their blocks, each spread over the whole time."""
+        schedules = [BatchSchedule(self, size, members) for size, members in asked.items()]
+        for number in range(max((schedule.blocks for schedule in schedules), default=0)):
+            for schedule in self.rng.sample(schedules, len(schedules)):
+                if number < schedule.blocks:
+                    schedule.time_blocks()
+        for schedule in schedules:
+            schedule.end()
 
-    def step(self, one, batch_size: int, step, *arguments):
+    def step(self, member: Member, batch_size: int, step, *arguments):
         """What the step returns, or None where it failed, which is noted."""
-        result = attempt(step, *arguments)
+        result = attempt(step, batch_size, *arguments)
         if isinstance(result, Problem):
-            self.lose(one, result, batch_size)
+            self.handle_failure(member, result, batch_size)
             return None
         return result
 
-    def lose(self, one, problem: Problem, batch_size: int | None) -> None:
-        """Note that a member failed: at one batch size, or on the whole where there is none."""
-        crowded = problem.status == "out_of_memory" and len(self.members) > 1
-        if crowded or (one.is_gone() and not self.apart):
-            self.short.append(one)
-        elif one.job.round >= one.job.settings.rounds:
-            return  # it has its rounds: a further one that fails takes nothing away
-        elif one.recorded and one.is_gone():
-            records.note_failure(one.job, problem.reason)
-        elif one.recorded and batch_size is None:
-            attempt(one.close, problem.status, problem.reason)
-        elif one.recorded:
-            attempt(one.fail, batch_size, problem.status, problem.reason)
+    def handle_failure(self, member: Member, problem: Problem, batch_size: int | None = None) -> None:
+        """Have the member tried again, or note its failure: at one batch size, or on the whole at None."""
+        crowded = len(self.members) > 1 or (batch_size and not self.sequential)
+        short_of_memory = problem.status == "out_of_memory" and crowded
+        if short_of_memory or (member.steps.is_gone() and not self.sequential):
+            self.again.append(member)
+        elif not member.record.further:  # a further round that fails takes nothing away
+            member.fail(batch_size, problem)
 
 
-class Table:
-    """The members that take turns at one batch size."""
+class BatchSchedule:
+    """The members that are timed in turn at one batch size, block by block."""
 
-    def __init__(self, round_: Round, batch_size: int, members: list):
-        self.round, self.batch_size, ready = round_, batch_size, {}
-        for one in members:
-            if one not in round_.short:
-                run_ms = round_.step(one, batch_size, one.begin, batch_size)
-                ready |= {} if run_ms is None else {one: run_ms}
-        self.turns, runs = turns_of(list(ready.values()), round_.job.settings, round_.job.device)
+    def __init__(self, round_: InterleavedRound, batch_size: int, members: list[Member]):
+        self.round, self.batch_size, ready, self.held_back_s = round_, batch_size, {}, 0.0
+        for member in members:
+            if member not in round_.again:
+                run_ms = round_.step(member, batch_size, member.begin, round_.sequential)
+                ready |= {} if run_ms is None else {member: run_ms}
+        self.blocks, runs = plan_blocks(list(ready.values()), round_.job.settings, round_.job.device)
         self.runs = dict(zip(ready, runs, strict=True))
-        self.means = {one: [] for one in ready}  # milliseconds, turn by turn
+        self.means = {member: [] for member in ready}  # milliseconds, block by block
 
-    def turn(self) -> None:
-        for one in self.round.rng.sample(list(self.means), len(self.means)):
-            mean = self.round.step(one, self.batch_size, one.run, self.batch_size, self.runs[one])
+    def time_blocks(self) -> None:
+        """One block of each member, in random order."""
+        before = throttled_s()
+        for member in self.round.rng.sample(list(self.means), len(self.means)):
+            mean = self.round.step(member, self.batch_size, member.run, self.runs[member])
             if mean is None:
-                del self.means[one]
+                del self.means[member]
             else:
-                self.means[one].append(mean)
+                self.means[member].append(mean)
+        self.held_back_s += (throttled_s() or 0.0) - (before or 0.0)
 
     def end(self) -> None:
-        beside = next((taken for one, taken in self.means.items() if one.job.backend == BASELINE), None)
-        for one in self.means:
-            if one.recorded:
-                own = None if one.job.backend == BASELINE else beside
-                self.round.step(one, self.batch_size, one.end, self.batch_size, own)
+        baseline = next(
+            (means for member, means in self.means.items() if member.job.backend == BASELINE), None
+        )
+        for member in self.means:
+            if member.recorded:
+                baseline_ms = None if member.job.backend == BASELINE else baseline
+                beside = {"baseline_ms": baseline_ms, "held_back_s": round(self.held_back_s, 3)}
+                self.round.step(member, self.batch_size, functools.partial(member.end, **beside))
 
 
-def lacking(one) -> list[int]:
-    """The batch sizes that a member still has to measure: all, but for what its record holds."""
-    record = records.read_record(one.job.record) if one.recorded else None
-    kept = records.kept_batches(record, one.job)
-    return [size for size in one.job.batch_sizes if size not in {batch["batch_size"] for batch in kept}]
+def plan_blocks(run_ms: list[float], settings: Settings, device: str) -> tuple[int, list[int]]:
+    """How many blocks a round has at one batch size, and how many runs each member then times in a block.
+
+    `run_ms` is what a run takes each of them.  Every member gets its share of the runs and seconds asked for,
+    within the seconds allowed; the slowest decides how often they can change.
+    """
+    least, most = 1000 * settings.min_seconds / settings.rounds, 1000 * settings.max_seconds / settings.rounds
+    wanted = [max(math.ceil(settings.runs / settings.rounds), math.ceil(least / ms)) for ms in run_ms]
+    runs = [max(1, min(n, int(most / ms))) for n, ms in zip(wanted, run_ms, strict=True)]
+    spans = [n * ms / BLOCK_MS[device] for n, ms in zip(runs, run_ms, strict=True)]
+    blocks = max(1, min([MOST_BLOCKS, *runs, *map(int, spans)])) if runs else 0
+    return blocks, [math.ceil(n / blocks) for n in runs]
 
 
-def has_saturated(job: Job) -> bool:
+def has_saturated(record: Record) -> bool:
     """Whether the last doubling gave too little for another, or failed for want of memory or otherwise."""
-    record = records.read_record(job.record)
-    batches = record.batches if records.is_current(record, job) else []
-    if batches and batches[-1]["status"] != "ok":
+    if record.batches and record.batches[-1]["status"] != "ok":
         return True
-    sizes = [batch["batch_size"] for batch in batches]
-    fps = [batch["batch_size"] / timing.trimmed_mean(batch["host_ms"]) for batch in batches]
-    return analysis.saturated(sizes, fps)
+    sizes = [batch["batch_size"] for batch in record.batches]
+    fps = [batch["batch_size"] / timing.trimmed_mean(batch["host_ms"]) for batch in record.batches]
+    return timing.saturated(sizes, fps)
+
+
+def new_server(scripts: list[str]) -> None:
+    """Have later processes forked from a server of their own that has imported `scripts`: what another memory
+    layout changes belongs into the spread between rounds."""
+    if sys.platform == "linux":
+        from multiprocessing import forkserver
+
+        forkserver._forkserver._stop()  # private, here alone: multiprocessing offers no way to end its server
+    fresh_processes("datasets", "model", "backends", "utils.measure.worker", *scripts)

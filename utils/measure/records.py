@@ -1,17 +1,23 @@
 """The files of results/raw/: a record for each process that measured, and what belongs to a whole sweep.
 
-Beside a sweep's records lie sweep.json (settings and environment, once for each key that says when records
-are stale, and every command) and ceilings.json.
+Beside a sweep's records lie sweep.json (which settings were measured last; for each, by its key: settings,
+environment and every command) and ceilings.json.  A published sweep is one zip file with the same content:
+
+    python -m utils.measure.records results/published/h200
 """
 
+import argparse
 import dataclasses
 import datetime
+import json
+import re
 import sys
 import typing
+import zipfile
 from pathlib import Path
 
 from utils.measure.schema import STATUSES, Job, Record
-from utils.utils import read_dict, write_json
+from utils.utils import UserError, read_dict, run_main, write_json, write_whole
 
 # What a record's parts must have for a row to be made of them.
 BUILD = {"seconds", "from_cache", "artefact_mb"}
@@ -19,6 +25,8 @@ CHECK = {"images", "different", "correct", "max_abs_diff", "tolerance"}
 BATCH = {"batch_size", "status", "reason"}
 SAMPLES = ("host_ms", "enqueue_ms", "gpu_ms")
 TIMED = {*SAMPLES, "sustained", "memory_of", "gpu_memory_mb", "torch_memory_mb", "host_memory_mb"}
+RENAMED = {"beside_ms": "baseline_ms", "turns": "block_runs"}  # in records made before 2026-11-28
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # of every file in a zip, so that equal records make equal zips
 
 
 def start(job: Job, **known) -> Record:
@@ -31,6 +39,15 @@ def start(job: Job, **known) -> Record:
     return Record(time=now, **copied | known)
 
 
+def resume(job: Job, earlier: Record | None) -> Record:
+    """The record that a job goes on with: an earlier one of its key, without what failed, or an empty one."""
+    fresh = start(job)
+    if not is_current(earlier, job):
+        return fresh
+    kept = {"status": "ok", "reason": "", "batches": kept_batches(earlier, job)}
+    return dataclasses.replace(earlier, time=fresh.time, batch_sizes=fresh.batch_sizes, **kept)
+
+
 def read_record(path: Path) -> Record | None:
     """The record in a file, or None where it is missing, was cut short, damaged or is of another kind."""
     found = read_dict(path)
@@ -39,7 +56,12 @@ def read_record(path: Path) -> Record | None:
         record = Record(**{name: value for name, value in found.items() if name in known})
     except TypeError:  # a field is missing
         return None
-    return record if is_valid(record) else None
+    if not is_valid(record):
+        return None
+    record.batches = [
+        {RENAMED.get(name, name): value for name, value in one.items()} for one in record.batches
+    ]
+    return record
 
 
 def is_valid(record: Record) -> bool:
@@ -74,72 +96,138 @@ def kept_batches(record: Record | None, job: Job) -> list[dict]:
     return [batch for batch in batches if batch["status"] != "failed"]
 
 
-def note_failure(job: Job, reason: str) -> None:
-    """Write the record of a process that could not go on: what it has not measured has failed."""
-    record = read_record(job.record)
-    if not is_current(record, job):
-        record = start(job, status="failed", reason=reason)
-    missing = [size for size in job.batch_sizes if not record.batch(size)]
-    for size in missing[:1] if job.auto else missing:
-        record.batches.append({"batch_size": size, "status": "failed", "reason": reason})
-    record.batches.sort(key=lambda batch: batch["batch_size"])
-    write_record(job.record, record)
+def note_sweep(asked: list[Job], **more) -> dict:
+    """Say in sweep.json what is measured last, by which settings, in which environment and by which commands.
 
-
-def note_sweep(job: Job, **more) -> dict:
-    """Say in sweep.json under which settings, in which environment and by which commands records are made.
-
-    `more` is added (precision_pct, spent_s); the whole note is returned.
+    `more` is added (precision_pct, spent_s); what is noted of these settings is returned.
     """
+    job = asked[0]
     path = job.record.with_name("sweep.json")
     notes = read_dict(path)
     old = notes.get(job.settings_key)
     old = old if isinstance(old, dict) else {}
     commands = list(dict.fromkeys([*old.get("commands", []), job.environment["command"]]))
-    settings = dataclasses.asdict(job.settings)
-    note = old | {"settings": settings, "environment": job.environment, "commands": commands} | more
-    write_json(path, notes | {job.settings_key: note})
+    note = old | {"settings": dataclasses.asdict(job.settings), "environment": job.environment} | more
+    note |= {
+        "commands": commands,
+        "keys": old.get("keys", {}) | {str(one.image_size): one.key for one in asked},
+    }
+    write_json(path, notes | {"last": job.settings_key, job.settings_key: note})
     return note
 
 
-def read_sweep(folder: Path) -> tuple[list[Record], dict, dict | None]:
+def read_sweep(folder: Path | zipfile.Path) -> tuple[list[Record], dict, dict | None]:
     """A sweep's records that belong together, its note in sweep.json, and what was measured of its machine.
 
-    They are those of the newest settings and, at each image size, of its newest checkpoint, oldest first.
+    They are those of the settings and, at each image size, of the checkpoint that sweep.json says were
+    measured last; where it is too old to say so, those of the newest record.  Oldest first.
     """
-    found = [read_record(path) for path in sorted(folder.glob("*_round*.json"))]
+    names = sorted(path.name for path in folder.iterdir() if re.search(r"_round\d+.*\.json$", path.name))
+    found = [read_record(folder / name) for name in names]
     found = sorted(filter(None, found), key=lambda record: record.time)
     if not found:
         return [], {}, None
-    key = found[-1].settings_key
-    newest = {record.image_size: record.key for record in found}
-    found = [
-        record for record in found if record.settings_key == key and record.key == newest[record.image_size]
-    ]
-    note, limits = read_dict(folder / "sweep.json").get(key), read_dict(folder / "ceilings.json")
+    notes, limits = read_dict(folder / "sweep.json"), read_dict(folder / "ceilings.json")
+    key = notes.get("last")
+    if not any(record.settings_key == key for record in found):
+        key = found[-1].settings_key
+    found = [record for record in found if record.settings_key == key]
+    note = notes.get(key) if isinstance(notes.get(key), dict) else {}
+    last = {record.image_size: record.key for record in found}
+    for record in found:
+        if note.get("keys", {}).get(str(record.image_size)) == record.key:
+            last[record.image_size] = record.key
     known = limits.get("settings_key") == key and {"tflops", "gb_per_s"} <= limits.keys()
-    return found, note if isinstance(note, dict) else {}, limits if known else None
+    return (
+        [record for record in found if record.key == last[record.image_size]],
+        note,
+        limits if known else None,
+    )
 
 
-def archive_stale_records(job: Job) -> None:
-    """Put a sweep's records of other settings into folders of their own, and those of this job's back.
+def archive_stale_records(asked: list[Job]) -> None:
+    """Put records of other settings or checkpoints into folders of their own, and the asked ones back.
 
-    So measuring by other settings, on another machine or with other packages overwrites nothing.
+    So measuring by other settings, another network, on another machine or with other packages overwrites
+    nothing.
     """
-    folder, moved = job.record.parent, set()
+    folder, moved = asked[0].record.parent, set()
+    keys = {job.image_size: job.key for job in asked}
     for path in folder.glob("*_round*.json"):
         record = read_record(path)
-        if record and record.settings_key != job.settings_key and str(record.settings_key).isalnum():
-            aside = folder / str(record.settings_key)
+        if record is None:
+            continue
+        stale = record.key != keys.get(record.image_size, record.key)
+        if (stale or record.settings_key != asked[0].settings_key) and str(record.key).isalnum():
+            aside = folder / str(record.key)
             aside.mkdir(exist_ok=True)
             moved.add(path.replace(aside / path.name))
-    for path in (folder / job.settings_key).glob("*_round*.json"):
-        path.replace(folder / path.name)
+    for key in dict.fromkeys(
+        [*keys.values(), asked[0].settings_key]
+    ):  # until 2026-11-28 it was the settings'
+        for path in (folder / key).glob("*_round*.json"):
+            path.replace(folder / path.name)
     if moved:
         kept = ", ".join(sorted({str(path.parent) for path in moved}))
-        said = "they come back with their settings; to have both in the table, give one a --sweep of its own"
-        print(f"{len(moved)} records of other settings are kept in {kept}: {said}", file=sys.stderr)
+        said = "they come back with them; to have both in the table, give one a --sweep of its own"
+        print(
+            f"{len(moved)} records of other settings or checkpoints are kept in {kept}: {said}",
+            file=sys.stderr,
+        )
 
 
-def sweep_folders(results: Path) -> list[Path]:
-    return sorted(path for path in (results / "raw").glob("*") if path.is_dir())
+def sweeps_of(results: Path) -> dict[str, Path | zipfile.Path]:
+    """Every sweep under results/raw/ by its name: a folder, or a zip file that is read like one.
+
+    Raises UserError where a zip file is damaged.
+    """
+    raw = sorted((results / "raw").glob("*"))
+    found = {path.name: path for path in raw if path.is_dir() and any(path.glob("*_round*.json"))}
+    for path in raw:
+        if path.suffix == ".zip" and path.stem not in found:
+            try:
+                found[path.stem] = zipfile.Path(path)
+            except zipfile.BadZipFile as error:
+                mend = f"restore it: git checkout {path}"
+                raise UserError(f"{path} is damaged ({error}); {mend}") from error
+    return dict(sorted(found.items()))
+
+
+def pack(folder: Path) -> Path:
+    """Move a sweep's records and notes into one zip file beside the folder; its path."""
+    target, paths = folder.with_name(f"{folder.name}.zip"), sorted(folder.glob("*.json"))
+
+    def write(temporary: Path) -> None:
+        with zipfile.ZipFile(temporary, "w") as file:
+            for path in paths:
+                content = json.dumps(json.loads(path.read_text(encoding="utf-8")), separators=(",", ":"))
+                file.writestr(zipfile.ZipInfo(path.name, ZIP_DATE), content, zipfile.ZIP_DEFLATED, 9)
+
+    write_whole(target, write)
+    for path in paths:
+        path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+    return target
+
+
+def unpack(folder: Path) -> None:
+    """Make a sweep's zip file the folder that it was, so that measuring can go on there."""
+    packed = folder.with_name(f"{folder.name}.zip")
+    if packed.is_file():
+        with zipfile.ZipFile(packed) as file:
+            file.extractall(folder)
+        packed.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pack the raw records of every sweep into a zip file each.")
+    parser.add_argument("results", nargs="+", type=Path, help="folders that hold raw/")
+    for results in parser.parse_args().results:
+        for folder in sorted(path for path in (results / "raw").glob("*") if any(path.glob("*_round*.json"))):
+            packed = pack(folder)
+            print(f"{packed}: {packed.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    run_main(main)

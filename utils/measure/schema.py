@@ -40,6 +40,19 @@ class Job:
     record: Path  # the file to leave
     settings_key: str  # hash of settings, machine, packages, data and code: rows of one table share it
     key: str  # hash of that and the checkpoint: where it is equal, measuring again would say the same
+    only: tuple[int, ...] = ()  # of the batch sizes, those to be measured; all where it is empty
+
+    @property
+    def to_measure(self) -> tuple[int, ...]:
+        return self.only or self.batch_sizes
+
+
+class Problem(Exception):  # noqa: N818 (it is a finding, handed on like one)
+    """Why a step gave nothing: one of STATUSES, the reason, and the difference of logits if known."""
+
+    def __init__(self, status: str, reason: str, max_abs_diff: float | None = None):
+        super().__init__(status, reason, max_abs_diff)
+        self.status, self.reason, self.max_abs_diff = status, reason, max_abs_diff
 
 
 @dataclasses.dataclass
@@ -47,8 +60,8 @@ class Record:
     """What one process measured, as stored in results/raw/<sweep>/<backend>_<size>_round<k>.json.
 
     `batches` has a dict for each batch size: batch_size, status, reason and, where it was timed, the samples
-    in ms, how many each turn took, what the baseline took in the same turns (beside_ms), and what was read
-    beside them (measure.Measuring).
+    in ms, how many each block took (block_runs), what the baseline took in the blocks beside (baseline_ms),
+    and what was read meanwhile (worker.Measurement).
     """
 
     sweep: str
@@ -69,8 +82,8 @@ class Record:
     build: dict | None = None  # seconds, from_cache, artefact_mb, load_s
     process: dict | None = None  # threads, cuda, cudnn, context_mb
     work: dict | None = None  # model.count_work(), in round 0
-    check: dict | None = None  # check.whole_test_set(), in round 0
-    wall: dict | None = None  # seconds that its process took to start and for each of Measuring's steps
+    check: dict | None = None  # reference.whole_test_set(), in round 0
+    wall: dict | None = None  # seconds that its process took to start and for each step
     batches: list[dict] = dataclasses.field(default_factory=list)
 
     def batch(self, batch_size: int) -> dict | None:

@@ -7,6 +7,7 @@ events on the same stream.
 
 import dataclasses
 import gc
+import math
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,8 @@ import numpy as np
 
 TRIM = 0.1  # share of the runs dropped at either end
 CONFIDENCE = 0.95
+RESOLUTION_MS = 1e-4  # of what is kept: a clock may give the same reading twice, but no run takes nothing
+SATURATED = 0.05  # gain in images/s below which a doubling of the batch is no gain
 CORE_LOOP = 1000  # passes of a Python loop that tells how fast the core is: 0.01 to 0.03 ms
 
 
@@ -80,7 +83,7 @@ def core_ms() -> float:
 
 
 def _ms(seconds: np.ndarray) -> list[float]:
-    return [round(float(value), 4) for value in seconds * 1000]
+    return [max(round(float(value), 4), RESOLUTION_MS) for value in seconds * 1000]
 
 
 def trimmed(values) -> np.ndarray:
@@ -116,18 +119,28 @@ def summarize(rounds: list[list[float]], batch_size: int) -> dict:
     }
 
 
-def speedup(beside_ms: list[float], host_ms: list[float], turns: list[int]) -> float:
-    """How many times as fast as its neighbour a measurement is within one round.
+def speedup(baseline_ms: list[float], host_ms: list[float], block_runs: list[int]) -> float:
+    """How many times as fast as the baseline a measurement is within one round.
 
-    In turn k the neighbour's mean was beside_ms[k], and turns[k] of the runs host_ms are its own.  The ratio
-    is formed turn by turn, so that a machine whose speed drifts drifts for both; a quarter of the turns at
-    either end is left out, since something may have disturbed them.
+    While block k was timed, the baseline's mean was baseline_ms[k]; block_runs[k] of the runs host_ms are its
+    own.  The ratio is formed block by block, so that a machine whose speed drifts drifts for both; a quarter
+    of the blocks at either end is left out, since something may have disturbed them.
     """
-    ends = np.cumsum(turns)
+    ends = np.cumsum(block_runs)
     own = [trimmed_mean(block) for block in np.split(np.asarray(host_ms, dtype=float), ends[:-1])]
-    ratios = np.sort(np.log(beside_ms) - np.log(own))
+    ratios = np.sort(np.log(baseline_ms) - np.log(own))
     cut = len(ratios) // 4
     return float(np.exp(ratios[cut : len(ratios) - cut].mean()))
+
+
+def saturated(batch_sizes: list[int], fps: list[float]) -> bool:
+    """Whether the last step to a larger batch gave under 5 % more; sizes and images/s, ascending."""
+    return len(fps) > 1 and gain(batch_sizes, fps, len(fps) - 2, len(fps) - 1) < SATURATED
+
+
+def gain(batch_sizes: list[int], fps: list[float], i: int, j: int) -> float:
+    """What a doubling of the batch gains between two measured sizes, spread evenly over the doublings."""
+    return (fps[j] / fps[i]) ** (1 / math.log2(batch_sizes[j] / batch_sizes[i])) - 1
 
 
 def interval(figure: float, rounds: list[float]) -> tuple[float | None, float | None]:

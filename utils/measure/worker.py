@@ -1,76 +1,78 @@
-"""One Job -> one Record: load a backend, check it against PyTorch FP32, time it at every batch size.
+"""What happens in a worker process: load a backend, check it against PyTorch FP32, time each batch size.
 
-What every backend script does, alone or called by benchmark.py.
+A Measurement is that for one Job, step by step; what a step found is what it returns.  serve() takes the
+steps through a pipe from the process that plans the round (interleave.py), which alone writes files.
 """
 
 import contextlib
 import ctypes
 import functools
 import math
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import psutil
 
 from utils.backend import Backend, Unavailable
-from utils.measure import accuracy, gpu, timing
-from utils.measure.records import kept_batches, note_failure, read_record, start, write_record
-from utils.measure.schema import Job, Settings
-from utils.utils import MENDS, UserError, is_out_of_memory, sentence
+from utils.measure import accuracy, gpu, reference, timing
+from utils.measure.schema import Job, Problem
+from utils.utils import MENDS, UserError, end_with_parent, is_out_of_memory, sentence
 
 WARM_UP_SECONDS = 0.3  # at least, besides the calls asked for
-# Of a turn at least: below, what the others left in the caches shows.  A core that shares its hardware with
-# a neighbour's changes between two speeds several times a second, which shows where launching is the limit.
-TURN_MS = {"cpu": 30.0, "cuda": 15.0}
-MOST_TURNS = 48  # of a round, at each batch size: further rounds tell more than further turns
-WAKE_MS, SLOW_MS = 10.0, 200.0  # untimed calls at the start of a turn: a run of 200 ms needs none
+WAKE_MS, SLOW_MS = 10.0, 200.0  # untimed calls at the start of a block: a run of 200 ms needs none
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+LONGEST_REASON = 1000  # characters
 
 
-class Problem(Exception):  # noqa: N818 (it is a finding, handed on like one)
-    """Why a step gave nothing: one of schema.STATUSES and the reason."""
+class Measurement:
+    """One Job, step by step: open(); begin() each batch size; blocks of run(); end() each; busy_ms().
 
-    def __init__(self, status: str, reason: str):
-        super().__init__(status, reason)
-        self.status, self.reason = status, reason
-
-
-class Measuring:
-    """One Job on its way to its Record: open(); begin() each batch size; turns of run(); end() each; close().
-
-    Between the steps other processes may be at work (interleave.py).  A step that fails raises what went
-    wrong; fail() and close() write it into the record, so that it costs this record alone.
+    Between the steps other processes may be at work.  A step that fails raises what went wrong; it costs the
+    batch size that it was for, or the whole record.
     """
 
     def __init__(self, job: Job, backend: Backend):
         self.job, self.backend, self.cuda = job, backend, job.device == "cuda"
-        self.watch = job.settings.sustain_seconds if self.cuda and job.round == 0 else 0
-        self.record = start(job, precision=backend.precision, adds=backend.adds)
-        self.record.batches = kept_batches(read_record(job.record), job)
         self.whole_call = whole_call(backend)
-        self.begun, self.calls = {}, {}  # batch size -> what goes into the record; the call that is timed
+        self.calls, self.samples = {}, {}  # batch size -> the call that is timed; what its blocks gave
 
-    def open(self) -> None:
-        """Load; in round 0 classify the whole test set."""
-        job, record = self.job, self.record
+    def describe(self) -> dict:
+        """What a record says of a backend that can't even be loaded."""
+        return {"precision": self.backend.precision, "adds": self.backend.adds}
+
+    def open(self) -> dict:
+        """Load; in round 0 classify the whole test set.  The fields of the record that this fills."""
+        job = self.job
         if reason := self.backend.why_unavailable(job.device):
             raise Problem("unavailable", reason)
-        record.work = count_work(job) if job.round == 0 else None
+        work = count_work(job) if job.round == 0 else None
         context_mb = gpu.context_mb() if self.cuda else None
         with gpu.own_phase():
-            record.build, record.process = open_backend(job, self.backend)
-            record.process["context_mb"] = context_mb
-            record.precision = self.backend.precision
-            record.check, self.probe = accuracy.whole_test_set(job, self.whole_call, record.precision)
+            build, process = open_backend(job, self.backend)
+            check, self.probe = reference.whole_test_set(job, self.whole_call, self.backend.precision)
+        process["context_mb"] = context_mb
+        return self.describe() | {"work": work, "build": build, "process": process, "check": check}
 
-    def begin(self, batch_size: int) -> float:
-        """Check one batch size and warm it up; the milliseconds that a run takes."""
+    def begin(self, batch_size: int, only: bool = False) -> dict:
+        """Check one batch size and warm it up; what is known of it then, with the milliseconds of a run.
+
+        `only`: no other batch size is held in memory meanwhile.
+        """
+        if only:
+            self.release()
         with gpu.own_phase():
             return self.warm_up(batch_size)
 
-    def warm_up(self, batch_size: int) -> float:
+    def release(self) -> None:
+        self.calls.clear()
+        self.backend.release()
+
+    def warm_up(self, batch_size: int) -> dict:
         import torch
 
         settings, probe = self.job.settings, self.probe
@@ -84,90 +86,90 @@ class Measuring:
         begin = time.perf_counter()  # the check is the warm-up's first call
         logits = self.whole_call(images).float().cpu().numpy()
         took = [(time.perf_counter() - begin) * 1000]
-        expected = probe.expected[:batch_size]
-        difference = float(np.abs(logits - expected).max())
-        batch = {"batch_size": batch_size, "status": "ok", "reason": "", "max_abs_diff": difference}
-        self.begun[batch_size] = batch
+        difference = float(np.abs(logits - probe.expected[:batch_size]).max())
         if reason := accuracy.too_far(difference, probe.tolerance):
-            raise Problem("mismatch", reason)
+            raise Problem("mismatch", reason, difference)
         x = self.backend.prepare(images)
         self.calls[batch_size] = call = functools.partial(self.backend.predict, x)
         limits = settings.warmup - 1, WARM_UP_SECONDS, settings.max_seconds / settings.rounds / 2
         took += timing.warm_up(call, self.synchronize, *limits)  # once at least: memory may grow till then
-        batch |= {"first_call_ms": took[0], "run_ms": float(np.median(took[len(took) // 2 :]))}
-        batch |= {name: [] for name in ("host_ms", "enqueue_ms", "gpu_ms", "turns", "core_ms")}
-        batch["warmup"] = len(took)
-        batch["gpu_memory_mb"], batch["memory_of"] = gpu.memory_mb() if self.cuda else (None, None)
-        batch["host_memory_mb"] = psutil.Process().memory_info().rss / 2**20
+        run_ms = max(float(np.median(took[len(took) // 2 :])), timing.RESOLUTION_MS)
+        found = {"max_abs_diff": difference, "first_call_ms": took[0], "run_ms": run_ms, "warmup": len(took)}
+        found["gpu_memory_mb"], found["memory_of"] = gpu.memory_mb() if self.cuda else (None, None)
+        found["host_memory_mb"] = psutil.Process().memory_info().rss / 2**20
         own = self.cuda and self.backend.torch_allocator
-        batch["torch_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if own else None
-        return batch["run_ms"]
+        found["torch_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if own else None
+        names = ("host_ms", "enqueue_ms", "gpu_ms", "block_runs", "core_ms")
+        self.samples[batch_size] = {name: [] for name in names}
+        return found
 
-    def run(self, batch_size: int, runs: int) -> float:
-        """One turn: time so many runs; their mean in milliseconds."""
-        batch, call = self.begun[batch_size], self.calls[batch_size]
-        for _ in range(math.ceil(WAKE_MS / batch["run_ms"]) if batch["run_ms"] < SLOW_MS else 0):
+    def run(self, batch_size: int, runs: int, run_ms: float) -> float:
+        """One block: time so many runs, each of about `run_ms`; their mean in milliseconds."""
+        call, found = self.calls[batch_size], self.samples[batch_size]
+        for _ in range(math.ceil(WAKE_MS / run_ms) if run_ms < SLOW_MS else 0):
             call()  # others were at work: caches are cold
         samples = timing.sample(call, self.synchronize, runs, self.new_event)
         for name, values in vars(samples).items():
-            batch[name] += values
-        batch["turns"].append(runs)
-        batch["core_ms"].append(round(timing.core_ms(), 4))
+            found[name] += values
+        found["block_runs"].append(runs)
+        found["core_ms"].append(round(timing.core_ms(), 4))
         return timing.trimmed_mean(samples.host_ms)
 
-    def end(self, batch_size: int, beside_ms: list[float] | None) -> None:
-        """Note what one batch size gave, with the baseline's means in the same turns; close() writes it."""
-        call, watch = self.calls[batch_size], self.watch
-        sustained = gpu.sustain(call, self.synchronize, watch) if watch else None
-        self.note(self.begun[batch_size] | {"beside_ms": beside_ms, "sustained": sustained})
+    def end(self, batch_size: int) -> dict:
+        """One batch size's samples and, on a GPU in round 0, what the driver said beside a loop of calls."""
+        seconds = self.job.settings.sustain_seconds if self.cuda and self.job.round == 0 else 0
+        sustained = gpu.sustain(self.calls[batch_size], self.synchronize, seconds) if seconds else None
+        return self.samples[batch_size] | {"sustained": sustained}
 
-    def save(self) -> None:
-        """Write the record as it is, before what may end this process."""
-        write_record(self.job.record, self.record)
+    def busy_ms(self, batch_size: int, only: bool) -> float | None:
+        """Milliseconds of a call in which the GPU works.  Comes last: the profiler slows what follows."""
+        if only:
+            self.release()
+        x = self.backend.prepare(self.probe.images[:batch_size].to(self.job.device))
+        return gpu.busy_ms(lambda: self.backend.predict(x))
 
-    def fail(self, batch_size: int, status: str, reason: str) -> None:
-        """Note that a batch size gave no figures, and why."""
-        difference = self.begun.get(batch_size, {}).get("max_abs_diff")
-        failed = {"batch_size": batch_size, "status": status, "reason": reason}
-        self.note(failed if difference is None else failed | {"max_abs_diff": difference})
 
-    def note(self, batch: dict) -> None:
-        others = [one for one in self.record.batches if one["batch_size"] != batch["batch_size"]]
-        self.record.batches = sorted([*others, batch], key=lambda one: one["batch_size"])
+def serve(job: Job, pipe, log: Path, asked: float) -> None:
+    """What a worker process, `asked` for then, does: the steps that come by the pipe, until it is closed.
 
-    def close(self, status: str = "ok", reason: str = "") -> None:
-        """Write the record with its status; ask the profiler last, since it may slow down what follows."""
-        record = self.record
-        if status != "ok" and record.batches:  # a measurement is not replaced by a failure
-            note_failure(self.job, reason)
-            return
-        for batch in record.batches if self.watch and status == "ok" else []:
-            if batch["status"] == "ok" and "busy_ms" not in batch:
-                x = self.backend.prepare(self.probe.images[: batch["batch_size"]].to(self.job.device))
-                batch["busy_ms"] = gpu.busy_ms(lambda x=x: self.backend.predict(x))
-        if self.job.auto and status == "ok":  # what the record holds is all that was wanted
-            record.batch_sizes = [batch["batch_size"] for batch in record.batches]
-        record.status, record.reason = status, reason
-        write_record(self.job.record, record)
+    Whatever anyone says meanwhile goes to the log.
+    """
+    end_with_parent()
+    write_into(log)
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):  # the pipe is closed, or Ctrl-C
+        import backends
+
+        measurement = Measurement(job, backends.make(job.backend, job.script))
+        pipe.send(time.perf_counter() - asked)  # this clock is the same in all processes of a machine
+        with inference(job.device):
+            while True:
+                step, arguments = pipe.recv()
+                try:
+                    result = getattr(measurement, step)(*arguments)
+                except UserError as error:
+                    result = error
+                except Exception as error:
+                    result = problem_of(error)
+                    if result.status == "failed":
+                        traceback.print_exception(error)
+                pipe.send(result)
+
+
+def write_into(log: Path) -> None:
+    """Have all that this process prints, and what libraries print past Python, go to the log's end.
+
+    The text streams are replaced, too: in a Windows console they would still write to the console, which is
+    an error once the descriptors point elsewhere, and without a console they are None.
+    """
+    file = log.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+    for stream in (1, 2):
+        os.dup2(file.fileno(), stream)
+    sys.stdout = sys.stderr = file
 
 
 def whole_call(backend: Backend) -> Callable:
     """Images float32 (N, 3, S, S) on the device -> logits (N, classes)."""
     return lambda images: backend.predict(backend.prepare(images))
-
-
-def turns_of(run_ms: list[float], settings: Settings, device: str) -> tuple[int, list[int]]:
-    """How many turns a round has at one batch size, and how many runs each member then takes a turn.
-
-    `run_ms` is what a run takes each of them.  Every member gets its share of the runs and seconds asked for,
-    within the seconds allowed; the slowest decides how often they can change.
-    """
-    least, most = 1000 * settings.min_seconds / settings.rounds, 1000 * settings.max_seconds / settings.rounds
-    wanted = [max(math.ceil(settings.runs / settings.rounds), math.ceil(least / ms)) for ms in run_ms]
-    runs = [max(1, min(n, int(most / ms))) for n, ms in zip(wanted, run_ms, strict=True)]
-    spans = [n * ms / TURN_MS[device] for n, ms in zip(runs, run_ms, strict=True)]
-    turns = max(1, min([MOST_TURNS, *runs, *map(int, spans)])) if runs else 0
-    return turns, [math.ceil(n / turns) for n in runs]
 
 
 def keep_freed_memory() -> None:
@@ -217,15 +219,21 @@ def count_work(job: Job) -> dict:
 
 
 def problem_of(error: Exception) -> Problem:
-    """What an exception stands for."""
+    """What an exception stands for, with what mends it; of a long message the end, where the cause stands."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, Unavailable):
         return Problem("unavailable", str(error))
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    if is_out_of_memory(error) or is_out_of_memory(words):
+        return Problem("out_of_memory", words[-LONGEST_REASON:])
     if isinstance(error, OSError) and error.errno in MENDS:
         return Problem("failed", sentence(error))
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
-    return Problem("out_of_memory" if is_out_of_memory(error) else "failed", reason)
+    if isinstance(error, ModuleNotFoundError):
+        mend = "install what is missing: pip install -r requirements.txt"
+    else:
+        mend = "benchmark.log beside the table says more; run the same command to try again"
+    return Problem("failed", f"{words[-LONGEST_REASON:]}; {mend}")
 
 
 def trace(job: Job, backend: Backend) -> None:

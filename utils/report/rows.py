@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from utils.measure import accuracy, roofline, timing
-from utils.measure.records import read_sweep, sweep_folders
+from utils.measure.records import read_sweep, sweeps_of
 from utils.measure.schema import BASELINE, Record
 
 TARGET_PCT = 3.0  # half-width of an interval, where the sweep says no other
@@ -85,7 +85,7 @@ COLUMNS = [field.name for field in dataclasses.fields(Row)]
 def read_rows(results: Path) -> pd.DataFrame:
     """The rows of every sweep under results/raw/, sorted; empty where there are none."""
     rows = []
-    for folder in sweep_folders(results):
+    for folder in sweeps_of(results).values():
         found, note, limits = read_sweep(folder)
         rows += rows_of(found, note, limits)
     return pd.DataFrame([vars(row) for row in rows], columns=COLUMNS)
@@ -185,8 +185,8 @@ def add_speedup(row: Row, timed: dict[int, dict], baseline: dict[int, Record]) -
     ratios = [1.0] * len(timed) if row.backend == BASELINE else []
     for round_, batch in timed.items() if not ratios else []:
         base = baseline[round_].batch(row.batch_size) if round_ in baseline else None
-        if batch.get("beside_ms"):
-            ratios.append(timing.speedup(batch["beside_ms"], batch["host_ms"], batch["turns"]))
+        if batch.get("baseline_ms"):
+            ratios.append(timing.speedup(batch["baseline_ms"], batch["host_ms"], batch["block_runs"]))
         elif base and base.get("host_ms"):
             ratios.append(timing.trimmed_mean(base["host_ms"]) / timing.trimmed_mean(batch["host_ms"]))
     if ratios:

@@ -29,7 +29,7 @@ def write_csv(results: Path) -> pd.DataFrame:
     rows = read_rows(results)
     text = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     write_atomic(results / "benchmark_results.csv", text)
-    environments = {folder.name: environment_of(folder) for folder in records.sweep_folders(results)}
+    environments = {name: environment_of(folder) for name, folder in records.sweeps_of(results).items()}
     write_json(results / "environment.json", {name: facts for name, facts in environments.items() if facts})
     return read_csv(results)
 

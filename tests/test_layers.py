@@ -15,9 +15,9 @@ FLOORS = {"model": BASE, "datasets": BASE, "utils": BASE, "utils.plot_utils": RE
 FLOORS |= {"utils.standalone": SCRIPT}
 FLOORS |= {"utils.measure": MEASURE, "utils.serve": SERVE, "utils.report": REPORT}
 FLOORS |= dict.fromkeys(["train", "benchmark", "compare", "predict", "end_to_end", "install"], SCRIPT)
-LONGEST_CHAIN = 10  # files
+LONGEST_CHAIN = 9  # files
 LONGEST_FILE = 430
-MOST_LINES = 9750  # of Python that is no test
+MOST_LINES = 9900  # of Python that is no test
 
 
 def floor(module: str) -> int:

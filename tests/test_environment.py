@@ -33,7 +33,7 @@ def test_a_containers_limit_on_the_processors_time_is_read(tmp_path, named, file
 
 
 def test_without_a_limit_there_is_no_quota(tmp_path):
-    assert environment.cpu_quota(tmp_path) is None and environment.throttled_s(tmp_path) is None
+    assert environment.cpu_quota(tmp_path) is None and environment.throttled_s(tmp_path) == 0
 
 
 def test_variables_that_change_how_code_computes_are_named_and_caches_are_not(monkeypatch):

@@ -3,16 +3,18 @@
 import dataclasses
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import ROOT
 
 from utils.measure import jobs, records
-from utils.measure.schema import Record, Settings
+from utils.measure.schema import Job, Record, Settings
 from utils.report import rows, tables
 from utils.report.rows import COLUMNS, Row
-from utils.utils import write_json
+from utils.utils import UserError, write_json
 
 WORK = {"flops": 10**9, "activations": 2 * 10**6, "weights": 8 * 10**6}
 ENVIRONMENT = {"gpu": None, "cpu": "a CPU", "cores": 2, "packages": {"torch": "2.14.1"}, "date": "2026-01-01"}
@@ -173,6 +175,9 @@ def test_a_record_comes_back_as_it_was_written_its_samples_on_one_line(tmp_path)
     "damage",
     [
         lambda found: found["batches"][0].update(host_ms="1.5"),
+        lambda found: found["batches"][0].update(host_ms=[1.5, -2.0]),
+        lambda found: found["batches"][0].update(host_ms=[]),
+        lambda found: found["batches"][0].update(batch_size="4"),
         lambda found: found["batches"][0].pop("batch_size"),
         lambda found: found["batches"][0].update(status="oj"),
         lambda found: found["check"].pop("images"),
@@ -187,6 +192,99 @@ def test_a_record_that_is_damaged_but_still_json_is_none(tmp_path, damage):
     damage(found)
     write_json(path, found)
     assert records.read_record(path) is None
+
+
+def test_a_record_is_validated_without_computing_a_statistic(tmp_path, monkeypatch):
+    records.write_record(tmp_path / "record.json", record())
+    monkeypatch.delattr("utils.measure.timing.summarize")
+    assert records.read_record(tmp_path / "record.json") == record()
+
+
+def test_what_older_records_call_otherwise_is_read(tmp_path):
+    new, path = record(batch={"baseline_ms": [12.0], "block_runs": [10]}), tmp_path / "record.json"
+    old = dataclasses.asdict(new)
+    old["batches"][0]["beside_ms"] = old["batches"][0].pop("baseline_ms")
+    old["batches"][0]["turns"] = old["batches"][0].pop("block_runs")
+    write_json(path, old)
+    assert records.read_record(path) == new
+
+
+def test_what_was_measured_last_is_noted_and_no_clock_decides_it(tmp_path):
+    """The clock was a year ahead when an earlier network was measured."""
+    folder = tmp_path / "raw" / "main"
+    newer = [record(time="2026-01-01", key="k2"), record("onnx", time="2026-01-01", key="k2")]
+    keep(folder, record(time="2027-01-01", key="k1"), *newer)
+    assert rows.read_rows(tmp_path).backend.tolist() == ["pytorch"]  # as sweeps without the note are read
+    note = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    note["s"]["keys"] = {"64": "k2"}
+    write_json(folder / "sweep.json", note | {"last": "s"})
+    assert sorted(rows.read_rows(tmp_path).backend) == ["onnx", "pytorch"]
+    keep(folder, record(time="2028-01-01", settings_key="other", key="k3"))
+    write_json(folder / "sweep.json", note | {"last": "s"})
+    assert {one.settings_key for one in records.read_sweep(folder)[0]} == {"s"}
+
+
+def job(key: str, settings_key: str = "s") -> Job:
+    results = Path("results")
+    known = dict.fromkeys(("sweep", "script", "checkpoint", "data"), "main")
+    known |= {
+        "settings": Settings(6, 3, 1, 0.0, 1.0, 0.0, 0),
+        "environment": {"command": "python benchmark.py"},
+    }
+    known |= {"results": results, "record": results / "raw" / "main" / "pytorch_64_round0.json"}
+    known |= {"backend": "pytorch", "image_size": 64, "batch_sizes": (4,), "auto": False, "round": 0}
+    return Job(**known, device="cpu", key=key, settings_key=settings_key)
+
+
+def test_records_of_another_checkpoint_are_put_away_and_come_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = job("k1").record
+    records.write_record(path, record(key="k1"))
+    records.archive_stale_records([job("k2")])
+    assert not path.is_file() and "1 records of other settings or checkpoints" in capsys.readouterr().err
+    records.write_record(path, record(key="k2"))
+    records.archive_stale_records([job("k1")])
+    assert records.read_record(path) == record(key="k1")
+    records.archive_stale_records([job("k3", "t")])
+    assert not path.is_file() and len(list(path.parent.glob("*/*.json"))) == 2
+
+
+def test_records_that_were_put_away_by_their_settings_come_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = job("k1").record
+    records.write_record(path.parent / "s" / path.name, record(key="k1"))
+    records.archive_stale_records([job("k1")])
+    assert records.read_record(path) == record(key="k1")
+
+
+def test_a_sweep_packed_into_one_file_gives_the_same_rows_and_can_be_gone_on_with(
+    tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "raw" / "tensorrt-8.6"
+    keep(folder, *(record(name, k) for k in range(3) for name in ("pytorch", "onnx")))
+    files = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.iterdir()}
+    tables.write_csv(tmp_path)
+    table, facts = ((tmp_path / name).read_bytes() for name in ("benchmark_results.csv", "environment.json"))
+    monkeypatch.setattr(sys, "argv", ["records", str(tmp_path)])
+    records.main()
+    packed = tmp_path / "raw" / "tensorrt-8.6.zip"
+    assert [path.name for path in (tmp_path / "raw").iterdir()] == [packed.name]
+    content = packed.read_bytes()
+    tables.write_csv(tmp_path)
+    assert (tmp_path / "benchmark_results.csv").read_bytes() == table
+    assert (tmp_path / "environment.json").read_bytes() == facts
+    records.unpack(folder)
+    assert not packed.exists()
+    assert {path.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.iterdir()} == files
+    assert records.pack(folder).read_bytes() == content
+
+
+def test_a_packed_sweep_that_is_damaged_names_its_file_and_the_command_that_restores_it(tmp_path):
+    path = tmp_path / "raw" / "main.zip"
+    path.parent.mkdir()
+    path.write_bytes(b"PK cut short")
+    with pytest.raises(UserError, match=f"{path.name} is damaged.*git checkout"):
+        rows.read_rows(tmp_path)
 
 
 @pytest.mark.parametrize("content", [[1], {"s": 1}, {"s": {"environment": {}}}])

@@ -37,12 +37,9 @@ def package_version(name: str) -> str | None:
         package = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-    if name == "torch":
-        with contextlib.suppress(OSError):
-            source = Path(package.locate_file("torch/version.py")).read_text(encoding="utf-8")
-            if found := re.search(r"__version__ = ['\"]([^'\"]+)", source):
-                return found[1]
-    return package.version
+    source = _text(Path(str(package.locate_file("torch/version.py")))) if name == "torch" else ""
+    found = re.search(r"__version__ = ['\"]([^'\"]+)", source)
+    return found[1] if found else package.version
 
 
 def torch_is_at_least(major: int, minor: int) -> bool:
@@ -61,61 +58,52 @@ def cores() -> int:
 
 def affinity() -> str | None:
     """Which cores those are, as "0-3,8"; None where the system doesn't tell (it does on Linux)."""
-    with contextlib.suppress(OSError):
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return re.search(r"Cpus_allowed_list:\s*(\S+)", status)[1]
-    return None
+    found = re.search(r"Cpus_allowed_list:\s*(\S+)", _text(Path("/proc/self/status")))
+    return found and found[1]
 
 
-def control_groups(controller: str = "cpu", root: Path = Path("/")) -> list[Path]:
-    """The folders of this process's Linux control groups (v2, or v1's for `controller`) and their parents.
+@functools.cache
+def cpu_groups(root: Path = Path("/")) -> list[Path]:
+    """Folders of the Linux control groups, v1 or v2, that may limit this process's use of the processor.
 
-    `root` is where proc/ and sys/ lie.  A container may see its own group as the top one: that is tried too.
+    `root` is where proc/ and sys/ lie.  A container may see its group as the top one: all above are tried.
     """
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
     folders = []
-    for line in lines:
-        _, names, path = line.split(":", 2)
-        if names and controller not in names.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / (names and controller)
-        group = top / path.strip("/")
-        folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(top)]
-        if not names and (root / "sys/fs/cgroup/unified").is_dir():  # v2 beside v1 has its own place
-            folders.append(root / "sys/fs/cgroup/unified" / path.strip("/"))
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        names = ["", "unified"] if not controllers else ["cpu"] if "cpu" in controllers.split(",") else []
+        for top in (root / "sys/fs/cgroup" / name for name in names):
+            group = top / path.strip("/")
+            folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(top)]
     return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """The cores' time that a limit (docker --cpus) leaves this process; None without a limit."""
     quotas = []
-    for folder in control_groups("cpu", root):
-        with contextlib.suppress(OSError, ValueError):
-            if (folder / "cpu.max").is_file():
-                quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
-            else:
-                quota = (folder / "cpu.cfs_quota_us").read_text(encoding="utf-8")
-                period = (folder / "cpu.cfs_period_us").read_text(encoding="utf-8")
-            if quota.strip() not in ("max", "-1"):
-                quotas.append(int(quota) / int(period))
+    for folder in cpu_groups(root):
+        told = _text(folder / "cpu.max") or " ".join(
+            _text(folder / f"cpu.cfs_{x}_us") for x in ("quota", "period")
+        )
+        if found := re.match(r"(\d+)\s+(\d+)", told):  # "max" or -1: no limit
+            quotas.append(int(found[1]) / int(found[2]))
     return min(quotas, default=None)
 
 
-def throttled_s(root: Path = Path("/")) -> float | None:
-    """Seconds that the limit has held this process's group back so far, or None where nothing is told."""
-    seconds = []
-    for folder in control_groups("cpu", root):
-        with contextlib.suppress(OSError, ValueError):
-            lines = (folder / "cpu.stat").read_text(encoding="utf-8").splitlines()
-            told = dict(line.split() for line in lines)
-            if "throttled_usec" in told:
-                seconds.append(int(told["throttled_usec"]) / 1e6)
-            elif "throttled_time" in told:
-                seconds.append(int(told["throttled_time"]) / 1e9)
-    return max(seconds, default=None)
+def throttled_s(root: Path = Path("/")) -> float:
+    """Seconds for which such a limit has held this process's group back so far."""
+    told = [
+        re.search(r"throttled_(usec|time) (\d+)", _text(folder / "cpu.stat")) for folder in cpu_groups(root)
+    ]
+    return max((int(found[2]) / (1e6 if found[1] == "usec" else 1e9) for found in told if found), default=0.0)
+
+
+def _text(path: Path) -> str:
+    """What a file of the system says, or "" where it has none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def deciding_variables() -> dict[str, str]:
@@ -152,10 +140,8 @@ def cpu_name() -> str:
         where = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
         with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, where) as key:
             return winreg.QueryValueEx(key, "ProcessorNameString")[0].strip()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    found = re.search(r"model name\s*:\s*(.+)", _text(Path("/proc/cpuinfo")))
+    return found[1].strip() if found else platform.machine()
 
 
 def _git(*arguments: str) -> str | None:

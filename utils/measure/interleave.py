@@ -216,12 +216,14 @@ class InterleavedRound:
     def play_sizes(self, asked: dict[int, list[Member]]) -> None:
         """Batch size -> members: warm all up, then time their blocks, each spread over the whole time."""
         schedules = [BatchSchedule(self, size, members) for size, members in asked.items()]
+        before = throttled_s()
         for number in range(max((schedule.blocks for schedule in schedules), default=0)):
             for schedule in self.rng.sample(schedules, len(schedules)):
                 if number < schedule.blocks:
                     schedule.time_blocks()
+        held_back_s = round(throttled_s() - before, 3)
         for schedule in schedules:
-            schedule.end()
+            schedule.end(held_back_s)
 
     def step(self, member: Member, batch_size: int, step, *arguments):
         """What the step returns, or None where it failed, which is noted."""
@@ -245,7 +247,7 @@ class BatchSchedule:
     """The members that are timed in turn at one batch size, block by block."""
 
     def __init__(self, round_: InterleavedRound, batch_size: int, members: list[Member]):
-        self.round, self.batch_size, ready, self.held_back_s = round_, batch_size, {}, 0.0
+        self.round, self.batch_size, ready = round_, batch_size, {}
         for member in members:
             if member not in round_.again:
                 run_ms = round_.step(member, batch_size, member.begin, round_.sequential)
@@ -256,23 +258,21 @@ class BatchSchedule:
 
     def time_blocks(self) -> None:
         """One block of each member, in random order."""
-        before = throttled_s()
         for member in self.round.rng.sample(list(self.means), len(self.means)):
             mean = self.round.step(member, self.batch_size, member.run, self.runs[member])
             if mean is None:
                 del self.means[member]
             else:
                 self.means[member].append(mean)
-        self.held_back_s += (throttled_s() or 0.0) - (before or 0.0)
 
-    def end(self) -> None:
+    def end(self, held_back_s: float) -> None:
         baseline = next(
             (means for member, means in self.means.items() if member.job.backend == BASELINE), None
         )
         for member in self.means:
             if member.recorded:
                 baseline_ms = None if member.job.backend == BASELINE else baseline
-                beside = {"baseline_ms": baseline_ms, "held_back_s": round(self.held_back_s, 3)}
+                beside = {"baseline_ms": baseline_ms, "held_back_s": held_back_s}
                 self.round.step(member, self.batch_size, functools.partial(member.end, **beside))
 
 

@@ -58,9 +58,9 @@ def read_record(path: Path) -> Record | None:
         return None
     if not is_valid(record):
         return None
-    record.batches = [
-        {RENAMED.get(name, name): value for name, value in one.items()} for one in record.batches
-    ]
+    for batch in record.batches:
+        for old in RENAMED.keys() & batch.keys():
+            batch[RENAMED[old]] = batch.pop(old)
     return record
 
 
@@ -69,17 +69,24 @@ def is_valid(record: Record) -> bool:
     kinds = typing.get_type_hints(Record) | dict.fromkeys(("batch_sizes", "batches"), list)
     if not all(isinstance(getattr(record, name), kind) for name, kind in kinds.items()):
         return False
-    parts = [(record.build, BUILD), (record.check, CHECK), *((batch, BATCH) for batch in record.batches)]
-    parts += [(batch, TIMED) for batch in record.batches if isinstance(batch, dict) and "host_ms" in batch]
-    parts = [(part, needed) for part, needed in parts if part is not None]
-    if not all(isinstance(part, dict) and needed <= part.keys() for part, needed in parts):
+    parts = [(record.build, BUILD), (record.check, CHECK)]
+    whole = all(needed <= part.keys() for part, needed in parts if part is not None)
+    return whole and record.status in STATUSES and all(map(is_batch, record.batches))
+
+
+def is_batch(batch) -> bool:
+    """Whether it is what a record holds of one batch size: its samples, or why there are none."""
+    if not (isinstance(batch, dict) and batch.keys() >= BATCH and isinstance(batch["batch_size"], int)):
         return False
-    samples = [batch[name] for batch in record.batches if "host_ms" in batch for name in SAMPLES]
+    if "host_ms" not in batch:
+        return batch["status"] in STATUSES[1:]
+    times = [batch.get(name) for name in SAMPLES]
     whole = all(
-        isinstance(ms, list) and all(isinstance(value, (int, float)) for value in ms) for ms in samples
+        isinstance(ms, list) and all(isinstance(x, int | float) and x >= 0 for x in ms) for ms in times
     )
-    statuses = {record.status, *(batch["status"] for batch in record.batches)}
-    return whole and statuses <= set(STATUSES) and all(batch.get("host_ms", True) for batch in record.batches)
+    return (
+        whole and batch.keys() >= TIMED and min(batch["host_ms"], default=0) > 0 and batch["status"] == "ok"
+    )
 
 
 def write_record(path: Path, record: Record) -> None:

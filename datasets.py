@@ -25,7 +25,9 @@ from torchvision.transforms import v2
 
 from utils.images import (
     LAYOUT,
+    MEAN,
     SPLITS,
+    STD,
     all_images,
     check_nothing_else,
     content_hashes,
@@ -44,7 +46,6 @@ from utils.images import load_rgb as load_rgb
 from utils.utils import UserError, check_folder, file_lock, run_main, uninterrupted
 
 DEFAULT = Path("data")
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, for RGB in 0..1
 
 
 def check_folders(data: Path) -> None:

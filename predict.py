@@ -15,6 +15,7 @@ import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 import argparse
 import atexit
 import contextlib
+import dataclasses
 import datetime
 import functools
 import json
@@ -22,106 +23,31 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from utils.environment import environment, keep_to_share
-from utils.serve import labels
-from utils.utils import UserError, add_path_arguments, fresh_processes, run_main, sha256
+import backends
+from utils.backend import Unavailable, inference
+from utils.devices import choose_device
+from utils.environment import describe, keep_to_share
+from utils.serve import choices, decoder, labels
+from utils.utils import UserError, add_path_arguments, is_out_of_memory, number, run_main, sha256, write_json
 
-# What else is needed is imported where it is used: the workers that decode import this file too.
-BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
-NOTHING = {"images": 0, "problems": {}}
-FEW = 256  # images that threads have decoded before processes have started
+# PyTorch is imported only once the first files are being decoded, then DALI and the backend.
+STARTED = time.perf_counter()
+STEPS = ["start", "decoding", "inference"]  # what the time went to
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # by torchrun
 WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 
 
 def say(text: str) -> None:
     if RANK == 0:
-        print(text, flush=True)
-
-
-def find_images(source: Path) -> list[str]:
-    """All images of a folder in order, or the one file.  Raises UserError."""
-    from utils.images import files_below, is_image
-
-    if not source.exists():
-        raise UserError(f"{source} is not there; name a folder of images: python predict.py FOLDER")
-    if source.is_file():
-        return [str(source)]
-    found = files_below(source)
-    if images := list(filter(is_image, found)):
-        return images
-    raise UserError(f"{source} holds no images, by the names of its {len(found)} files; name another folder")
-
-
-# ---- what classifies
-
-
-def choose_checkpoint(weights: Path, image_size: int | None) -> Path:
-    """The checkpoint of that size, or the most accurate, of equals the smallest.  Raises UserError."""
-    import model
-    from utils.utils import checkpoint_path
-
-    if image_size:
-        return checkpoint_path(weights, image_size)
-    found = [(model.load_facts(path), path) for path in weights.glob("best_resnet18_*.pth")]
-    if not found:
-        raise UserError(f"{weights} holds no checkpoint; train one: python train.py")
-    return min(found, key=lambda pair: (-pair[0].get("accuracy", 0), pair[0]["image_size"]))[1]
-
-
-def measured_here(results: Path, device: str, image_size: int):
-    """The table's rows that were measured on this machine with these packages, fastest first, or None."""
-    from utils.report import analysis, tables
-
-    if not (results / "benchmark_results.csv").is_file():
-        return None
-    rows, environments = tables.read_table(results)
-    here = environment(device)
-    same = []
-    for sweep, facts in environments.items():
-        if all(facts.get(name) == here[name] for name in ("gpu", "cpu", "packages")):
-            same.append(sweep)
-    rows = rows[rows.sweep.isin(same) & (rows.device == device) & (rows.image_size == image_size)]
-    return analysis.measured(rows).sort_values("fps", ascending=False)
-
-
-def choose_backend(name: str | None, rows, device: str):
-    """(backend, its name, batch size, batch sizes to load) by the table; PyTorch where it has none."""
-    import backends
-
-    known = rows is not None and not rows.empty
-    for row in rows.itertuples() if known else ():
-        if row.backend in ([name] if name else backends.SCRIPTS):
-            backend = backends.make(row.backend)
-            if not backend.why_unavailable(device):
-                sizes = sorted(set(rows[rows.sweep == row.sweep].batch_size.tolist()))
-                return backend, row.backend, row.batch_size, sizes
-    if not name:
-        say("nothing was measured here at this size: PyTorch serves; python benchmark.py finds faster ones")
-    name = name or "pytorch"
-    backend = backends.make(name)
-    if reason := backend.why_unavailable(device):
-        raise UserError(f"--backend {name}: {reason}")
-    return backend, name, BATCH_SIZE[device], [BATCH_SIZE[device]]
-
-
-def choose_decoder(name: str, device: str) -> str:
-    """DALI on a GPU where it is installed, else Pillow.  Raises UserError for DALI where it is not."""
-    from utils.serve.dali import why_no_dali
-
-    if name == "pillow" or (name == "auto" and device == "cpu"):
-        return "pillow"
-    reason = why_no_dali()
-    if reason and name == "dali":
-        raise UserError(reason)
-    if reason:
-        say(f"Pillow decodes: {reason}")
-    return "pillow" if reason else "dali"
+        tqdm.write(text)  # above the progress bar
+        sys.stdout.flush()
 
 
 # ---- rows
@@ -168,32 +94,34 @@ def gather(value) -> list:
     return values
 
 
-def label(images: list[str], part: Path, decoder, network, to_rows: Callable) -> dict:
-    """Classify, appending rows to `part` batch by batch; the problems, when it was, what it waited for."""
-    from tqdm import tqdm
-
+def label(batches, network, part: Path, to_rows: Callable, progress: tqdm) -> dict:
+    """Classify, appending rows to `part` batch by batch; the problems and where the seconds went."""
     from utils.serve.pipeline import classify
 
-    told = {"images": len(images), "problems": {}, "waited": {}, "began": time.time()}
-    with tqdm(total=len(images), unit="image", disable=True if RANK else None) as progress:
-        for batch, logits in classify(decoder, network, images, told["waited"]):
-            labels.write_rows(part, to_rows(batch, logits), "a")
-            told["problems"] |= {batch.paths[index]: why for index, why in batch.problems.items()}
-            progress.update(len(batch.paths))
-    return {**told, "ended": time.time()}
+    told = {"images": 0, "problems": {}, "spent": {"start": time.perf_counter() - STARTED}}
+    progress.set_description_str("labelling")
+    progress.unpause()  # its images/s are without the start
+    for batch, logits in classify(batches, network, told["spent"]):
+        labels.write_rows(part, to_rows(batch, logits), "a")
+        told["images"] += len(batch.paths)
+        told["problems"] |= {batch.paths[index]: why for index, why in batch.problems.items()}
+        progress.update(len(batch.paths))
+    return {**told, "seconds": time.perf_counter() - STARTED}
 
 
-def summarise(told: list[dict], paths: list[str], rows: dict, out: Path) -> int:
-    """Say how fast it was, what was in the way and which images have no row; the exit code."""
+def summarise(told: list, paths: list[str], rows: dict, out: Path, timings: Path | None = None) -> int:
+    """Say how fast it was, what the bottleneck was and which images have no row; the exit code."""
     print(f"written: {out}, {len(rows):,} rows")
-    if busy := [part for part in told if part["images"]]:
-        images = sum(part["images"] for part in busy)
-        seconds = max(part["ended"] for part in busy) - min(part["began"] for part in busy)
-        spent = {name: sum(part["waited"][name] for part in busy) for name in ("decoding", "inference")}
-        most = max(spent, key=spent.get)
-        share = f"it waited {spent[most] / sum(spent.values()):.0%} of the time for it"
-        speed = f"{images:,} images in {seconds:.1f} s, {images / seconds:,.0f} images/s"
-        print(f"{speed}; in the way: {most} ({share})")
+    told = [part for part in told if part]
+    if told:
+        images, last = sum(part["images"] for part in told), max(told, key=lambda part: part["seconds"])
+        seconds, spent = last["seconds"], last["spent"]
+        rate = images / max(seconds - spent["start"], 0.001)
+        parts = ", ".join(f"{step} {spent[step]:.1f} s" for step in STEPS)
+        print(f"{images:,} images in {seconds:.1f} s: {parts}; {rate:,.0f} images/s after the start")
+        print(f"bottleneck: {max(STEPS, key=spent.get)}")
+        if timings:
+            write_json(timings, {"images": images, "seconds": seconds, **spent})
     problems = {path: "its row is gone; run the same command again" for path in paths if path not in rows}
     problems |= {path: why for part in told for path, why in part["problems"].items()}
     if problems:
@@ -208,84 +136,182 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("source", type=Path, help="folder of images, or one image")
     parser.add_argument("--out", type=Path, default=Path("labels.csv"))
-    parser.add_argument("--backend", help="default: the fastest measured on this machine, else pytorch")
+    parser.add_argument("--backend", help="default: the one measured here that is done first, else pytorch")
     decoders = ["auto", "pillow", "dali"]
-    parser.add_argument("--decoder", choices=decoders, default="auto", help="auto: DALI on a GPU")
-    batch = "default: the fastest measured, else 256 on a GPU and 16 on a CPU"
-    parser.add_argument("--batch-size", type=int, help=batch)
-    parser.add_argument("--image-size", type=int, help="default: that of the most accurate checkpoint")
+    auto = f"auto: DALI on a GPU for {choices.DALI_PAYS:,} images or more"
+    parser.add_argument("--decoder", choices=decoders, default="auto", help=auto)
+    batch = "default: the one measured here that is done first, else 256 on a GPU and 16 on a CPU"
+    parser.add_argument("--batch-size", type=number(int, 1, 1_000_000), help=batch)
+    sizes, accurate = number(int, 1, 1_000_000), "default: that of the most accurate checkpoint"
+    parser.add_argument("--image-size", type=sizes, help=accurate)
     parser.add_argument("--probabilities", action="store_true", help="of every class, a column each")
+    timings = "file for the seconds that starting, decoding and inference took, as JSON"
+    parser.add_argument("--timings", type=Path, help=timings)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     add_path_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.backend not in (None, *backends.SCRIPTS):
+        raise UserError(f"--backend {args.backend} is not one of {', '.join(backends.SCRIPTS)}")
+    return args
+
+
+# ---- one run
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a folder is classified with."""
+
+    args: argparse.Namespace
+    checkpoint: Path
+    facts: dict
+    choice: choices.Choice
+    batch_size: int
+    device: str
+    decoder: str
+
+    def classify(self, images: list[str], out: Path, progress: tqdm) -> int:
+        """Classify what has no row yet and write the table; the exit code.  Raises Unavailable."""
+        args, classes = self.args, self.facts["classes"]
+        header = ["path", "class", "probability", *(classes if args.probabilities else [])]
+        made_by = json.dumps([self.choice.backend, self.decoder, self.device, header])
+        source = sha256(str(args.source), str(args.source.resolve()))
+        key = f"{source[:8]}-{sha256(self.checkpoint, made_by)[:8]}"
+        own, done = labels.resume(out, key, len(header), RANK)
+        if done:
+            say(f"resuming: {len(done):,} rows are there already")
+        mine = [path for path in share_of(images, RANK, WORLD_SIZE) if path not in done]
+        progress.reset(len(mine))
+        to_rows = functools.partial(rows_of, classes=classes, every=args.probabilities)
+        told = None
+        try:
+            with self.opened(mine) as (batches, network):
+                if mine:
+                    told = label(batches, network, own, to_rows, progress)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            said = " ".join(str(error).split())[-300:]
+            raise UserError(f"{said}; the rows stay, go on with a smaller --batch-size") from error
+        everybody = gather(told)
+        if RANK:
+            return 0
+        return summarise(everybody, images, labels.merge(out, key, images, header), out, args.timings)
+
+    @contextlib.contextmanager
+    def opened(self, paths: list[str]) -> Iterator[tuple]:
+        """(batches of all paths, network); the first files are decoded while all else is imported."""
+        size, opening = self.facts["image_size"], None
+        with contextlib.ExitStack() as stack:
+            if paths and self.decoder == "pillow":
+                files = decoder.Pillow(size, self.batch_size, len(paths))
+                stack.enter_context(contextlib.closing(files))
+                batches = files.batches(paths)
+            import torch
+
+            from utils.serve.pipeline import Network
+
+            choose_device(self.args.device)
+            if self.device == "cuda":
+                torch.cuda.set_device(LOCAL_RANK)
+            stack.enter_context(inference(self.device))
+            if paths and self.decoder == "dali":  # which starts beside the backend
+                opening = stack.enter_context(ThreadPoolExecutor(1)).submit(self.open_dali, paths)
+            try:
+                backend = self.load_in_turn()
+            finally:
+                if opening:
+                    files = stack.enter_context(contextlib.closing(opening.result()))
+            if not paths:
+                yield None, None
+                return
+            network = Network(backend, [self.batch_size], size, self.device)
+            if opening:
+                batches = files.batches(paths)
+            elif self.device == "cuda":
+                files.pin()
+            yield batches, network
+
+    def open_dali(self, paths: list[str]):
+        """DALI for these files, or Pillow where DALI does not load and was not asked for."""
+        import torch
+
+        from utils.serve.dali import open_decoder, why_no_dali
+
+        reason = why_no_dali()
+        if reason and self.args.decoder == "dali":
+            raise UserError(reason)
+        if reason:
+            say(f"Pillow decodes: {reason}")
+        if self.device == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)  # for this thread
+        name = "pillow" if reason else "dali"
+        return open_decoder(name, self.facts["image_size"], self.batch_size, self.device, paths)
+
+    def load_in_turn(self):
+        """The backend, loaded by the first process before the others, since it builds what they load."""
+        why = gather(None)[0] if RANK else None
+        backend = backends.make(self.choice.backend)
+        try:
+            if not why:
+                self.load(backend)
+        except Unavailable as error:
+            why = str(error)
+        if not RANK:
+            gather(why)
+        if why:
+            raise Unavailable(why)
+        return backend
+
+    def load(self, backend) -> None:
+        if reason := backend.why_unavailable(self.device):
+            raise Unavailable(reason)
+        sizes = [self.args.batch_size] if self.args.batch_size else list(self.choice.batch_sizes)
+        asked = self.checkpoint, self.facts["image_size"], sizes, self.device
+        backend.data = None if self.choice.measured else self.args.data  # INT8 as it was measured
+        try:
+            backend.load(*asked)
+        except Unavailable:
+            if not (self.choice.measured and self.args.backend):
+                raise
+            backend.data = self.args.data
+            backend.load(*asked)
 
 
 def main() -> None:
     args = parse()
     keep_to_share(LOCAL_RANK, LOCAL_WORLD_SIZE)
-    images, out = find_images(args.source), labels.check_out(args.out)
-    with labels.alone_at(out) if RANK == 0 else contextlib.nullcontext():
-        sys.exit(classify_all(args, images, out))
+    images, out = choices.find_images(args.source), labels.check_out(args.out)
+    alone = labels.alone_at(out) if RANK == 0 else contextlib.nullcontext()
+    shown = tqdm(total=len(images), desc="starting", unit="image", disable=True if RANK else None)
+    with alone, shown as progress:
+        sys.exit(classify_all(args, images, out, progress))
 
 
-def classify_all(args: argparse.Namespace, images: list[str], out: Path) -> int:
-    """Classify what has no row yet and write the table; the exit code."""
-    if len(images) > FEW:
-        fresh_processes("utils.serve.pipeline")  # what the decoding ones come from imports meanwhile
-    import torch
-
-    import backends
-    import model
-    from utils.devices import choose_device
-    from utils.measure import jobs, worker
-    from utils.serve.dali import DECODERS
-    from utils.serve.pipeline import Network
-
-    jobs.check_numbers(args, ["batch_size", "image_size"], least=1)
-    if args.backend not in (None, *backends.SCRIPTS):
-        raise UserError(f"--backend {args.backend} is not one of {', '.join(backends.SCRIPTS)}")
-    device = choose_device(args.device)
-    checkpoint = choose_checkpoint(args.weights, args.image_size)
-    facts = model.load_facts(checkpoint)
-    size, classes = facts["image_size"], facts["classes"]
-    rows = measured_here(args.results, device, size)
-    backend, name, batch_size, batch_sizes = choose_backend(args.backend, rows, device)
-    if args.batch_size:
-        batch_size, batch_sizes = args.batch_size, [args.batch_size]
-    backend.data = args.data  # to calibrate with
-    decoder_name = choose_decoder(args.decoder, device)
-    say(f"{len(images):,} images, {checkpoint.name}, {name}, batch {batch_size}, {decoder_name}, {device}")
-
-    header = ["path", "class", "probability", *(classes if args.probabilities else [])]
-    settings = sha256(checkpoint, json.dumps([name, decoder_name, device, header]))
-    key = f"{sha256(str(args.source), str(args.source.resolve()))[:8]}-{settings[:8]}"
-    own, done = labels.resume(out, key, len(header), RANK)
-    if done:
-        say(f"going on: {len(done):,} rows are there already")
-    mine = [path for path in share_of(images, RANK, WORLD_SIZE) if path not in done]
-    if device == "cuda":
-        torch.cuda.set_device(LOCAL_RANK)
-    told = NOTHING
-    try:
-        with worker.inference(device):
-            if RANK:
-                gather(None)  # the first process builds what the others load
-            backend.load(checkpoint, size, batch_sizes, device)
-            if not RANK:
-                gather(None)
-            if mine:
-                network = Network(backend, [batch_size], size, device)
-                decoder = DECODERS[decoder_name](size, batch_size, device, few=len(mine) <= FEW)
-                with contextlib.closing(decoder):
-                    to_rows = functools.partial(rows_of, classes=classes, every=args.probabilities)
-                    told = label(mine, own, decoder, network, to_rows)
-    except Exception as error:
-        problem = worker.problem_of(error)
-        if problem.status != "out_of_memory":
-            raise
-        raise UserError(f"{problem.reason}; the rows stay, go on with a smaller --batch-size") from error
-    told = gather(told)
-    return summarise(told, images, labels.merge(out, key, images, header), out) if RANK == 0 else 0
+def classify_all(args: argparse.Namespace, images: list[str], out: Path, progress: tqdm) -> int:
+    """Choose what classifies, then have it done; the exit code."""
+    if len(images) > decoder.FEW:
+        decoder.start_server()
+    checkpoint, facts = choices.choose_checkpoint(args.weights, args.image_size, args.data)
+    # By the driver, since asking PyTorch takes seconds; where it can't use that GPU, choose_device() says so.
+    device = "cuda" if args.device == "cuda" or (args.device == "auto" and describe()) else "cpu"
+    decoder_name = choices.choose_decoder(args.decoder, device, len(images))
+    rows = choices.measured_here(args.results, device, facts["image_size"])
+    found = choices.choose_backends(args.backend, rows, len(images), device)
+    say(f"{checkpoint.name}: {choices.described(checkpoint, facts)}")
+    if not args.backend and not found[0].measured:
+        say("nothing was measured here at this size: PyTorch serves; python benchmark.py finds faster ones")
+    while True:
+        choice = found.pop(0)
+        batch_size = args.batch_size or choice.batch_size
+        say(f"{len(images):,} images, {choice.backend}, batch {batch_size}, {decoder_name}, {device}")
+        try:
+            run = Run(args, checkpoint, facts, choice, batch_size, device, decoder_name)
+            return run.classify(images, out, progress)
+        except Unavailable as why:
+            if not found:
+                raise UserError(f"{choice.backend} can't serve: {why}") from None
+            say(f"{choice.backend} can't serve: {why}; the next one by the table is {found[0].backend}")
 
 
 if __name__ == "__main__":

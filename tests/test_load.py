@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import backends
-from utils.measure.worker import inference
+from utils.backend import inference
 from utils.serve import load
 from utils.serve.pipeline import Network
 

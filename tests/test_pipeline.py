@@ -22,9 +22,10 @@ import datasets
 import end_to_end
 import model
 from utils import environment
-from utils.measure.worker import inference, whole_call
+from utils.backend import inference
+from utils.measure.worker import whole_call
 from utils.report import tables
-from utils.serve import dali, pipeline
+from utils.serve import dali, decoder, pipeline, throughput
 
 SIZE, BATCH = 32, 4
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -48,7 +49,7 @@ def odd(tmp_path_factory) -> dict[str, Path]:
     paths = {name: folder / name for name in ("rotated.jpg", "cmyk.jpg", "alpha.png", "deep.png", "bits.png")}
     paths |= {name: folder / name for name in ("palette.png", "moving.gif", "moving.png", "plain.webp")}
     exif = Image.Exif()
-    exif[pipeline.ORIENTATION] = 6
+    exif[decoder.ORIENTATION] = 6
     plain.save(paths["rotated.jpg"], exif=exif)
     plain.convert("CMYK").save(paths["cmyk.jpg"])
     rgba.save(paths["alpha.png"])
@@ -94,14 +95,18 @@ def as_training_reads(path) -> np.ndarray:
     return np.asarray(v2.Resize((SIZE, SIZE), antialias=True)(datasets.load_rgb(path)))
 
 
-def read(
-    kind: str, paths, few: bool = True, batch_size: int = BATCH, device: str = "cpu"
-) -> tuple[np.ndarray, dict[str, str]]:
+def opened(kind: str, batch_size: int = BATCH, device: str = "cpu", few: bool = True):
+    """A decoder; `few` files are decoded by threads."""
+    pillow = decoder.Pillow(SIZE, batch_size, 9 if few else None, for_dali=kind == "dali", hold=7)
+    return dali.Dali(pillow, device) if kind == "dali" else pillow
+
+
+def read(kind: str, paths, few: bool = True, device: str = "cpu") -> tuple[np.ndarray, dict[str, str]]:
     """All pixels in order, and what could not be read."""
     found, problems, seen = [], {}, []
-    with contextlib.closing(dali.DECODERS[kind](SIZE, batch_size, device, few)) as decoder:
-        for batch in decoder.batches(map(str, paths)):
-            found.append(batch.pixels.cpu().numpy().copy())
+    with contextlib.closing(opened(kind, device=device, few=few)) as files:
+        for batch in files.batches(map(str, paths)):
+            found.append(torch.as_tensor(batch.pixels).cpu().numpy().copy())
             problems |= {batch.paths[k]: why for k, why in batch.problems.items()}
             seen += batch.paths
     assert seen == list(map(str, paths))
@@ -134,35 +139,37 @@ def test_every_broken_file_is_named_and_costs_no_other(files, broken):
 def test_an_endless_list_of_files_is_read_no_further_than_the_memory_reaches(files, kind):
     taken = itertools.count()
     endless = (str(path) for path in itertools.cycle(files) if next(taken) >= 0)
-    with contextlib.closing(dali.DECODERS[kind](SIZE, BATCH, "cpu", few=True)) as decoder:
-        with contextlib.closing(decoder.batches(endless)) as batches:
+    with contextlib.closing(opened(kind)) as reader:
+        with contextlib.closing(reader.batches(endless)) as batches:
             for _ in range(5):
                 next(batches)
-        assert next(taken) <= (5 + decoder.slots) * BATCH
-        (again,) = decoder.batches([str(files[0])])  # what was broken off leaves the memory free
-        difference = np.abs(again.pixels[0].numpy().astype(int) - as_training_reads(files[0]))
+        assert next(taken) <= (5 + reader.slots) * BATCH
+        (again,) = reader.batches([str(files[0])])  # what was broken off leaves the memory free
+        difference = np.abs(
+            torch.as_tensor(again.pixels[0]).numpy().astype(int) - as_training_reads(files[0])
+        )
         assert difference.max() == 0 if kind == "pillow" else difference.mean() < 1
-        assert list(decoder.batches([])) == []
+        assert list(reader.batches([])) == []
 
 
 def test_only_whole_upright_8_bit_files_are_left_to_dali(files, odd, broken):
-    assert all(pipeline.is_plain(str(path)) for path in files)
+    assert all(decoder.is_plain(str(path)) for path in files)
     assert {path.suffix for path in files} == {".jpg", ".png"}
     wrong = [*odd.values(), *broken.values(), Path("missing.jpg")]
-    assert [path.name for path in wrong if pipeline.is_plain(str(path))] == []
+    assert [path.name for path in wrong if decoder.is_plain(str(path))] == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="processes that stand still are POSIX's")
 def test_broken_off_it_ends_though_all_workers_die(files):
-    decoder = pipeline.Pillow(SIZE, 64, "cpu")  # of a batch some files wait where they could be cancelled
-    batches = decoder.batches(map(str, itertools.cycle(files)))
+    reader = decoder.Pillow(SIZE, 64)  # of a batch some files wait where they could be cancelled
+    batches = reader.batches(map(str, itertools.cycle(files)))
     next(batches)
     workers = [
         process for process in psutil.Process().children(recursive=True) if process.ppid() != os.getpid()
     ]
     for worker in workers:
         worker.suspend()
-    end = threading.Thread(target=lambda: (batches.close(), decoder.close()), daemon=True)
+    end = threading.Thread(target=lambda: (batches.close(), reader.close()), daemon=True)
     end.start()
     time.sleep(0.5)
     for worker in workers:
@@ -190,7 +197,7 @@ def test_dali_gives_nearly_the_same_pixels_and_leaves_odd_files_to_pillow(files,
 @pytest.mark.parametrize("device", DEVICES)
 def test_where_dali_fails_pillow_decodes_and_dali_goes_on(files, broken, monkeypatch, capfd, device):
     wrong = broken["text.jpg"]
-    monkeypatch.setattr(pipeline, "is_plain", lambda path: True)  # as if its header had looked right
+    monkeypatch.setattr(decoder, "is_plain", lambda path: True)  # as if its header had looked right
     paths = [*files[:9], wrong, *files[9:40]]
     pixels, problems = read("dali", paths, device=device)
     assert set(problems) == {str(wrong)}
@@ -205,20 +212,20 @@ def test_where_dali_fails_pillow_decodes_and_dali_goes_on(files, broken, monkeyp
 def test_where_dali_fails_again_and_again_pillow_decodes_the_rest(files, broken, monkeypatch, capfd, device):
     """What starting it anew costs, seconds and memory on a GPU, is bounded."""
     wrong = broken["text.jpg"]
-    monkeypatch.setattr(pipeline, "is_plain", lambda path: True)
+    monkeypatch.setattr(decoder, "is_plain", lambda path: True)
     paths = [*files, *([wrong] * 5), *files, *([wrong] * 40), *files, wrong, *files]
-    with contextlib.closing(dali.DECODERS["dali"](SIZE, BATCH, device, few=True)) as decoder:
+    with contextlib.closing(opened("dali", device=device)) as reader:
         for _ in range(2):  # it is as good as new afterwards, also where it was left in the middle
-            found = list(decoder.batches(map(str, paths)))
+            found = list(reader.batches(map(str, paths)))
             said = capfd.readouterr().err
             assert said.count("DALI failed") == 3 and said.count("all that is left") == 1
             assert [path for batch in found for path in batch.paths] == list(map(str, paths))
             named = [path for batch in found for path in map(batch.paths.__getitem__, batch.problems)]
             assert named == [str(wrong)] * 46
-            with contextlib.closing(decoder.batches(map(str, paths))) as batches:
+            with contextlib.closing(reader.batches(map(str, paths))) as batches:
                 while "DALI failed" not in capfd.readouterr().err:
                     next(batches)
-        (again,) = decoder.batches([str(files[0])])
+        (again,) = reader.batches([str(files[0])])
         assert np.abs(again.pixels[0].cpu().numpy().astype(int) - as_training_reads(files[0])).mean() < 1
 
 
@@ -230,15 +237,18 @@ def test_logits_from_files_are_those_of_the_test_set(project, name):
     listed = datasets.list_images(project / "data")["test"].values()
     paths = [str(path) for of_class in listed for path in of_class]
     backend = backends.make(name)
-    with inference("cpu"), contextlib.closing(pipeline.Pillow(64, 8, "cpu", few=True)) as decoder:
+    with inference("cpu"), contextlib.closing(decoder.Pillow(64, 8, 100)) as reader:
         backend.load(checkpoint, 64, [8], "cpu")
         network, waited = pipeline.Network(backend, [8], 64, "cpu"), {}
-        found = list(pipeline.classify(decoder, network, paths, waited))
+        found = [
+            (batch.paths, logits)
+            for batch, logits in pipeline.classify(reader.batches(paths), network, waited)
+        ]
         torch.testing.assert_close(
-            network.normalise(next(decoder.batches(paths)).pixels), images[:8], rtol=0, atol=0
+            network.normalise(torch.tensor(next(reader.batches(paths)).pixels)), images[:8], rtol=0, atol=0
         )
         expected = [whole_call(backend)(chunk).numpy() for chunk in images.split(8)]
-    assert [path for batch, _ in found for path in batch.paths] == paths and len(labels) == len(paths)
+    assert [path for part, _ in found for path in part] == paths and len(labels) == len(paths)
     logits = np.concatenate([logits for _, logits in found])
     np.testing.assert_allclose(logits, np.concatenate(expected), atol=1e-4)
     assert waited["decoding"] > 0 and waited["inference"] > 0
@@ -269,7 +279,9 @@ def test_end_to_end_writes_a_row_for_every_backend_and_decoder(project, tmp_path
 
 
 def test_rates_and_overlap_are_put_together_by_round():
-    asked = end_to_end.Asked("main", "onnx", "FP32", 64, 4, "cpu", (4,), ("pillow",), Path(), Path(), 1.0)
+    asked = throughput.Asked(
+        "main", "onnx", "FP32", 64, 4, "cpu", (4,), ("pillow",), Path(), Path(), Path(), 1.0
+    )
     one = {"images_per_s": 50.0, "decode_images_per_s": 100.0, "infer_images_per_s": 100.0, "overlap": 1.0}
     one |= {"limit": "decode", "serial_images_per_s": 40.0, "precision": "FP32", "agreement": 1.0}
     two = one | {"images_per_s": 100.0, "overlap": 0.9, "limit": "inference"}
@@ -287,12 +299,12 @@ def test_a_missing_table_is_one_sentence(project, tmp_path):
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "\0\0"])
 def test_a_damaged_table_of_serving_is_set_aside_and_made_anew(tmp_path, content, capsys):
-    path, keys = tmp_path / "end_to_end.csv", ["sweep", "backend", "image_size", "decoder"]
+    path, keys = tmp_path / "end_to_end.csv", ["sweep", "backend", "image_size", "decoder", "images"]
     path.write_text(content, encoding="utf-8")
     rows = [end_to_end.Row("2.10", backend, "FP32", 64, 4, "pillow") for backend in ("onnx", "pytorch")]
     end_to_end.write_table(rows, path, keys)
     assert (tmp_path / "end_to_end.csv.1").read_text(encoding="utf-8") == content
-    assert "is kept as" in capsys.readouterr().err
+    assert "was renamed to" in capsys.readouterr().err
     end_to_end.write_table(rows[1:], path, keys)
     table = tables.read_serving(path)
     assert table.backend.tolist() == ["onnx", "pytorch"] and set(table.sweep) == {"2.10"}

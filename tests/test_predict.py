@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import functools
+import itertools
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from test_pipeline import broken  # noqa: F401  (a fixture)
 import model
 import predict
 from utils import environment
-from utils.serve import labels
+from utils.serve import choices, labels
 from utils.utils import UserError, sha256
 
 
@@ -67,7 +68,7 @@ def test_every_image_has_its_row_in_order(project, photos, expected):
         assert max(shares, key=shares.get) == row["class"] and shares[row["class"]] == float(
             row["probability"]
         )
-    assert "100 images in" in done.stdout and "in the way: " in done.stdout
+    assert "100 images in" in done.stdout and "bottleneck: " in done.stdout
     assert sorted(path.name for path in photos.parent.iterdir()) == ["labels.csv", "photos"]
 
 
@@ -94,7 +95,7 @@ def test_interrupted_at_any_byte_it_goes_on(project, photos, expected):
     started.wait()
     key_part.write_bytes(text[: len(text) * 2 // 3])  # cut within a row, as a full disk would
     done, rows = label(photos, project, out="again.csv")
-    assert "going on: 6" in done.stdout and rows == whole
+    assert "resuming: 6" in done.stdout and rows == whole
     assert not list(photos.parent.glob("*.part*"))
 
 
@@ -156,7 +157,7 @@ def test_other_settings_start_anew_and_another_folders_rows_stay(project, photos
         path.write_text("photos/a.jpg,Nobody,0.9\n", encoding="utf-8")
     own.unlink(missing_ok=True)
     done, rows = label(photos, project)
-    assert "going on" not in done.stdout and len(rows) == 100 and not part.exists() and others.exists()
+    assert "resuming" not in done.stdout and len(rows) == 100 and not part.exists() and others.exists()
 
 
 def test_a_second_run_for_the_same_table_is_refused(project, photos, monkeypatch, capsys):
@@ -165,7 +166,7 @@ def test_a_second_run_for_the_same_table_is_refused(project, photos, monkeypatch
     monkeypatch.setattr(
         sys, "argv", [*arguments, "--device", "cpu", "--results", str(photos.parent / "none")]
     )
-    monkeypatch.setattr(labels, "alone", functools.partial(labels.alone, patience=0.1))
+    monkeypatch.setattr(labels, "alone_at", functools.partial(labels.alone_at, patience=0.1))
     with FileLock(f"{out}.lock"), pytest.raises(UserError, match="another process is writing labels.csv"):
         predict.main()
     assert not out.exists()
@@ -184,7 +185,7 @@ def test_a_row_that_is_gone_and_files_of_similar_names(tmp_path, capsys):
     out = tmp_path / "labels.csv"
     (tmp_path / "labels.csv.0-1.part0").write_text("a.jpg,cat,0.5\n", encoding="utf-8")
     rows = labels.merge(out, "0-1", ["a.jpg", "b.jpg"], ["path", "class", "probability"])
-    assert predict.summarise([predict.NOTHING], ["a.jpg", "b.jpg"], rows, out) == 1
+    assert predict.summarise([None], ["a.jpg", "b.jpg"], rows, out) == 1
     assert "b.jpg: its row is gone; run the same command again" in capsys.readouterr().err
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == sorted([*mine, "labels.csv", "labels.csv.0-2.part0"])
@@ -194,8 +195,8 @@ def test_a_folder_that_is_named_is_looked_into_however_it_is_called(tmp_path, mo
     (tmp_path / ".hid" / "sub").mkdir(parents=True)
     Image.new("RGB", (9, 7), "red").save(tmp_path / ".hid" / "a.png")
     monkeypatch.chdir(tmp_path / ".hid" / "sub")
-    assert predict.find_images(Path("..")) == [str(Path("../a.png"))]
-    assert predict.find_images(tmp_path / ".hid") == [str(tmp_path / ".hid" / "a.png")]
+    assert choices.find_images(Path("..")) == [str(Path("../a.png"))]
+    assert choices.find_images(tmp_path / ".hid") == [str(tmp_path / ".hid" / "a.png")]
 
 
 def test_a_file_that_changed_meanwhile_is_read_anew(project, photos):
@@ -210,7 +211,7 @@ def test_a_file_that_changed_meanwhile_is_read_anew(project, photos):
     time.sleep(0.1)
     shutil.copyfile(other["path"], first["path"])
     done, rows = label(photos, project, out="again.csv")
-    assert "going on: 99" in done.stdout and rows[0]["class"] == other["class"] and rows[1:] == whole[1:]
+    assert "resuming: 99" in done.stdout and rows[0]["class"] == other["class"] and rows[1:] == whole[1:]
 
 
 def test_names_that_csv_and_utf_8_find_hard(project, tmp_path):
@@ -244,7 +245,7 @@ def test_images_are_listed_folder_by_folder_under_the_names_by_which_they_are_re
     monkeypatch.chdir(tmp_path)
     for folder in (Path(), Path("..", tmp_path.name), tmp_path):
         wanted = sorted(folder / path.relative_to(tmp_path) for path in images)
-        assert predict.find_images(folder) == [str(path) for path in wanted] and len(wanted) == 6
+        assert choices.find_images(folder) == [str(path) for path in wanted] and len(wanted) == 6
 
 
 def test_processes_share_images_by_lot():
@@ -324,7 +325,7 @@ def test_a_process_that_waits_for_the_others_ends_when_told(tmp_path, how):
         (["data/test", "--backend", "pytorch-fp16-graph"], "--backend pytorch-fp16-graph: "),
         (["data/test", "--weights", "data"], "holds no checkpoint; train one: python train.py"),
         (["data/test", "--image-size", "96"], "python train.py --image-sizes 96"),
-        (["data/test", "--batch-size", "0"], "--batch-size 0 makes no sense"),
+        (["data/test", "--batch-size", "0"], "--batch-size: a whole number from 1"),
         (
             ["data/test", "--out", "data"],
             f"data is a folder; name a file in it: --out {Path('data/labels.csv')}",
@@ -353,15 +354,23 @@ def test_a_row_is_kept_only_whole(tmp_path):
 def test_the_backend_is_the_fastest_measured_on_this_machine_and_no_other(project, tmp_path):
     arguments = ["--quick", "--backends", "pytorch", "onnx", "--device", "cpu", "--runs", 5]
     run_script("benchmark.py", *arguments, "--results", tmp_path / "quick", cwd=project)
-    rows = predict.measured_here(tmp_path / "quick", "cpu", 64)
-    fastest = rows.loc[rows.fps.idxmax()]
-    _, name, batch_size, sizes = predict.choose_backend(None, rows, "cpu")
-    assert (name, batch_size, sizes) == (fastest.backend, fastest.batch_size, [1, 4])
-    assert predict.choose_backend("pytorch", rows, "cpu")[1] == "pytorch"
+    rows = choices.measured_here(tmp_path / "quick", "cpu", 64)
+    assert {(row["backend"], row["batch_size"]) for row in rows} == set(
+        itertools.product(("pytorch", "onnx"), (1, 4))
+    )
+    fastest = max(rows, key=lambda row: row["fps"])
+    first, second = choices.choose_backends(None, rows, 10**9, "cpu")
+    assert (first.backend, first.batch_size, first.batch_sizes) == (
+        fastest["backend"],
+        fastest["batch_size"],
+        (1, 4),
+    )
+    assert {first.backend, second.backend} == {"pytorch", "onnx"} and first.measured
+    assert [one.backend for one in choices.choose_backends("pytorch", rows, 9, "cpu")] == ["pytorch"]
     path = tmp_path / "quick" / "environment.json"
     path.write_text(path.read_text("utf-8").replace('"torch": "', '"torch": "0.'), encoding="utf-8")
-    assert predict.measured_here(tmp_path / "quick", "cpu", 64).empty  # measured by another version
-    assert predict.measured_here(tmp_path, "cpu", 64) is None
+    assert choices.measured_here(tmp_path / "quick", "cpu", 64) == []  # measured by another version
+    assert choices.measured_here(tmp_path, "cpu", 64) == []
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from utils.sample_images import HEROES, draw_picture
 from utils.utils import UserError, sha256, write_atomic
 
 SPLITS = ["train", "test"]
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, for RGB in 0..1
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows but can't decode everywhere
 OURS = {
     "train",

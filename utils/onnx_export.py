@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import datasets
 import model
 from utils import images
 from utils.backend import Unavailable, is_fresh, store, why_not_importable
@@ -93,6 +92,8 @@ def calibration_batches(data: Path, image_size: int) -> Iterator[torch.Tensor]:
 
     Raises UserError with the path of an image that can't be read.
     """
+    import datasets  # here: it brings torchvision, which running an export does not need
+
     files, transform = calibration_files(data), datasets.test_transform(image_size)
     endless = itertools.cycle(files)
     for _ in range(-(-len(files) // BATCH)):

@@ -168,10 +168,10 @@ def uninterrupted() -> Iterator[None]:
 # ---- processes
 
 
-def fresh_processes(*modules: str):
+def fresh_processes(*modules: str, large=LARGE):
     """multiprocessing's means to start clean processes.
 
-    On Linux they are forked from a server that has only imported the large libraries, what the running
+    On Linux they are forked from a server that has only imported the `large` libraries, what the running
     script imports and `modules`, which saves each seconds; elsewhere each starts from nothing.  They leave
     Ctrl-C to the process that started them.
     """
@@ -182,7 +182,9 @@ def fresh_processes(*modules: str):
     context = multiprocessing.get_context("forkserver")
     script = Path(getattr(sys.modules["__main__"], "__file__", "") or "")
     own = [script.stem] if script.resolve().parent == ROOT else []
-    context.set_forkserver_preload([*LARGE, *own, *modules])
+    context.set_forkserver_preload([*large, *own, *modules])
+    # A process that is ended in the midst of an import leaves semaphores, which the tracker removes quietly.
+    sys.warnoptions.append("ignore:resource_tracker")
     resource_tracker.ensure_running()  # starting it would let signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
     here = Path.cwd()

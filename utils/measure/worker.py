@@ -5,7 +5,6 @@ steps through a pipe from the process that plans the round (interleave.py), whic
 """
 
 import contextlib
-import ctypes
 import functools
 import math
 import os
@@ -18,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from utils.backend import Backend, Unavailable
+from utils.backend import Backend, Unavailable, inference
 from utils.measure import accuracy, gpu, reference, timing
 from utils.measure.schema import Job, Problem
 from utils.utils import MENDS, UserError, end_with_parent, is_out_of_memory, sentence
 
 WARM_UP_SECONDS = 0.3  # at least, besides the calls asked for
 WAKE_MS, SLOW_MS = 10.0, 200.0  # untimed calls at the start of a block: a run of 200 ms needs none
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 LONGEST_REASON = 1000  # characters
 
 
@@ -170,28 +168,6 @@ def write_into(log: Path) -> None:
 def whole_call(backend: Backend) -> Callable:
     """Images float32 (N, 3, S, S) on the device -> logits (N, classes)."""
     return lambda images: backend.predict(backend.prepare(images))
-
-
-def keep_freed_memory() -> None:
-    """Have malloc keep what is freed for the next call, as ONNX Runtime's own arena does.
-
-    By glibc's defaults a run of PyTorch on a CPU that takes and frees tensors of over 32 MB is page faults
-    for up to half its time, and by 10 to 30 % more of them in one process than in the next.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, value in {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}.items() if mallopt else []:
-        mallopt(option, value)
-
-
-@contextlib.contextmanager
-def inference(device: str):
-    """Inference mode; on a GPU on a stream of its own, since graphs can't be captured on the default one."""
-    import torch
-
-    keep_freed_memory()
-    stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
-    with torch.inference_mode(), stream:
-        yield
 
 
 def open_backend(job: Job, backend: Backend) -> tuple[dict, dict]:

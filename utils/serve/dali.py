@@ -17,88 +17,107 @@ import torch
 from PIL import Image
 
 from utils.environment import cores
-from utils.serve.pipeline import IN_FLIGHT, Batch, Pillow, decode
+from utils.serve.choices import why_not_installed
+from utils.serve.decoder import IN_FLIGHT, Batch, Pillow
 
-PIPELINES = 2  # of DALI, in turn: while one waits for PNGs from the processor, the other has the JPEG engine
-PREFETCH = 3  # batches that each works on at a time
+PREFETCH = 3  # batches that each pipeline works on at a time
+STARTS = 3  # of the pipelines, where files make them fail: each takes seconds, and memory that DALI keeps
 HARDWARE = 0.8  # of a batch at most for the JPEG engine; with 16 CPUs beside an H100 0.65 and 1 are slower
 
 
-class Dali(Pillow):
+class Dali:
     """NVIDIA DALI: decodes and resizes on the GPU; the same on a CPU without one.
 
-    The workers look at every file beforehand and decode what DALI would not decode as load_rgb() does.
+    `pillow`, made `for_dali`, looks at every file beforehand and decodes what DALI would not decode as
+    load_rgb() does.  Of its pipelines there is one; two take turns where PNGs come, since while one waits for
+    them from the processor, the other has the JPEG engine.
     """
 
-    name, leave_plain, chunk, hold = "dali", True, 32, PIPELINES * PREFETCH + 1
+    name = "dali"
 
-    def __init__(self, image_size: int, batch_size: int, device: str, few: bool = False):
-        super().__init__(image_size, batch_size, device, few)
-        shape = IN_FLIGHT + 1, batch_size, image_size, image_size, 3
-        self.on_device = torch.empty(shape, dtype=torch.uint8, device=device)
+    def __init__(self, pillow: Pillow, device: str, pipelines: int = 2):
+        self.pillow, self.device, self.batch_size, self.count = pillow, device, pillow.batch_size, pipelines
+        self.slots = pillow.slots
+        shape = IN_FLIGHT + 1, self.batch_size, pillow.image_size, pillow.image_size, 3
+        self.targets = itertools.cycle(torch.empty(shape, dtype=torch.uint8, device=device))
         self.stream = torch.cuda.Stream() if device == "cuda" else None
         self.folder = tempfile.TemporaryDirectory()
-        names = ("filler.png", "filler.jpg")[:batch_size]
+        names = ("filler.png", "filler.jpg")[: self.batch_size] if pipelines > 1 else ("filler.jpg",)
         self.fillers = [str(Path(self.folder.name, name)) for name in names]
         for path in self.fillers:  # a JPEG too: the first one of a process takes longer
             Image.new("RGB", (64, 64)).save(path)
-        self.looked_at, self.ended = iter(()), True
+        self.looked_at, self.fed = iter(()), deque()
         self.start()
 
     def start(self) -> None:
-        """Make the pipelines, which takes seconds on a GPU, and have them decode what is there, or fillers.
+        """Make the pipelines, which takes seconds on a GPU, and have each decode fillers.
 
-        `fed` holds the batches that the pipelines have not given back yet, in order, None for fillers, each
-        with the number of its pipeline.
+        Then they stand still, so that CUDA graphs can be captured.
         """
-        self.fed, self.pipelines = deque(), []
-        self.pipelines = [self.make_pipeline(number) for number in range(PIPELINES)]
+        self.pipelines = [self.make_pipeline(number) for number in range(self.count)]
+        self.starting = True
         for pipeline in self.pipelines:
-            pipeline.schedule_run()
+            pipeline.schedule_run()  # the first call starts as many batches as it prefetches
+        self.drain()
+        self.starting = False
+
+    def drain(self) -> None:
+        """Wait for what the pipelines are decoding and let go of it."""
+        while self.fed:
+            _, number = self.fed.popleft()
+            self.pipelines[number].share_outputs()
+            self.pipelines[number].release_outputs()
 
     def close(self) -> None:
         self.pipelines.clear()
         self.folder.cleanup()
-        super().close()
+        self.pillow.close()
 
     def batches(self, paths: Iterable[str]) -> Iterator[Batch]:
-        targets = itertools.cycle(self.on_device)
-        self.fed = deque((None, number) for _, number in self.fed)  # nobody waits for what was broken off
-        self.looked_at, self.ended, self.leave_plain = super().batches(paths), False, True
+        """The batches of all paths, in order; where DALI fails, what it had is decoded by Pillow."""
+        self.pillow.leave_plain, self.looked_at = True, self.pillow.batches(paths)
         with contextlib.closing(self.looked_at):
-            for again in (True, True, False):
+            for starts_left in reversed(range(STARTS)):
                 try:
                     if not self.pipelines:
                         self.start()
-                    yield from self.decoded(targets)
+                    yield from self.by_pipelines()
                     return
                 except RuntimeError as error:  # DALI can't go on then, and doesn't say which file it was
-                    left = [batch for batch, _ in self.fed if batch]
-                    if not left:
+                    lost = [batch for batch, _ in self.fed if batch]
+                    self.pipelines.clear()
+                    self.fed.clear()
+                    if not lost:
                         raise
-                    what = f"these {len(left)} batches" if again else "all that is left"
+                    what = f"these {len(lost)} batches" if starts_left else "all that is left"
                     said = str(error).strip().splitlines()[0]
                     print(f"DALI failed, Pillow decodes {what}: {said}", file=sys.stderr)
-                self.pipelines.clear()
-                for batch in left:
-                    yield self.finished(batch, None, next(targets))
-            self.leave_plain = False  # a start costs seconds, and memory that DALI keeps
-            for batch in self.looked_at:
-                yield self.finished(batch, None, next(targets))
+                yield from map(self.by_pillow, lost)
+            self.pillow.leave_plain = False
+            yield from map(self.by_pillow, self.looked_at)
 
-    def decoded(self, targets: Iterator[torch.Tensor]) -> Iterator[Batch]:
-        """What DALI's pipelines make of the batches, in order."""
-        while not self.ended or any(batch for batch, _ in self.fed):
-            batch, number = self.fed[0]
-            pipeline = self.pipelines[number]
-            (images,) = pipeline.share_outputs()
-            if batch:
-                batch = self.finished(batch, images.as_tensor(), next(targets))
-            self.fed.popleft()
-            pipeline.release_outputs()
+    def by_pipelines(self) -> Iterator[Batch]:
+        """What DALI's pipelines make of the batches, in order.
+
+        `fed` holds those that the pipelines have not given back yet, each with the number of its pipeline;
+        None, decoded as fillers, where there are no more.
+        """
+        for pipeline in self.pipelines * PREFETCH:
             pipeline.schedule_run()
-            if batch:
-                yield batch
+        try:
+            while self.fed:
+                batch, number = self.fed[0]
+                (images,) = self.pipelines[number].share_outputs()
+                done = batch and self.on_device(batch, images.as_tensor())
+                self.fed.popleft()
+                self.pipelines[number].release_outputs()
+                if not done:
+                    continue
+                self.pipelines[number].schedule_run()
+                yield done
+        except GeneratorExit:
+            self.drain()
+            raise
 
     def make_pipeline(self, number: int):
         from nvidia.dali import fn, pipeline_def, types
@@ -110,18 +129,14 @@ class Dali(Pillow):
 
         def source() -> list[np.ndarray]:
             """The names of the next files; never none, since DALI wants at least one image in a batch."""
-            nonlocal first
-            if names := first:
-                batch, first = None, []
-            else:
-                batch = next(self.looked_at, None)
-                self.ended = batch is None
-                names = [batch.paths[k] for k in batch.plain] if batch else []
+            batch = None if self.starting else next(self.looked_at, None)
             self.fed.append((batch, number))
-            return [np.frombuffer(os.fsencode(name), np.uint8) for name in names or self.fillers]
+            names = [batch.paths[k] for k in batch.plain] if batch else []
+            names = names or (first if self.starting else self.fillers)
+            return [np.frombuffer(os.fsencode(name), np.uint8) for name in names]
 
         mixed = {"hw_decoder_load": HARDWARE} if on_gpu else {}
-        square = (self.image_size, self.image_size)
+        square = (self.pillow.image_size, self.pillow.image_size)
 
         @pipeline_def(
             batch_size=self.batch_size,
@@ -145,47 +160,59 @@ class Dali(Pillow):
         pipeline.build()
         return pipeline
 
-    def finished(self, batch: Batch, images, target: torch.Tensor) -> Batch:
-        """The batch with all pixels on the device: DALI's `images`, or if None Pillow's, and the others."""
+    def on_device(self, batch: Batch, images) -> Batch:
+        """The batch with all pixels on the device: DALI's `images` and, between them, Pillow's."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        pixels, plain = target[: len(batch.paths)], batch.plain
-        if images is None:
-            batch = self.decoded_by_pillow(batch)
-            plain = []
+        pixels, plain = next(self.targets)[: len(batch.paths)], batch.plain
         with torch.cuda.stream(self.stream):
-            if len(plain) < len(pixels):
-                pixels.copy_(batch.pixels, non_blocking=True)
-            if plain:
-                whole = len(plain) == len(pixels)
-                into = pixels if whole else torch.empty_like(pixels[: len(plain)])
-                feed_ndarray(images, into, cuda_stream=self.stream)
-                if not whole:
-                    pixels[torch.tensor(plain, device=pixels.device)] = into
+            if len(plain) == len(pixels):
+                feed_ndarray(images, pixels, cuda_stream=self.stream)
+            else:
+                self.copy(batch, pixels)
+                if plain:
+                    part = torch.empty_like(pixels[: len(plain)])
+                    feed_ndarray(images, part, cuda_stream=self.stream)
+                    pixels[torch.tensor(plain, device=pixels.device)] = part
         if self.stream:
             self.stream.synchronize()  # then DALI may have its memory back
         return Batch(batch.paths, pixels, batch.problems)
 
-    def decoded_by_pillow(self, batch: Batch) -> Batch:
-        first = (batch.pixels.data_ptr() - self.pixels.data_ptr()) // self.pixels[0].nbytes
-        futures = [self.pool.submit(decode, first + k, [batch.paths[k]], False) for k in batch.plain]
-        found = {k: future.result()[0] for k, future in zip(batch.plain, futures, strict=True)}
-        problems = batch.problems | {k: problem for k, problem in found.items() if problem}
-        return Batch(batch.paths, batch.pixels, problems)
+    def by_pillow(self, batch: Batch) -> Batch:
+        """The same, all decoded by Pillow."""
+        batch, pixels = self.pillow.decode_again(batch), next(self.targets)[: len(batch.paths)]
+        with torch.cuda.stream(self.stream):
+            self.copy(batch, pixels)
+        if self.stream:
+            self.stream.synchronize()
+        return Batch(batch.paths, pixels, batch.problems)
+
+    def copy(self, batch: Batch, pixels: torch.Tensor) -> None:
+        if self.device == "cuda":
+            self.pillow.pin()  # here, since folders of JPEGs alone never need it
+        pixels.copy_(torch.from_numpy(batch.pixels), non_blocking=True)
 
 
-DECODERS = {"pillow": Pillow, "dali": Dali}
+def open_decoder(name: str, image_size: int, batch_size: int, device: str, paths: list[str], endless=False):
+    """The decoder of this name for `paths`, which come once, or `endless` in number."""
+    count = None if endless else len(paths)
+    if name == "pillow":
+        decoder = Pillow(image_size, batch_size, count)
+        if device == "cuda":
+            decoder.pin()
+        return decoder
+    only_jpegs = all(path.lower().endswith((".jpg", ".jpeg")) for path in paths)
+    pipelines = 1 if only_jpegs else 2
+    pillow = Pillow(image_size, batch_size, count, for_dali=True, hold=pipelines * PREFETCH + 1)
+    return Dali(pillow, device, pipelines)
 
 
 def why_no_dali() -> str | None:
     """None if DALI can be used here, else one sentence that a user can act on."""
+    if reason := why_not_installed():
+        return reason
     try:
         from nvidia.dali.plugin import pytorch  # noqa: F401
-    except ImportError:
-        if sys.platform != "linux":
-            return "NVIDIA DALI exists for Linux only; Pillow decodes instead: --decoder pillow"
-        package = f"nvidia-dali-cuda{(torch.version.cuda or '13').partition('.')[0]}0"
-        return f"NVIDIA DALI is not installed, which decodes on the GPU; run: pip install {package}"
     except Exception as error:  # a library that is missing or of another version: each fails in its own way
         return f"NVIDIA DALI is installed but does not load: {' '.join(str(error).split())}"
     return None

@@ -31,10 +31,10 @@ def check_out(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def alone_at(out: Path) -> Iterator[None]:
+def alone_at(out: Path, patience: float = 10) -> Iterator[None]:
     """Keep a second run from writing the same table: each would take the other's rows for its own."""
     lock = out.with_name(f"{out.name}.lock")
-    with file_lock(lock, f"writing {out.name}"):
+    with file_lock(lock, f"writing {out.name}", patience):
         try:
             yield
         finally:

@@ -42,13 +42,13 @@ class Row:
     image_size: int
     batch_size_max: int
     scenario: str  # server; offline has no rate, and in `fps` what this project's clock says of the same
-    rate: float | None  # images/s offered
-    achieved: float  # images/s
-    p50_ms: float | None
-    p90_ms: float | None
-    p99_ms: float | None
-    valid: bool  # the generator's verdict
-    max_latency_ms: float | None
+    rate: float | None = None  # images/s offered
+    achieved: float | None = None  # images/s
+    p50_ms: float | None = None
+    p90_ms: float | None = None
+    p99_ms: float | None = None
+    valid: bool = False  # what the generator says
+    max_latency_ms: float | None = None
     fps: float | None = None
     cores: int = dataclasses.field(default_factory=environment.cores)  # that this had
     date: str = dataclasses.field(default_factory=environment.today)
@@ -162,9 +162,7 @@ def offline(network: Network, pixels: torch.Tensor) -> tuple[dict, float]:
     timed = timing.warm_up(call, wait, 3, MIN_SECONDS / 2, 30)
     waiting, done, told = queue.SimpleQueue(), queue.SimpleQueue(), {}
     settings = {"offline_expected_qps": batch_size / timing.trimmed_mean(timed) * 1000}
-    settings["min_duration_ms"] = int(
-        2 * MIN_SECONDS * 1000
-    )  # handing over all images at once takes a while, too
+    settings["min_duration_ms"] = int(2000 * MIN_SECONDS)  # handing over all images takes a while, too
     thread = in_background("Offline", len(pixels), waiting, told, **settings)
     answering = threading.Thread(target=answer_all, args=[done], daemon=True)
     answering.start()  # beside the next batch: else each costs what its answers do
@@ -188,30 +186,21 @@ def measure(where: dict, network: Network, pixels: torch.Tensor, max_latency_ms:
     """
     sys.setswitchinterval(0.0005)  # s; generator and worker share Python: neither shall keep the other
     told, fps = offline(network, pixels)
-    throughput = told["result_samples_per_second"]
-    nothing = dict.fromkeys(["p50_ms", "p90_ms", "p99_ms", "max_latency_ms"])
-    verdict = {"valid": told["result_validity"] == "VALID"}
-    rows = [Row(**where, scenario="offline", rate=None, achieved=throughput, fps=fps, **verdict, **nothing)]
+    throughput, valid = told["result_samples_per_second"], told["result_validity"] == "VALID"
+    rows = [Row(**where, scenario="offline", achieved=throughput, valid=valid, fps=fps)]
     start = time.perf_counter()
     for _ in range(10):
         network.finish(network.enqueue(pixels[:1]))
     hopeless = (time.perf_counter() - start) / 10 * 1000 > max_latency_ms
+    (tries, seconds), queries = ((1, 0), HOPELESS_QUERIES) if hopeless else (SEARCH, QUERIES)
     low, high, rate, start = 0.0, throughput, FIRST_SHARE * throughput, time.perf_counter()
-    tries, seconds = (1, 0) if hopeless else SEARCH
     for _ in range(tries):
-        told = server(network, pixels, rate, max_latency_ms, HOPELESS_QUERIES if hopeless else QUERIES)
+        told = server(network, pixels, rate, max_latency_ms, queries)
+        found = {f"p{k}_ms": told[f"result_{k}.00_percentile_latency_ns"] / 1e6 for k in (50, 90, 99)}
+        found["achieved"] = told["result_completed_samples_per_sec"]
         valid = told["result_validity"] == "VALID"
-        rows.append(
-            Row(
-                **where,
-                scenario="server",
-                rate=rate,
-                achieved=told["result_completed_samples_per_sec"],
-                valid=valid,
-                max_latency_ms=max_latency_ms,
-                **percentiles(told),
-            )
-        )
+        how = {"rate": rate, "valid": valid, "max_latency_ms": max_latency_ms}
+        rows.append(Row(**where, scenario="server", **how, **found))
         low, high = (rate, high) if valid else (low, rate)
         rate = (low + high) / 2
         if time.perf_counter() - start > seconds:
@@ -219,25 +208,19 @@ def measure(where: dict, network: Network, pixels: torch.Tensor, max_latency_ms:
     return rows
 
 
-def percentiles(told: dict) -> dict:
-    return {f"p{k}_ms": told[f"result_{k}.00_percentile_latency_ns"] / 1e6 for k in (50, 90, 99)}
-
-
 def describe(rows: list[Row]) -> str:
     """What the generator said of one backend."""
     lines = []
     for row in rows:
-        head = f"{row.backend:<24} {row.image_size:>4} px {row.scenario:<8}"
-        verdict = "VALID" if row.valid else "INVALID"
+        says = "VALID" if row.valid else "INVALID"
         if row.scenario == "offline":
-            off = row.achieved / row.fps - 1
-            lines.append(
-                f"{head} {row.achieved:,.0f} images/s, {verdict}; {off:+.1%} of this project's clock"
+            said = (
+                f"{row.achieved:,.0f} images/s, {says}; {row.achieved / row.fps - 1:+.1%} of our measurement"
             )
         else:
             times = f"p50 {row.p50_ms:.2f}, p90 {row.p90_ms:.2f}, p99 {row.p99_ms:.2f} ms"
-            lines.append(f"{head} {row.rate:,.0f} images/s offered: {times}, {verdict}")
+            said = f"{row.rate:,.0f} images/s offered: {times}, {says}"
+        lines.append(f"{row.backend:<24} {row.image_size:>4} px {row.scenario:<8} {said}")
     served = [row.rate for row in rows if row.valid and row.rate]
-    limit = rows[-1].max_latency_ms
     best = f"{max(served):,.0f} images/s" if served else "no rate that was tried"
-    return "\n".join([*lines, f"within {limit:g} ms at p99: {best}"])
+    return "\n".join([*lines, f"within {rows[-1].max_latency_ms:g} ms at p99: {best}"])

@@ -1,0 +1,161 @@
+"""Which images are classified, by which checkpoint, backend, batch size and decoder.  Needs no PyTorch."""
+
+import csv
+import dataclasses
+import datetime
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import backends
+import model
+from utils.environment import PACKAGES, cpu_name, describe, package_version
+from utils.images import files_below, fingerprint, is_image
+from utils.utils import UserError, checkpoint_path, read_dict
+
+BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
+DALI_PAYS = 4_000  # images from which DALI makes good the seconds that it takes to start (16 cores, H200)
+DALI_RATE = 14_000  # images/s that it decodes: no backend need be faster (H200)
+
+
+# ---- the images
+
+
+def find_images(source: Path) -> list[str]:
+    """All images of a folder in order, or the one file.  Raises UserError."""
+    if not source.exists():
+        raise UserError(f"{source} is not there; name a folder of images: python predict.py FOLDER")
+    if source.is_file():
+        return [str(source)]
+    found = files_below(source)
+    if images := list(filter(is_image, found)):
+        return images
+    raise UserError(f"{source} holds no images, by the names of its {len(found)} files; name another folder")
+
+
+# ---- the checkpoint
+
+
+def choose_checkpoint(weights: Path, image_size: int | None, data: Path) -> tuple[Path, dict]:
+    """The checkpoint of that size, or the most accurate one of a single data set, of equals the smallest.
+
+    Of several data sets it is the one in `data`, else the newest.  Raises UserError where that would be a
+    guess, since their classes differ.  Returns the facts, too.
+    """
+    if image_size:
+        path = checkpoint_path(weights, image_size)
+        return path, model.load_facts(path)
+    found = [(path, model.load_facts(path)) for path in sorted(weights.glob("best_resnet18_*.pth"))]
+    if not found:
+        raise UserError(f"{weights} holds no checkpoint; train one: python train.py")
+    if len({data_of(facts) for _, facts in found}) > 1:
+        here = fingerprint(data)
+        if trained_here := [pair for pair in found if data_of(pair[1]) == here]:
+            found = trained_here
+        elif len({tuple(facts["classes"]) for _, facts in found}) > 1:
+            lines = [f"  {path.name}: {described(path, facts)}" for path, facts in found]
+            ask = "choose one: --image-size SIZE, or --data the folder of images that it was trained on"
+            what = f"{weights} holds checkpoints of different classes, and none was trained on {data}"
+            raise UserError("\n".join([f"{what}; {ask}", *lines]))
+        else:
+            newest = data_of(max(found, key=lambda pair: pair[0].stat().st_mtime)[1])
+            found = [pair for pair in found if data_of(pair[1]) == newest]
+    return min(found, key=lambda pair: (-pair[1].get("accuracy", 0), pair[1]["image_size"]))
+
+
+def data_of(facts: dict) -> str | None:
+    """The fingerprint of the images that a checkpoint was trained on."""
+    return (facts.get("data") or {}).get("fingerprint")
+
+
+def described(path: Path, facts: dict) -> str:
+    """Which classes a checkpoint knows, and when its file was written."""
+    classes = facts["classes"]
+    more = f" and {len(classes) - 5} more" if len(classes) > 5 else ""
+    trained = datetime.datetime.fromtimestamp(path.stat().st_mtime)
+    return f"classes {', '.join(classes[:5])}{more}; trained {trained:%Y-%m-%d %H:%M}"
+
+
+# ---- the backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A backend, the batch size to run it with and those to load it for; whether that was measured here."""
+
+    backend: str
+    batch_size: int
+    batch_sizes: tuple[int, ...]
+    measured: bool = True
+
+
+def measured_here(results: Path, device: str, image_size: int) -> list[dict]:
+    """The rows of the table with figures of this machine with these packages.  Raises UserError.
+
+    Each has backend, sweep, batch_size, fps (images/s) and start_s, the seconds until its first call is over.
+    """
+    path = results / "benchmark_results.csv"
+    packages = {name: version for name in PACKAGES if (version := package_version(name))}
+    gpu = describe().get("gpu") if device == "cuda" else None
+    here = {"gpu": gpu, "cpu": cpu_name(), "packages": packages}
+    environments, rows = read_dict(results / "environment.json"), []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                facts = environments.get(row["sweep"], {})
+                same = all(facts.get(name) == value for name, value in here.items())
+                asked = row["status"], row["device"], row["image_size"]
+                if same and asked == ("ok", device, str(image_size)):
+                    start_s = float(row["load_s"] or 0) + float(row["first_call_ms"] or 0) / 1000
+                    figures = {"batch_size": int(row["batch_size"]), "fps": float(row["fps"])}
+                    where = {name: row[name] for name in ("backend", "sweep")}
+                    rows.append({**where, **figures, "start_s": start_s})
+    except FileNotFoundError:
+        return []
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+        said = f"{type(error).__name__}: {error}"
+        mend = "make it anew: python benchmark.py"
+        raise UserError(f"{path} is no table of python benchmark.py ({said}); {mend}") from None
+    return rows
+
+
+def expected_seconds(row: dict, count: int, device: str) -> float:
+    """Until the last of `count` images has its label: loading, the first call, then whole batches."""
+    inference = -(-count // row["batch_size"]) * row["batch_size"] / row["fps"]
+    return row["start_s"] + (max(inference, count / DALI_RATE) if device == "cuda" else inference)
+
+
+def choose_backends(name: str | None, rows: list[dict], count: int, device: str) -> list[Choice]:
+    """By the table what is done first with `count` images, then the next ones; PyTorch where it has none.
+
+    `name` is the backend that the user wants, or None.
+    """
+    choices = {}
+    for row in sorted(rows, key=lambda row: expected_seconds(row, count, device)):
+        if row["backend"] in ([name] if name else backends.SCRIPTS):
+            sizes = sorted({other["batch_size"] for other in rows if other["sweep"] == row["sweep"]})
+            choices.setdefault(row["backend"], Choice(row["backend"], row["batch_size"], tuple(sizes)))
+    name, size = name or "pytorch", BATCH_SIZE[device]
+    return [*choices.values()] or [Choice(name, size, (size,), measured=False)]
+
+
+# ---- the decoder
+
+
+def choose_decoder(name: str, device: str, count: int) -> str:
+    """DALI where a GPU, many images and the package are there, else Pillow; nothing is imported yet."""
+    if name != "auto":
+        return name
+    return "dali" if device == "cuda" and count >= DALI_PAYS and not why_not_installed() else "pillow"
+
+
+def why_not_installed() -> str | None:
+    """None if NVIDIA DALI is here, else one sentence that a user can act on."""
+    if sys.platform != "linux":
+        return "NVIDIA DALI exists for Linux only; Pillow decodes instead: --decoder pillow"
+    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+        return None
+    cuda = re.search(r"\+cu(\d\d)", package_version("torch") or "")
+    package = f"nvidia-dali-cuda{cuda[1] if cuda else 13}0"
+    return f"NVIDIA DALI is not installed, which decodes on the GPU; run: pip install {package}"

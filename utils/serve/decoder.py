@@ -1,0 +1,220 @@
+"""Image files -> batches of uint8 pixels by Pillow, as training and testing read them; needs no PyTorch.
+
+So the first files are decoded while the libraries that classify are still being imported, and a process that
+decodes starts in a fraction of a second.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import itertools
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from utils.environment import cores
+from utils.images import load_rgb
+from utils.utils import MOST_WORKERS, end_with_parent, fresh_processes, uninterrupted
+
+FEW = 256  # images that threads have decoded before processes have started
+CHUNK = {False: 8, True: 32}  # files that a worker takes at a time: to decode, or to look at for DALI
+IN_FLIGHT = 2  # batches that wait for the network while the decoder goes on
+HUGE = 16_000_000  # pixels beyond which workers decode one picture at a time, to bound their memory
+JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
+ORIENTATION = 0x0112  # EXIF's tag
+PLAIN = None  # outcome of a file that is left to DALI
+
+
+@dataclasses.dataclass
+class Batch:
+    """Files in order and their pixels, uint8 (N, S, S, 3): NumPy's, or from DALI a tensor on the device.
+
+    The pixels stay as they are until IN_FLIGHT more batches have been taken.  `problems` says for the index
+    of every file that can't be read why; its pixels mean nothing.
+    """
+
+    paths: list[str]
+    pixels: np.ndarray
+    problems: dict[int, str]
+    plain: list[int] = dataclasses.field(default_factory=list)  # indices of the files that are left to DALI
+
+
+# ---- in the workers
+
+here = threading.local()  # of a worker: `pixels` to write to, `alone`, `broken_off`
+
+
+def start_worker(memory, image_size: int, alone, broken_off, process: bool) -> None:
+    here.pixels = np.frombuffer(memory, np.uint8).reshape(-1, image_size, image_size, 3)
+    here.alone, here.broken_off = alone, broken_off
+    warnings.filterwarnings("ignore", module="PIL")  # of odd but readable files
+    if process:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+        end_with_parent()
+        # On a CPU inference goes first: its threads wait for each other, and decoding fills what they leave.
+        psutil.Process().nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if os.name == "nt" else 10)
+
+
+def decode(first: int, paths: list[str], leave_plain: bool) -> list[str | None]:
+    """Decode files into here.pixels[first:]; of each "", PLAIN if left to DALI, or why it can't be read."""
+    outcomes = []
+    for index, path in enumerate(paths, first):
+        if here.broken_off.value or (leave_plain and is_plain(path)):
+            outcomes.append(PLAIN)
+            continue
+        try:
+            with Image.open(path) as image:
+                huge = image.width * image.height > HUGE
+            with here.alone if huge else contextlib.nullcontext():
+                # On Pillow's images torchvision's Resize(antialias=True), as testing has it, is this.
+                square = load_rgb(path).resize(here.pixels.shape[1:3], Image.Resampling.BILINEAR)
+                here.pixels[index] = square
+            outcomes.append("")
+        except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
+            outcomes.append(" ".join(f"{type(error).__name__}: {error}".split()))
+    return outcomes
+
+
+def is_plain(path: str) -> bool:
+    """Whether DALI decodes a file as load_rgb() does: a whole, upright JPEG or PNG, 8 bits, RGB or grey.
+
+    From header and end, and from a PNG's checksums: DALI decodes truncated files without a word, and ends the
+    whole batch at one that it can't decode.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            file.seek(-8, os.SEEK_END)
+            end = file.read()
+            file.seek(0)
+            image = Image.open(file)
+            if image.mode not in ("RGB", "L") or image.width * image.height > HUGE:
+                return False
+            if image.format == "JPEG":
+                upright = image.getexif().get(ORIENTATION, 1) == 1
+                return upright and image.info.get("adobe_transform", 1) == 1 and end.endswith(JPEG_END)
+            special = {"transparency", "exif", "Raw profile type exif"} & image.info.keys()
+            plain = image.format == "PNG" and not special and not getattr(image, "is_animated", False)
+            plain = plain and image.tile[0][3] == image.mode and end == PNG_END  # not from 1, 2, 4 or 16 bits
+            if plain:
+                image.verify()
+            return plain
+    except Exception:  # whatever is wrong, load_rgb() will say it
+        return False
+
+
+# ---- in the process that classifies
+
+
+def start_server() -> None:
+    """On Linux: start the process that decoding ones are forked from, which imports while others go on."""
+    fresh_processes(__name__, large=())
+
+
+class Pillow:
+    """Decodes in worker processes, which write into memory that they share with this one.
+
+    `count` is the number of files that will come, None if it is not known.  There are no more workers than
+    the files need; few files are decoded by threads, since processes take a while to start.  `for_dali`: the
+    workers look at every file and decode only what DALI would not decode alike; `hold` batches are kept.
+    """
+
+    name = "pillow"
+
+    def __init__(self, image_size: int, batch_size: int, count=None, for_dali=False, hold=IN_FLIGHT):
+        self.image_size, self.batch_size, self.leave_plain = image_size, batch_size, for_dali
+        self.chunk = min(CHUNK[for_dali], batch_size)
+        needed = MOST_WORKERS if count is None else max(1, -(-count // self.chunk))
+        workers, threads = min(cores(), needed, MOST_WORKERS), count is not None and count <= FEW
+        self.ahead = max(2, -(-2 * workers * self.chunk // batch_size))  # two chunks for every worker
+        self.slots, self.pinned = self.ahead + hold + 1, False
+        shape = self.slots * batch_size, image_size, image_size, 3
+        if threads:
+            context, memory, self.broken_off = threading, bytearray(int(np.prod(shape))), ctypes.c_bool()
+        else:
+            context = fresh_processes(__name__, large=())
+            # Shared, or in a file where /dev/shm is small.
+            memory = context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
+            self.broken_off = context.RawValue(ctypes.c_bool)
+        self.pixels = np.frombuffer(memory, np.uint8).reshape(shape)
+        arguments = memory, image_size, context.Lock(), self.broken_off, not threads
+        options = {} if threads else {"mp_context": context}
+        options |= {"initializer": start_worker, "initargs": arguments}
+        self.pool = (ThreadPoolExecutor if threads else ProcessPoolExecutor)(workers, **options)
+        if not threads:
+            with uninterrupted():  # processes that are on their way when this one ends would complain
+                wait([self.pool.submit(int) for _ in range(workers)])
+
+    def pin(self) -> None:
+        """Lock the memory, where that is possible: copies to the GPU then run beside all else."""
+        if not self.pinned:
+            import torch
+
+            error = torch.cuda.cudart().cudaHostRegister(self.pixels.ctypes.data, self.pixels.nbytes, 0)
+            self.pinned = int(error) == 0
+
+    def close(self) -> None:
+        self.broken_off.value = True
+        self.pool.shutdown()
+        if self.pinned:
+            import torch
+
+            torch.cuda.cudart().cudaHostUnregister(self.pixels.ctypes.data)
+
+    def batches(self, paths: Iterable[str]) -> Iterator[Batch]:
+        """The batches of all paths, in order, the next ones decoded meanwhile.  `paths` may be endless.
+
+        The first ones are being decoded when this returns.
+        """
+        paths, waiting, numbers = iter(paths), deque(), itertools.count()
+
+        def submit_next() -> None:
+            if group := list(itertools.islice(paths, self.batch_size)):
+                first = next(numbers) % self.slots * self.batch_size
+                waiting.append((group, first, self.submit(group, first)))
+
+        for _ in range(self.ahead):
+            submit_next()
+        return self.in_order(waiting, submit_next)
+
+    def submit(self, paths: list[str], first: int) -> list:
+        starts = range(0, len(paths), self.chunk)
+        work = [(first + k, paths[k : k + self.chunk], self.leave_plain) for k in starts]
+        return [self.pool.submit(decode, *arguments) for arguments in work]
+
+    def in_order(self, waiting: deque, submit_next: Callable[[], None]) -> Iterator[Batch]:
+        """What becomes of `waiting`, one batch submitted for each that is given out."""
+        try:
+            while True:
+                submit_next()
+                if not waiting:
+                    return
+                yield self.collect(*waiting.popleft())
+        finally:
+            # Nothing writes on while the memory is used anew.  Nothing is cancelled: if a worker dies then, a
+            # pool of processes never says of what was cancelled that it is done.
+            self.broken_off.value = True
+            wait([future for _, _, futures in waiting for future in futures])
+            self.broken_off.value = False
+
+    def collect(self, paths: list[str], first: int, futures: list) -> Batch:
+        outcomes = [outcome for future in futures for outcome in future.result()]
+        problems = {k: outcome for k, outcome in enumerate(outcomes) if outcome}
+        plain = [k for k, outcome in enumerate(outcomes) if outcome is PLAIN]
+        return Batch(paths, self.pixels[first : first + len(paths)], problems, plain)
+
+    def decode_again(self, batch: Batch) -> Batch:
+        """A batch that was left to DALI, decoded here after all."""
+        first = (batch.pixels.ctypes.data - self.pixels.ctypes.data) // self.pixels[0].nbytes
+        futures = [self.pool.submit(decode, first + k, [batch.paths[k]], False) for k in batch.plain]
+        found = {k: future.result()[0] for k, future in zip(batch.plain, futures, strict=True)}
+        problems = batch.problems | {k: problem for k, problem in found.items() if problem}
+        return Batch(batch.paths, batch.pixels, problems)

@@ -1,0 +1,195 @@
+"""How fast files become labels, in the process that measures: pipeline, its halves alone, under load."""
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import backends
+import datasets
+import model
+from utils.backend import inference
+from utils.measure import accuracy
+from utils.measure.worker import whole_call
+from utils.serve import choices, load
+from utils.serve.dali import open_decoder, why_no_dali
+from utils.serve.decoder import Batch, Pillow
+from utils.serve.pipeline import Network, classify
+from utils.utils import checkpoint_path
+
+WARM_UP_SECONDS = 0.5  # before a rate is timed, and until all that is decoded ahead has passed once
+LOAD_IMAGES = 256  # under load at most: they lie in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What one process is asked: a measured row of the table, and how."""
+
+    sweep: str
+    backend: str
+    precision: str
+    image_size: int
+    batch_size: int
+    device: str
+    batch_sizes: tuple[int, ...]  # of the table, so that the engine that was measured is the one that serves
+    decoders: tuple[str, ...]
+    data: Path
+    weights: Path
+    results: Path
+    seconds: float
+    photos: Path | None = None  # a folder that is read instead of the test set
+
+    @property
+    def checkpoint(self) -> Path:
+        return checkpoint_path(self.weights, self.image_size)
+
+
+def load_backend(asked: Asked, further: Iterable[int] = ()):
+    """The backend for the table's batch sizes and, if its engine takes any, `further` ones."""
+    backend = backends.make(asked.backend)
+    backend.data = asked.data  # to calibrate with
+    batch_sizes = sorted({*asked.batch_sizes, *(further if backend.any_batch else ())})
+    backend.load(asked.checkpoint, asked.image_size, batch_sizes, asked.device)
+    return backend, batch_sizes
+
+
+def measure_here(asked: Asked, parity: bool) -> list[dict]:
+    """Figures of every decoder, in one process; with `parity` also agreement and accuracy."""
+    found = []
+    loader, files, truth = read_test_set(asked)
+    files = choices.find_images(asked.photos) if asked.photos else files
+    with inference(asked.device):
+        backend, _ = load_backend(asked)
+        network = Network(backend, [asked.batch_size], asked.image_size, asked.device)
+        for name in asked.decoders:
+            figures = {"decoder": name, "precision": backend.precision}
+            found.append(figures)
+            if name == "dali" and (reason := why_no_dali()):
+                figures |= {"status": "unavailable", "reason": reason}
+                continue
+            what = asked.image_size, asked.batch_size, asked.device, files
+            decoder = open_decoder(name, *what, endless=True)
+            with contextlib.closing(decoder):
+                figures |= throughput(decoder, network, files, asked)
+                if parity and not asked.photos:
+                    figures |= compare(decoder.batches(files), network, loader, truth)
+    for figures in found:  # measured with Pillow alone
+        figures["serial_images_per_s"] = found[0].get("serial_images_per_s")
+    return found
+
+
+def read_test_set(asked: Asked) -> tuple:
+    """The loader that testing reads with, and in its order every file and the index of its class."""
+    classes = model.load_facts(asked.checkpoint)["classes"]
+    loader = datasets.make_test_loader(asked.data, asked.image_size, asked.batch_size, classes)
+    files, truth = zip(*loader.dataset.files, strict=True)
+    return loader, list(map(str, files)), truth
+
+
+def throughput(decoder, network, files: list[str], asked: Asked) -> dict:
+    """Images/s of the pipeline, of its halves alone and of one step after another; overlap and limit."""
+    endless = itertools.cycle(files)
+    first = next(decoder.batches(itertools.islice(endless, asked.batch_size)))
+    resident = torch.as_tensor(first.pixels).to(asked.device, copy=True)
+    on_gpu, full, half = asked.device == "cuda", decoder.slots, asked.seconds / 2
+    parts = [
+        (lambda: copied(decoder.batches(endless), asked.device), full),
+        (lambda: inferred(network, resident), 2),
+        (lambda: (len(logits) for _, logits in classify(decoder.batches(endless), network)), full),
+    ]
+    rate(parts[-1][0](), full, half)  # not counted: a process that has just begun finds cold memory
+    early = [rate(served(), warm_up, half) for served, warm_up in parts]
+    late = [rate(served(), warm_up, half) for served, warm_up in reversed(parts)]  # finds warmer memory
+    decode, infer, both = ((a + b) / 2 for a, b in zip(early, reversed(late), strict=True))
+    figures = {"images_per_s": both, "decode_images_per_s": decode, "infer_images_per_s": infer}
+    if decoder.name == "pillow":
+        steps = one_after_another(decoder, network, endless, asked.batch_size)
+        figures["serial_images_per_s"] = rate(steps, 1, half)
+    possible = min(decode, infer) if on_gpu else 1 / (1 / decode + 1 / infer)
+    limit = "decode" if decode < infer else "inference"
+    if on_gpu and limit == "decode" and rate(copied(itertools.repeat(first), "cuda"), 2, 0.2) < 2 * decode:
+        limit = "copy"
+    return {**figures, "overlap": both / possible, "limit": limit}
+
+
+def compare(batches, network, loader, truth: tuple[int, ...]) -> dict:
+    """Logits from files against those of the test set as training reads it, on the same backend."""
+    call, size = whole_call(network.backend), network.batch_sizes[-1]
+    expected = np.concatenate([accuracy.classify(call, images, size, network.device) for images, _ in loader])
+    logits = np.concatenate([found for _, found in classify(batches, network)])
+    chosen, count = logits.argmax(1), len(truth)
+    different = int((chosen != expected.argmax(1)).sum())
+    figures = {
+        "agreement": 1 - different / count,
+        "max_abs_diff": float(np.abs(logits - expected).max()),
+        "accuracy": float((chosen == truth).mean()),
+    }
+    if different > max(1, (1 - accuracy.MIN_AGREEMENT) * count):
+        reason = f"another class than the test set as training reads it on {different} of {count} images"
+        figures |= {"status": "mismatch", "reason": reason}
+    return figures
+
+
+def load_here(asked: Asked, max_latency_ms: float) -> list:
+    """Rows of latency under load."""
+    between = [2**k for k in range(asked.batch_size.bit_length())]  # so that 2 images don't cost as much as 8
+    files = read_test_set(asked)[1][:LOAD_IMAGES]
+    with inference(asked.device):
+        backend, sizes = load_backend(asked, between)
+        sizes = [size for size in sizes if size <= asked.batch_size]
+        network = Network(backend, sizes, asked.image_size, asked.device)
+        with contextlib.closing(Pillow(asked.image_size, 16, len(files))) as decoder:
+            pixels = torch.cat([torch.tensor(batch.pixels) for batch in decoder.batches(files)])
+        where = {name: getattr(asked, name) for name in ("sweep", "backend", "image_size")}
+        where |= {"precision": backend.precision, "batch_size_max": sizes[-1]}
+        return load.measure(where, network, pixels, max_latency_ms)
+
+
+# ---- how fast: endless iterators of the images that each step has finished
+
+
+def rate(served: Iterator[int], warm_up: int, seconds: float) -> float:
+    """Images/s of an endless iterator of image counts, after `warm_up` batches and a second."""
+    with contextlib.closing(served):
+        begin, start, images = time.perf_counter(), None, 0
+        for number, count in enumerate(served):
+            now = time.perf_counter()
+            if start:
+                images += count
+                if now - start >= seconds:
+                    return images / (now - start)
+            elif number >= warm_up and now - begin >= WARM_UP_SECONDS:
+                start = now
+    raise RuntimeError("what is to be timed came to an end")
+
+
+def copied(batches: Iterable[Batch], device: str) -> Iterator[int]:
+    """Bring the pixels of every batch to the device, and wait."""
+    for batch in batches:
+        torch.as_tensor(batch.pixels).to(device, non_blocking=True)
+        if device == "cuda":
+            torch.cuda.current_stream().synchronize()
+        yield len(batch.paths)
+
+
+def inferred(network: Network, pixels: torch.Tensor) -> Iterator[int]:
+    """Run the network on pixels that lie on the device, starting a batch before waiting for the last."""
+    started = network.enqueue(pixels)
+    while True:
+        following = network.enqueue(pixels)
+        yield len(network.finish(started))
+        started = following
+
+
+def one_after_another(
+    decoder: Pillow, network: Network, files: Iterator[str], batch_size: int
+) -> Iterator[int]:
+    """The old way: nothing goes on while something else does."""
+    while True:
+        for batch in decoder.batches(itertools.islice(files, batch_size)):
+            yield len(network.finish(network.enqueue(batch.pixels)))

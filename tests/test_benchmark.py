@@ -6,12 +6,13 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, run_script
@@ -23,13 +24,16 @@ import model
 import onnx_inference
 import pytorch_inference
 from utils import onnx_export, standalone
-from utils.measure import jobs
+from utils.measure import jobs, reference, worker
+from utils.measure.schema import Problem
 from utils.measure.timing import trimmed_mean
 from utils.report import tables
 from utils.report.rows import read_rows
 from utils.utils import run_main
 
 SMALL = ["--device", "cpu", "--backends", "pytorch", "onnx", "--image-sizes", "64", "--runs", "6", "--quick"]
+SMALL += ["--max-seconds", "30"]
+ALONE = ["--device", "cpu", "--image-sizes", 64, "--runs", 6, "--min-seconds", 0]
 
 
 @pytest.fixture
@@ -39,9 +43,8 @@ def call(project, monkeypatch, capsys):
     def run(script, *arguments, code: int = 0):
         monkeypatch.chdir(project)
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-        main = getattr(
-            script, "main", lambda: standalone.main(script.__doc__, script.__name__, script.BACKENDS)
-        )
+        alone = functools.partial(standalone.main, script.__doc__, script.__name__)
+        main = getattr(script, "main", None) or functools.partial(alone, script.BACKENDS)
         if code:
             with pytest.raises(SystemExit) as stopped:
                 run_main(main)
@@ -51,6 +54,12 @@ def call(project, monkeypatch, capsys):
         return capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def untouched_tables(monkeypatch):
+    """For tests that look at the raw records alone: no table, no chart."""
+    monkeypatch.setattr(benchmark, "write_all", lambda *_: 0)
 
 
 @pytest.fixture(scope="module")
@@ -65,77 +74,130 @@ def results(project):
     return project / "results" / "quick"
 
 
+def raw(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "raw" / "main").glob("*_round*.json")}
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def test_every_row_is_ok_checked_and_complete(results):
     rows = tables.read_csv(results)
     assert len(rows) == 2 * 2 and set(rows.status) == {"ok"}
     assert (rows.runs >= 6).all() and set(rows.rounds) == {2}
     assert (rows.agreement >= 0.99).all() and (rows.max_abs_diff < 0.01).all()
     assert (abs(rows.fps - rows.batch_size / rows.mean_ms * 1000) < 1e-2 * rows.fps).all()
-    onnx, base = (
-        rows[rows.backend == name].set_index(["image_size", "batch_size"]) for name in ("onnx", "pytorch")
-    )
+    onnx, base = (rows[rows.backend == name].set_index("batch_size") for name in ("onnx", "pytorch"))
     assert (onnx.speedup_low < onnx.speedup).all() and (onnx.speedup < onnx.speedup_high).all()
     assert base.speedup.eq(1).all()
     assert (rows.load_s > 0).all() and (rows.first_call_ms > 0).all()
     gpu_only = ["gpu_memory_mb", "gpu_ms", "busy_ms", "sustained_fps", "power_w", "pct_peak"]
     assert rows[gpu_only].isna().all(axis=None)  # no GPU: empty, not 0
-    assert rows.tflops.to_numpy() == pytest.approx(
-        rows.fps.to_numpy() * model.count_work(64, 4)["flops"] / 1e12, rel=1e-5
-    )
+    flops = model.count_work(64, 4)["flops"]
+    assert rows.tflops.to_numpy() == pytest.approx(rows.fps.to_numpy() * flops / 1e12, rel=1e-5)
     assert (rows.pct_measured_peak > 0).all() and rows.host_memory_mb.between(100, 5000).all()
     assert set(rows.limit) <= {"latency", "memory", "compute"}
 
 
-def test_the_csv_can_be_recomputed_from_the_raw_samples(results):
-    before = (results / "benchmark_results.csv").read_bytes()
-    tables.write_csv(results)
-    assert (results / "benchmark_results.csv").read_bytes() == before
-
-
 def test_charts_log_and_environment_are_there(results):
-    for name in (
-        "fps_vs_image_size.png",
-        "fps_vs_batch_size.png",
-        "speedup_vs_image_size.png",
-        "roofline.png",
-    ):
-        assert (results / name).read_bytes().startswith(b"\x89PNG")
-    environment = json.loads((results / "environment.json").read_text(encoding="utf-8"))["main"]
-    assert (
-        environment["sample_data"] is True
-        and environment["packages"]["torch"]
-        and environment["threads"] >= 1
-    )
+    for name in ("fps_vs_image_size", "fps_vs_batch_size", "speedup_vs_image_size", "roofline"):
+        assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    environment = read(results / "environment.json")["main"]
+    assert environment["sample_data"] is True and environment["packages"]["torch"] == torch.__version__
+    assert environment["threads"] >= 1 and environment["gpu"] is None
+    assert environment["variables"]["OMP_NUM_THREADS"] == "1"
     assert "batch 4" in (results / "benchmark.log").read_text(encoding="utf-8")
-
-
-def test_a_second_run_measures_nothing_and_an_extended_one_only_what_is_new(project, results, call):
-    stamp = {path: path.stat().st_mtime_ns for path in (results / "raw" / "main").glob("*_round*.json")}
-    assert "everything is up to date" in call(benchmark, *SMALL, "--rounds", "2").out
-    assert {path: path.stat().st_mtime_ns for path in stamp} == stamp
-    record = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
-    call(benchmark, *SMALL, "--rounds", "2", "--backends", "onnx", "--batch-sizes", "1", "2")
-    again = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
-    assert [batch["batch_size"] for batch in again["batches"]] == [1, 2, 4]
-    assert again["batches"][0] == record["batches"][0]
     assert (
-        len(pd.read_csv(results / "benchmark_results.csv")) == 3 + 2
-    )  # batches 1, 2, 4 of ONNX Runtime, 1 and 4 of PyTorch
+        read(results / "raw/main/sweep.json")["last"]
+        == read(results / "raw/main/onnx_64_round0.json")["settings_key"]
+    )
 
 
-def test_other_settings_overwrite_nothing(results, call):
-    raw = results / "raw" / "main"
-    before = {path.name: path.read_bytes() for path in raw.glob("*_round*.json")}
-    said = call(benchmark, *SMALL, "--rounds", "1", "--backends", "onnx", "--batch-sizes", "1").err
-    assert f"{len(before)} records of other settings are kept in results" in said
-    assert tables.read_csv(results).backend.tolist() == ["onnx"]
+def test_a_second_run_measures_nothing_and_an_extended_one_only_what_is_new(results, call, untouched_tables):
+    before = raw(results)
     assert "everything is up to date" in call(benchmark, *SMALL, "--rounds", "2").out
-    assert {path.name: path.read_bytes() for path in raw.glob("*_round*.json")} == before
-    assert len(tables.read_csv(results)) == 3 + 2
+    assert raw(results) == before
+    call(benchmark, *SMALL, "--rounds", "2", "--backends", "onnx", "--batch-sizes", "1", "2")
+    again, earlier = read(results / "raw/main/onnx_64_round0.json"), json.loads(before["onnx_64_round0.json"])
+    assert [batch["batch_size"] for batch in again["batches"]] == [1, 2, 4]
+    assert again["batches"][0] == earlier["batches"][0] and again["check"]["images"] == 100
+
+
+def test_other_settings_overwrite_nothing(results, call, untouched_tables):
+    before = raw(results)
+    said = call(benchmark, *SMALL, "--rounds", "1", "--backends", "onnx", "--batch-sizes", "1").err
+    assert f"{len(before)} records of other settings or checkpoints are kept in results" in said
+    assert list(raw(results)) == ["onnx_64_round0.json"]
+    assert "everything is up to date" in call(benchmark, *SMALL, "--rounds", "2").out
+    assert raw(results) == before
+
+
+def test_a_limit_on_threads_makes_a_measurement_stale(project, results, call, monkeypatch):
+    monkeypatch.chdir(project)
+    known = jobs.environment_of(Path("data"), "cpu")
+    settings = jobs.Settings(6, 2, 10, 0.0, 30.0, 1.5, 0)
+    assert jobs.staleness_key(settings, "cpu", known) == read(results / "raw/main/sweep.json")["last"]
+    for changed in ({"threads": 2}, {"cpu_quota": 0.5}, {"affinity": "0"}, {"variables": {}}):
+        assert jobs.staleness_key(settings, "cpu", known | changed) != jobs.staleness_key(
+            settings, "cpu", known
+        )
+
+
+def test_a_network_whose_logits_are_not_finite_replaces_nothing(project, results, call, tmp_path):
+    checkpoint = tmp_path / "best_resnet18_64.pth"
+    known = model.read(project / "weights" / checkpoint.name)
+    network, _ = model.load(project / "weights" / checkpoint.name, "cpu")
+    network.fc.bias.data.fill_(float("nan"))
+    model.save(checkpoint, network, **{name: value for name, value in known.items() if name != "model"})
+    before = {
+        path: path.read_bytes() for path in results.rglob("*") if path.is_file() and path.suffix != ".log"
+    }
+    said = call(benchmark, *SMALL, "--rounds", "2", "--weights", tmp_path, code=2).err
+    assert f"{checkpoint} gives logits that are not finite" in said
+    assert "python train.py --force --image-sizes 64" in said
+    after = {
+        path: path.read_bytes() for path in results.rglob("*") if path.is_file() and path.suffix != ".log"
+    }
+    assert after == before
+
+
+def test_a_backend_that_fails_says_what_mends_it_and_the_exit_code_is_1(project, call, tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    shutil.copy(project / "weights" / "best_resnet18_64.pth", weights)
+    (weights / "resnet18_64_fp32.onnx").mkdir()
+    arguments = [
+        *SMALL,
+        "--rounds",
+        1,
+        "--batch-sizes",
+        1,
+        "--weights",
+        weights,
+        "--results",
+        tmp_path / "quick",
+    ]
+    said = call(benchmark, *arguments, code=1).err
+    rows = tables.read_csv(tmp_path / "quick").set_index("backend")
+    assert rows.status.to_dict() == {"pytorch": "ok", "onnx": "failed"}
+    assert "resnet18_64_fp32.onnx" in rows.reason["onnx"] and "move it away" in rows.reason["onnx"]
+    assert f"failed: onnx, 64 px, batch size 1: {rows.reason['onnx']}" in said
+
+
+def test_an_onnx_runtime_that_does_not_load_costs_its_own_row(call, tmp_path, monkeypatch):
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('its libraries are of another version')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    call(benchmark, *SMALL, "--rounds", 1, "--batch-sizes", 1, "--results", tmp_path / "quick")
+    rows = tables.read_csv(tmp_path / "quick").set_index("backend")
+    assert rows.status.to_dict() == {"pytorch": "ok", "onnx": "unavailable"}
+    assert "installed but does not load: ImportError: its libraries" in rows.reason["onnx"]
 
 
 def test_a_second_benchmark_in_the_folder_waits_for_the_first_or_says_so(results, call, monkeypatch):
     monkeypatch.setattr(jobs, "file_lock", functools.partial(jobs.file_lock, patience=0.1))
+    monkeypatch.setattr(jobs, "compute_references", lambda todo: None)
     with FileLock(results / ".benchmark.lock"):
         for script in (benchmark, onnx_inference):
             said = call(script, "--device", "cpu", "--quick", "--results", results, code=2).err
@@ -153,23 +215,16 @@ def test_other_programs_that_keep_the_processor_busy_are_told_of(capsys):
     assert re.match(r"other programs use \d+ % of the processor: close them", capsys.readouterr().err)
 
 
-def test_damaged_ceilings_are_measured_anew(results, call):
+def test_a_damaged_roofline_is_measured_anew(results, call):
     path = results / "raw" / "main" / "ceilings.json"
     path.write_text(path.read_text(encoding="utf-8")[:50], encoding="utf-8")
     call(benchmark, *SMALL, "--rounds", "2")
     assert (tables.read_csv(results).pct_measured_peak > 0).all()
 
 
-def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path, call):
-    command = [
-        sys.executable,
-        str(ROOT / "benchmark.py"),
-        *SMALL,
-        "--batch-sizes",
-        "1",
-        "--results",
-        str(tmp_path / "quick"),
-    ]
+def test_an_interrupted_sweep_goes_on_where_it_was(project, tmp_path, call):
+    arguments = [*SMALL, "--batch-sizes", "1", "--results", str(tmp_path / "quick")]
+    command = [sys.executable, str(ROOT / "benchmark.py"), *arguments]
     process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first = tmp_path / "quick" / "raw" / "main" / "pytorch_64_round0.json"
     deadline = time.monotonic() + 120
@@ -179,7 +234,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(project, results, tmp_path, c
     process.send_signal(signal.SIGINT if sys.platform != "win32" else signal.SIGTERM)
     process.wait(60)
     kept = first.stat().st_mtime_ns
-    call(benchmark, *SMALL, "--batch-sizes", "1", "--results", tmp_path / "quick")
+    call(benchmark, *arguments)
     assert first.stat().st_mtime_ns == kept
     assert set(tables.read_csv(tmp_path / "quick").status) == {"ok"}
 
@@ -198,70 +253,29 @@ def test_two_runs_one_after_the_other_agree(project, tmp_path):
     assert total == 6 and agree >= 0.9 * total, said
 
 
-def test_automatic_batch_sizes_double_until_they_saturate(project, tmp_path, call):
-    arguments = [
-        "--image-sizes",
-        "64",
-        "--batch-sizes",
-        "auto",
-        "--runs",
-        "6",
-        "--min-seconds",
-        "0",
-        "--max-seconds",
-        "1",
-    ]
-    call(onnx_inference, *arguments, "--device", "cpu", "--results", tmp_path)
+def test_a_backend_script_alone_leaves_the_same_record_and_auto_doubles_until_it_saturates(
+    results, call, tmp_path
+):
+    said = call(onnx_inference, *ALONE, "--batch-sizes", "auto", "--max-seconds", 1, "--results", tmp_path)
+    assert "ONNX Runtime FP32" in said.out
     rows = read_rows(tmp_path).sort_values("batch_size")
     batches = rows.batch_size.tolist()
-    assert batches == [2**k for k in range(len(batches))] and len(batches) >= 2
-    assert set(rows.status) == {"ok"}
-    first = json.loads((tmp_path / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))["batches"]
-    fps = [batch["batch_size"] / trimmed_mean(batch["host_ms"]) for batch in first]
+    assert batches == [2**k for k in range(len(batches))] and len(batches) >= 2 and set(rows.status) == {"ok"}
+    alone, swept = (read(folder / "raw/main/onnx_64_round0.json") for folder in (tmp_path, results))
+    fps = [batch["batch_size"] / trimmed_mean(batch["host_ms"]) for batch in alone["batches"]]
     assert batches[-1] == 256 or fps[-1] < 1.05 * fps[-2]
     assert all(after >= 1.05 * before for before, after in zip(fps[:-2], fps[1:-1], strict=True))
-
-
-def test_a_backend_script_alone_leaves_the_same_kind_of_record(project, results, tmp_path, call):
-    arguments = [
-        "--image-sizes",
-        "64",
-        "--batch-sizes",
-        "1",
-        "4",
-        "--runs",
-        "5",
-        "--min-seconds",
-        "0",
-        "--device",
-        "cpu",
-    ]
-    said = call(onnx_inference, *arguments, "--results", tmp_path)
-    alone = json.loads((tmp_path / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
-    swept = json.loads((results / "raw/main/onnx_64_round0.json").read_text(encoding="utf-8"))
     assert alone.keys() == swept.keys() and alone["batches"][1].keys() == swept["batches"][1].keys()
-    assert "ONNX Runtime FP32" in said.out
     assert alone["wall"] is None and swept["wall"]["run"] > 0 and {"start", "open"} <= swept["wall"].keys()
     for batch in alone["batches"] + swept["batches"]:
         assert len(batch["core_ms"]) == len(batch["block_runs"]) and min(batch["core_ms"]) > 0
 
 
-def test_a_profile_is_a_table_by_operator_and_a_trace(project, tmp_path, call):
-    said = call(
-        pytorch_inference,
-        "--quick",
-        "--profile",
-        "--batch-sizes",
-        "2",
-        "--device",
-        "cpu",
-        "--results",
-        tmp_path,
-    ).out
+def test_a_profile_is_a_table_by_operator_and_a_trace(call, tmp_path):
+    arguments = ["--quick", "--profile", "--batch-sizes", 2, "--device", "cpu", "--results", tmp_path]
+    said = call(pytorch_inference, *arguments).out
     assert "convolution" in said and "Self CPU" in said
-    trace = json.loads(
-        (tmp_path / "quick" / "profile" / "pytorch_64_batch2.json").read_text(encoding="utf-8")
-    )
+    trace = read(tmp_path / "quick" / "profile" / "pytorch_64_batch2.json")
     assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
 
 
@@ -274,32 +288,103 @@ def test_the_export_is_used_again_until_its_checkpoint_changes(project, results)
     assert onnx_export.export(checkpoint, 64, "FP32")[2] is True
 
 
-def test_an_onnx_runtime_that_does_not_load_costs_its_own_row(project, tmp_path, monkeypatch):
-    (tmp_path / "onnxruntime.py").write_text("raise ImportError('its libraries are of another version')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    results = tmp_path / "quick"
-    run_script("benchmark.py", *SMALL, "--batch-sizes", 1, "--results", results, cwd=project)
-    rows = tables.read_csv(results).set_index("backend")
-    assert rows.status.to_dict() == {"pytorch": "ok", "onnx": "unavailable"}
-    assert "installed but does not load: ImportError: its libraries" in rows.reason["onnx"]
-
-
 @pytest.mark.parametrize(
     "script, arguments, said",
     [
         (benchmark, ["--image-sizes", "128"], "python train.py --image-sizes 128"),
-        (benchmark, ["--image-sizes", "64", "--batch-sizes", "0"], "batch sizes"),
+        (benchmark, ["--batch-sizes", "1000000000"], "a whole number from 1 to 65536 is needed"),
+        (benchmark, ["--ci-width", "nan"], "a number from 0.001 to 1000 is needed"),
+        (benchmark, ["--precision", "0"], "argument --ci-width/--precision"),
         (benchmark, ["--image-sizes", "64", "--batch-sizes", "auto", "4"], "auto"),
+        (benchmark, ["--runs", "2", "--rounds", "3"], "--runs 3 or more"),
         (benchmark, ["--sweep", "../x"], "--sweep"),
+        (benchmark, ["--sweep", "a."], "no dot at the end"),
+        (benchmark, ["--sweep", "con"], "Windows keeps this name"),
+        (benchmark, ["--sweep", "Main", "--quick"], "'main'; write it as it is there"),
         (compare, ["nowhere"], "python benchmark.py"),
         (onnx_inference, ["--image-sizes", "64", "--weights", "broken"], "python train.py --force"),
         (onnx_inference, ["--image-sizes", "64", "--device", "cuda"], "--device cpu"),
     ],
 )
-def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(project, call, script, arguments, said):
+def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(
+    project, results, call, script, arguments, said
+):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     (project / "broken").mkdir(exist_ok=True)
     (project / "broken" / "best_resnet18_64.pth").write_bytes(b"not a checkpoint")
-    error = call(script, *arguments, code=2).err
-    assert said in error and error.count("\n") == 1
+    assert said in call(script, *arguments, code=2).err.splitlines()[-1]
+
+
+def test_a_test_set_that_the_network_was_not_trained_beside_is_told_of(project, call, tmp_path, monkeypatch):
+    data = shutil.copytree(project / "data", tmp_path / "data")
+    classes = sorted(path for path in (data / "test").iterdir() if path.is_dir())
+    next(classes[0].iterdir()).unlink()
+    arguments = Path(data), Path("weights"), 0
+    args = type("Arguments", (), dict(zip(("data", "weights", "seed"), arguments, strict=True)))
+    args.image_sizes, args.quick = [64], True
+    monkeypatch.chdir(project)
+    jobs.check_checkpoints(args, [64])
+    (data / "test" / "unknown").mkdir()
+    shutil.copy(next(classes[1].iterdir()), data / "test" / "unknown")
+    shutil.copytree(data / "test" / "unknown", data / "train" / "unknown")
+    with pytest.raises(
+        jobs.UserError, match="does not know the class unknown.*train.py --force --image-sizes 64"
+    ):
+        jobs.check_checkpoints(args, [64])
+
+
+def test_help_imports_nothing_that_takes_seconds():
+    code = "import runpy, sys; sys.argv = ['benchmark.py', '--help']\n"
+    code += "try: runpy.run_path('benchmark.py', run_name='__main__')\n"
+    code += "except SystemExit: print(sorted({'torch', 'pandas', 'matplotlib', 'scipy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and "--ci-width" in done.stdout
+
+
+@pytest.mark.parametrize("stream", ["None", "open(os.devnull, 'r')", "io.StringIO()"])
+def test_what_a_process_prints_goes_to_the_log_whatever_its_streams_were(tmp_path, stream):
+    """In a Windows console sys.stdout stays bound to the console when its descriptor is replaced."""
+    code = "import io, os, sys; from pathlib import Path; from utils.measure.worker import write_into\n"
+    code += f"sys.stdout = sys.stderr = {stream}\nwrite_into(Path({str(tmp_path / 'log')!r}))\n"
+    code += "print('Привет'); print('to stderr', file=sys.stderr); os.write(1, b'past Python')"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    text = (tmp_path / "log").read_text(encoding="utf-8")
+    assert "Привет\n" in text and "to stderr\n" in text and "past Python" in text
+
+
+def test_of_a_long_message_the_end_is_kept_where_the_cause_stands():
+    error = RuntimeError(
+        "/onnxruntime_src/" + "x" * 5000 + " CUBLAS failure 3: the resource could not be allocated"
+    )
+    assert worker.problem_of(error).reason.partition(";")[0].endswith("the resource could not be allocated")
+    short = worker.problem_of(RuntimeError("x" * 5000 + " CUDNN_STATUS_ALLOC_FAILED"))
+    assert short.status == "out_of_memory" and short.reason.endswith("CUDNN_STATUS_ALLOC_FAILED")
+    assert worker.problem_of(Problem("mismatch", "wrong")).status == "mismatch"
+    missing = worker.problem_of(ModuleNotFoundError("No module named 'onnxscript'"))
+    assert missing.status == "failed" and "pip install -r requirements.txt" in missing.reason
+
+
+def test_batches_that_find_no_room_to_be_handed_over_are_read_without_further_processes(monkeypatch):
+    usage = type("Usage", (), {"free": 64 * 2**20})  # docker's /dev/shm
+    monkeypatch.setattr(reference.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(reference, "SHARED_MEMORY", Path("/"))
+    assert reference.reading_processes(1000, batch_size=16, image_size=512) == 0
+    assert reference.reading_processes(1000, batch_size=16, image_size=64) == 4
+    assert reference.reading_processes(100, batch_size=16, image_size=64) == 0
+
+
+def test_how_many_processes_live_together_follows_from_the_memory_that_is_free(monkeypatch):
+    memory = type("Memory", (), {})
+    monkeypatch.setattr(benchmark.environment, "read_driver", lambda name: memory)
+
+    def room(free_mb: float, image_size: int, batch_size: int) -> int:
+        memory.free = free_mb * 2**20
+        job = type("Job", (), {"device": "cuda", "image_size": image_size, "to_measure": (1, batch_size)})
+        return benchmark.room_for(job)
+
+    assert room(3700, 224, 16) >= 2  # a GTX 1650 holds a backend and the baseline beside it
+    assert room(3700, 512, 16) == 1  # but not here: each is measured alone
+    assert room(140_000, 512, 16) > 20
+    monkeypatch.setattr(benchmark.environment, "read_driver", lambda name: None)
+    assert room(0, 224, 16) == 2

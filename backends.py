@@ -20,6 +20,7 @@ NAMES = {  # script -> the names in its BACKENDS
         "torch-compile-graph",
     ],
     "onnx_inference": ["onnx", "onnx-int8", "onnx-nhwc", "onnx-nhwc-graph"],
+    "openvino_inference": ["openvino", "openvino-int8", "openvino-fp16"],
     "tensorrt_inference": [
         "torch-tensorrt",
         "torch-tensorrt-graph",
@@ -35,7 +36,7 @@ NAMES = {  # script -> the names in its BACKENDS
 SCRIPTS = {name: script for script, names in NAMES.items() for name in names}
 DEFAULT = {
     "cuda": ["pytorch", "onnx", "torch-tensorrt", "tensorrt"],
-    "cpu": ["pytorch", "onnx", "onnx-int8", "torch-tensorrt", "tensorrt"],
+    "cpu": ["pytorch", "onnx", "onnx-int8", "openvino-int8", "torch-tensorrt", "tensorrt"],
 }
 
 

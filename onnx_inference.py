@@ -9,7 +9,6 @@ in results/raw/ and prints their table.
 
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +52,9 @@ class OnnxRuntime(Backend):
         return None
 
     def artefacts(self, checkpoint, image_size, batch_sizes, device) -> list[Path]:
-        source = onnx_export.export_path(checkpoint, image_size, "FP32" if device == "cpu" else "FP16")
-        return [source, onnx_export.path_for_cpu(source, image_size)] if self.int8 else [source]
+        if device == "cpu":
+            return onnx_export.files_for_cpu(checkpoint, image_size, self.int8)
+        return [onnx_export.export_path(checkpoint, image_size, "FP16")]
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         import onnxruntime
@@ -63,13 +63,11 @@ class OnnxRuntime(Backend):
         if device == "cpu" and not self.int8:
             self.precision = "FP32"
         self.classes = len(model.load_facts(checkpoint)["classes"])
-        source = "FP32" if device == "cpu" else "FP16"
-        self.artefact, self.build_s, self.from_cache = onnx_export.export(checkpoint, image_size, source)
-        if self.int8:
-            start = time.perf_counter()
-            made = onnx_export.for_cpu(self.artefact, checkpoint, image_size, self.data)
-            self.artefact, self.from_cache = made
-            self.build_s += time.perf_counter() - start
+        if device == "cpu":
+            exported = onnx_export.export_for_cpu(checkpoint, image_size, self.int8, self.data)
+        else:
+            exported = onnx_export.export(checkpoint, image_size, "FP16")
+        self.artefact, self.build_s, self.from_cache = exported
         if device == "cuda":
             onnxruntime.preload_dlls()  # finds the CUDA libraries that PyTorch brought along
         self.run_options = onnxruntime.RunOptions()  # the clock synchronises:

@@ -1,4 +1,4 @@
-"""PyTorch's own variants: each computes what the baseline computes, or says why it can't."""
+"""Every backend computes what the baseline computes, or says why it can't; PyTorch's variants."""
 
 import contextlib
 import importlib
@@ -15,7 +15,7 @@ from utils.backend import Unavailable
 from utils.measure import accuracy, worker
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VARIANTS = [name for name in pytorch_inference.BACKENDS if name != "pytorch"]
+OTHERS = [name for name in backends.SCRIPTS if name != "pytorch"]
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,12 @@ def in_its_place(device: str):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_computes_what_the_baseline_computes(project, pictures, name):
-    backend = pytorch_inference.BACKENDS[name]()
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_backend_computes_what_the_baseline_computes(project, pictures, name):
+    backend = backends.make(name)
     if reason := backend.why_unavailable(DEVICE):
         pytest.skip(reason)
-    checkpoint = project / "weights" / "best_resnet18_64.pth"
+    checkpoint, backend.data = project / "weights" / "best_resnet18_64.pth", project / "data"
     with torch.inference_mode(), in_its_place(DEVICE):
         expected = model.load(checkpoint, "cpu")[0](pictures).numpy()
         backend.load(checkpoint, 64, [1, 4], DEVICE)
@@ -63,7 +63,7 @@ def test_cudnn_chooses_by_trial_for_tuned_variants_and_not_for_the_baseline(proj
 @pytest.mark.parametrize("name", backends.SCRIPTS)
 def test_every_variant_says_in_one_clause_what_it_adds_and_plain_methods_add_nothing(name):
     adds = backends.make(name).adds
-    plain = name in ("pytorch", "onnx", "torch-tensorrt", "tensorrt")
+    plain = name in ("pytorch", "onnx", "openvino", "torch-tensorrt", "tensorrt")
     assert (adds == "") == plain
     assert len(adds) < 110 and "\n" not in adds and not adds.endswith(".")
     assert adds.endswith("replayed as one CUDA graph") == name.endswith("-graph")
@@ -74,6 +74,23 @@ def test_every_variant_says_in_one_clause_what_it_adds_and_plain_methods_add_not
 def test_cpu_variants_say_so_on_a_gpu(name):
     reason = pytorch_inference.BACKENDS[name]().why_unavailable("cuda")
     assert reason.endswith("is measured on the CPU only; this run is on a GPU")
+
+
+def test_openvino_says_where_it_does_not_run():
+    assert "NVIDIA GPU (use --device cpu)" in backends.make("openvino").why_unavailable("cuda")
+    import openvino
+
+    if not any(name.startswith("GPU") for name in openvino.Core().available_devices):
+        assert "finds no Intel GPU here, only CPU" in backends.make("openvino-fp16").why_unavailable("cpu")
+
+
+def test_openvino_takes_the_tensor_that_prepare_gave_last(project):
+    backend, images = backends.make("openvino"), torch.rand(2, 3, 64, 64)
+    backend.load(project / "weights" / "best_resnet18_64.pth", 64, [2], "cpu")
+    first, second = backend.prepare(images), backend.prepare(images.clone())
+    backend.predict(second)
+    with pytest.raises(ValueError, match="the tensor that prepare"):
+        backend.predict(first)
 
 
 def test_bf16_is_only_measured_where_the_processor_has_it(monkeypatch):

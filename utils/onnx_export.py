@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+import datasets
 import model
 from utils import images
 from utils.backend import Unavailable, is_fresh, store, why_not_importable
@@ -39,7 +40,8 @@ def export(checkpoint: Path, image_size: int, precision: str) -> tuple[Path, flo
     """The checkpoint as an ONNX file with a free batch axis: "input" (N, 3, S, S), "logits" (N, classes).
 
     Batch normalisation is folded in FP32; "FP16" then halves weights, input and output.  Returns the path,
-    the seconds it took and whether a fresh file was there already.
+    the seconds it took and whether a fresh file was there already.  Raises Unavailable where a package for it
+    is missing.
     """
     start = time.perf_counter()
     path = export_path(checkpoint, image_size, precision)
@@ -92,8 +94,6 @@ def calibration_batches(data: Path, image_size: int) -> Iterator[torch.Tensor]:
 
     Raises UserError with the path of an image that can't be read.
     """
-    import datasets  # here: it brings torchvision, which running an export does not need
-
     files, transform = calibration_files(data), datasets.test_transform(image_size)
     endless = itertools.cycle(files)
     for _ in range(-(-len(files) // BATCH)):
@@ -114,18 +114,31 @@ def facts_of_int8(data: Path | None) -> dict:
     return {"precision": PRECISION} | ({"images": fingerprint(data)} if data else {})
 
 
-# ---- for ONNX Runtime on CPUs
+# ---- for CPUs: ONNX Runtime and OpenVINO
 
 
-def path_for_cpu(source: Path, image_size: int) -> Path:
-    return source.with_name(f"resnet18_{image_size}_int8.onnx")
+def files_for_cpu(checkpoint: Path, image_size: int, int8: bool) -> list[Path]:
+    """What export_for_cpu() leaves; the last is what a runtime loads."""
+    return [export_path(checkpoint, image_size, name) for name in (["FP32", "INT8"] if int8 else ["FP32"])]
 
 
-def for_cpu(source: Path, checkpoint: Path, image_size: int, data: Path) -> tuple[Path, bool]:
+def export_for_cpu(checkpoint: Path, image_size: int, int8: bool, data: Path | None):
+    """The checkpoint in FP32, or `int8` calibrated on `data`, as export() gives it: path, seconds, fresh."""
+    source, seconds, fresh = export(checkpoint, image_size, "FP32")
+    if not int8:
+        return source, seconds, fresh
+    start = time.perf_counter()
+    path, fresh = for_cpu(source, checkpoint, image_size, data)
+    return path, seconds + time.perf_counter() - start, fresh
+
+
+def for_cpu(source: Path, checkpoint: Path, image_size: int, data: Path | None) -> tuple[Path, bool]:
     """The checkpoint's FP32 export `source` in INT8 beside it, and whether a fresh file was there."""
+    if reason := why_not_importable("onnxruntime", "pip install -r requirements.txt"):
+        raise Unavailable(f"ONNX Runtime makes the INT8 network: {reason}")
     import onnxruntime
 
-    path = path_for_cpu(source, image_size)
+    path = export_path(checkpoint, image_size, "INT8")
     facts = {"checkpoint": sha256(checkpoint), "onnx": sha256(source), **facts_of_int8(data)}
     facts |= {"onnxruntime": onnxruntime.__version__, "reduce_range": saturates()}
     fresh = is_fresh(path, facts)

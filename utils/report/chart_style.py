@@ -14,10 +14,12 @@ from utils.utils import write_atomic
 WIDTH, DPI = 10.0, 150  # inches, dots per inch; shown about 850 pixels wide on GitHub
 INK, GREY = "#222222", "#666666"
 BLUE, SKY, ORANGE, PURPLE, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#009E73"  # Okabe and Ito's
+VERMILION = "#D55E00"  # theirs, too
 BACKEND_COLOUR = {  # charts list them in this order
     "pytorch": BLUE,
     "torch-compile": SKY,
     "onnx": ORANGE,
+    "openvino": VERMILION,
     "torch-tensorrt": PURPLE,
     "tensorrt": GREEN,
 }

@@ -12,6 +12,7 @@ NAMES = {
     "pytorch": "PyTorch",
     "torch-compile": "torch.compile",
     "onnx": "ONNX Runtime",
+    "openvino": "OpenVINO",
     "torch-tensorrt": "Torch-TensorRT",
     "tensorrt": "TensorRT",
 }

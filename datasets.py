@@ -11,17 +11,14 @@ import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 
 import argparse
 import contextlib
+import functools
 import itertools
+import shutil
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
-from torchvision.transforms import v2
 
 from utils.images import (
     LAYOUT,
@@ -40,6 +37,8 @@ from utils.images import (
     list_images,
     load_known,
     unfinished_sample,
+    unread_pictures,
+    visible,
     visible_files,
 )
 from utils.images import load_rgb as load_rgb
@@ -54,18 +53,23 @@ def check_folders(data: Path) -> None:
     again = "then: python datasets.py"
     for split, classes in listed.items():
         if not classes:
-            raise UserError(f"{data / split} holds no class folders; {LAYOUT.format(data=data)}")
+            hidden = ", ".join(path.name for path in visible(data / split) if path.is_dir())
+            cause = f"holds hidden folders only ({hidden})" if hidden else "holds no class folders"
+            raise UserError(f"{data / split} {cause}; {LAYOUT.format(data=data)}")
     for split, classes in listed.items():
-        empty = [str(data / split / name) for name, images in classes.items() if not images]
+        empty = [data / split / name for name, images in classes.items() if not images]
         if empty:
-            raise UserError(f"no images in {', '.join(empty)}; put some there or remove the folder, {again}")
+            unread = unread_pictures(itertools.chain(*map(visible_files, empty)))
+            cause = f" but {len(unread)} in formats that are not read, as {unread[0]}" if unread else ""
+            mend = f"put some there, as JPEG for instance, or remove the folder, {again}"
+            raise UserError(f"no images in {', '.join(map(str, empty))}{cause}; {mend}")
     unknown = [str(data / "test" / name) for name in listed["test"] if name not in listed["train"]]
     if unknown:
         mend = f"add {data / 'train'}/<the same name>/ or remove it, {again}"
         raise UserError(f"{', '.join(unknown)} has no counterpart to learn from; {mend}")
     if len(listed["train"]) < 2:
-        alone = "holds one class only, there is nothing to tell apart"
-        raise UserError(f"{data / 'train'} {alone}; {LAYOUT.format(data=data)}")
+        cause = "holds one class only, and a network learns to tell classes apart"
+        raise UserError(f"{data / 'train'} {cause}; {LAYOUT.format(data=data)}")
 
 
 def image_size_of(path: Path) -> tuple[int, int] | str:
@@ -83,6 +87,9 @@ def check_images(data: Path) -> dict[Path, tuple[int, int]]:
     if broken:
         count = f"{len(broken)} of {len(images)} images can't be read"
         raise UserError("\n  ".join([f"{count}; replace or delete them, then: python datasets.py", *broken]))
+    if unread := unread_pictures(itertools.chain(*(visible_files(data / split) for split in SPLITS))):
+        cause = "are in formats that are not read; convert them, to JPEG for instance, to use them"
+        print(f"note: {len(unread)} pictures {cause}: {', '.join(unread[:5])}", file=sys.stderr)
     return found
 
 
@@ -108,6 +115,11 @@ def draw_once(data: Path, seed: int) -> None:
             draw_sample(data, seed)
 
 
+def class_names(data: Path) -> list[str]:
+    """The classes in the order of a network's outputs."""
+    return sorted(list_images(data)["train"])
+
+
 def describe(data: Path) -> dict:
     """What a checkpoint says of the images it was trained on."""
     listed = list_images(data)
@@ -118,14 +130,21 @@ def describe(data: Path) -> dict:
 # ---- pictures -> tensors
 
 
-def to_normalised() -> list:
+def compose(*first):
+    """torchvision transforms, after which the picture becomes float32 (3, S, S), normalised."""
+    import torch
+    from torchvision.transforms import v2
+
     mean, std = ([255 * value for value in values] for values in (MEAN, STD))  # on 0..255: spares a pass
-    return [v2.ToImage(), v2.ToDtype(torch.float32), v2.Normalize(mean, std, inplace=True)]
+    last = [v2.ToImage(), v2.ToDtype(torch.float32), v2.Normalize(mean, std, inplace=True)]
+    return v2.Compose([*first, *last])
 
 
 def test_transform(image_size: int):
     """PIL RGB image -> float32 (3, S, S), normalised; squeezed into the square: nothing is cut off."""
-    return v2.Compose([v2.Resize((image_size, image_size), antialias=True), *to_normalised()])
+    from torchvision.transforms import v2
+
+    return compose(v2.Resize((image_size, image_size), antialias=True))
 
 
 test_transform.__test__ = False  # its name is part of the interface, pytest must not take it for a test
@@ -133,11 +152,13 @@ test_transform.__test__ = False  # its name is part of the interface, pytest mus
 
 def train_transform(image_size: int):
     """The same with mild augmentation: on a CPU the readers take their time from the training itself."""
+    from torchvision.transforms import v2
+
     crop = v2.RandomResizedCrop(image_size, scale=(0.75, 1.0), ratio=(0.9, 1.1), antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), *to_normalised()])
+    return compose(crop, v2.RandomHorizontalFlip())
 
 
-class Pictures(Dataset):
+class Pictures:
     """One split as (float32 (3, S, S), label), the label by the class's place in `classes`.
 
     With a seed, chance is decided by it and the number asked for: epoch * len + index.  So a training that
@@ -147,26 +168,37 @@ class Pictures(Dataset):
     def __init__(self, data: Path, split: str, classes: list[str], transform, seed: int | None = None):
         listed = list_images(data)[split]
         if unknown := sorted(set(listed) - set(classes)):
-            mend = "remove it or train again: python train.py"
-            raise UserError(f"{data / split / unknown[0]} is a class the network never saw; {mend}")
+            mend = f"remove it, or train on it: python train.py --force --data {data}"
+            raise UserError(f"{data / split / unknown[0]} is a class that the network never saw; {mend}")
         self.transform, self.seed = transform, seed
         self.files = [(path, classes.index(name)) for name, images in listed.items() for path in images]
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, number: int) -> tuple:
         path, label = self.files[number % len(self.files)]
         if self.seed is not None:
+            import torch
+
             torch.default_generator.manual_seed((self.seed * 1_000_003 + number) % 2**32)
         return self.transform(load_known(path)), label
 
 
-class EpochSampler(DistributedSampler):
-    """Numbers that tell the epoch, too: see Pictures."""
+class EpochSampler:
+    """DistributedSampler's indices as numbers that tell the epoch, too: see Pictures."""
+
+    def __init__(self, dataset: Pictures, world_size: int, rank: int, seed: int):
+        from torch.utils.data.distributed import DistributedSampler
+
+        self.indices = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed)
+        self.set_epoch, self.images = self.indices.set_epoch, len(dataset)
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
     def __iter__(self) -> Iterator[int]:
-        return (self.epoch * len(self.dataset) + index for index in super().__iter__())
+        return (self.indices.epoch * self.images + index for index in self.indices)
 
 
 def make_loaders(
@@ -178,7 +210,7 @@ def make_loaders(
     rank=0,
     world_size=1,
     pin_memory=False,
-) -> tuple[DataLoader, DataLoader, list[str]]:
+) -> tuple:
     """(train loader, test loader, classes): float32 (N, 3, S, S) normalised and int64 (N,).
 
     `batch_size` is that of one process.  Call train_loader.sampler.set_epoch(epoch) before each epoch.  Of
@@ -186,32 +218,68 @@ def make_loaders(
     (DistributedSampler repeats some), of the test images every one exactly once.
     """
     check_folders(data)
-    classes = sorted(list_images(data)["train"])
+    classes = class_names(data)
     train = Pictures(data, "train", classes, train_transform(image_size), seed)
     test = Pictures(data, "test", classes, test_transform(image_size))
-    sampler = EpochSampler(train, world_size, rank, shuffle=True, seed=seed)
+    sampler = EpochSampler(train, world_size, rank, seed)
     # A last batch of one image has no variance for batch norm: it is left out, another one in every epoch.
     drop_last = len(sampler) > batch_size and len(sampler) % batch_size == 1
+    workers = affordable_workers(num_workers, world_size, batch_size, image_size)
     common = {"seed": seed, "pin_memory": pin_memory}
-    train_loader = loader(train, batch_size, num_workers, sampler=sampler, drop_last=drop_last, **common)
-    test_loader = loader(test, batch_size, num_workers, sampler=range(rank, len(test), world_size), **common)
+    train_loader = loader(train, batch_size, workers, sampler=sampler, drop_last=drop_last, **common)
+    test_loader = loader(test, batch_size, workers, sampler=range(rank, len(test), world_size), **common)
     return train_loader, test_loader, classes
 
 
-def loader(dataset, batch_size: int, num_workers: int, seed: int, **options) -> DataLoader:
+def make_test_loader(data: Path, image_size: int, batch_size: int, classes: list[str], num_workers=0):
+    """The test set in a fixed order: float32 (N, 3, S, S) normalised, int64 (N,) indices in `classes`.
+
+    Raises UserError.
+    """
+    check_folders(data)
+    test = Pictures(data, "test", classes, test_transform(image_size))
+    return loader(test, batch_size, affordable_workers(num_workers, 1, batch_size, image_size), seed=0)
+
+
+@functools.lru_cache  # says it once
+def affordable_workers(wanted: int, processes: int, batch_size: int, image_size: int) -> int:
+    """How many worker processes can leave their batches in /dev/shm, each three; 0: this process reads."""
+    shared = Path("/dev/shm")
+    if not wanted or not shared.is_dir():  # not Linux
+        return wanted
+    free_mb, batch_mb = shutil.disk_usage(shared).free / 1e6, batch_size * 3 * image_size**2 * 4 / 1e6
+    fit = min(wanted, int(free_mb / (3 * batch_mb * processes)))
+    if fit < wanted:
+        cause = f"/dev/shm has {free_mb:.0f} MB free, so {fit} instead of {wanted} processes read images"
+        print(f"note: {cause}; docker run --shm-size=2g gives a container more", file=sys.stderr)
+    return fit
+
+
+class Loader:
+    """torch's DataLoader; Ctrl-C waits while its workers start: they and half an iterator would complain."""
+
+    def __init__(self, dataset, **options):
+        from torch.utils.data import DataLoader
+
+        self.batches = DataLoader(dataset, **options)
+        self.dataset, self.sampler = dataset, self.batches.sampler
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator:
+        with uninterrupted():
+            return iter(self.batches)
+
+
+def loader(dataset, batch_size: int, num_workers: int, seed: int, **options) -> Loader:
+    import torch
+
     # Workers beyond the cores only wait here; the warning would meet every user of a small machine.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     options["generator"] = torch.Generator().manual_seed(seed)
     options["persistent_workers"] = num_workers > 0  # starting them anew costs seconds on Windows and macOS
-    return Loader(dataset, batch_size, num_workers=num_workers, worker_init_fn=be_quiet, **options)
-
-
-class Loader(DataLoader):
-    """Torch's, but Ctrl-C waits while its workers start: they and half an iterator would complain."""
-
-    def __iter__(self) -> Iterator:
-        with uninterrupted():
-            return super().__iter__()
+    return Loader(dataset, batch_size=batch_size, num_workers=num_workers, worker_init_fn=be_quiet, **options)
 
 
 def be_quiet(worker: int) -> None:
@@ -237,17 +305,11 @@ def readable_errors() -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         mend = "perhaps for want of memory; use fewer, --workers 1, then run the same command again"
+        if "shared memory" in str(error) or "Bus error" in str(error):
+            mend = (
+                "since /dev/shm is full; use --workers 0, or give a container more: docker run --shm-size=2g"
+            )
         raise UserError(f"a process that reads images was killed, {mend}") from error
-
-
-def make_test_loader(data: Path, image_size: int, batch_size: int, classes: list[str], num_workers=0):
-    """The test set in a fixed order: float32 (N, 3, S, S) normalised, int64 (N,) indices in `classes`.
-
-    Raises UserError.
-    """
-    check_folders(data)
-    test = Pictures(data, "test", classes, test_transform(image_size))
-    return loader(test, batch_size, num_workers, seed=0)
 
 
 # ---- the report
@@ -276,8 +338,8 @@ def oddities(data: Path, listed: dict[str, dict[str, list[Path]]]) -> list[str]:
     images = all_images(data)
     visible = itertools.chain(*(visible_files(data / split) for split in SPLITS))
     if other := sorted(set(visible) - set(images)):
-        why = "being no images in a class folder by their names"
-        found.append(f"{len(other)} files aren't used, {why}: {', '.join(map(str, other[:5]))}")
+        cause = "since they are no images in a class folder"
+        found.append(f"{len(other)} files aren't used, {cause}: {', '.join(map(str, other[:5]))}")
     first = {}
     for path, digest in zip(images, content_hashes(images), strict=True):
         if first.setdefault(digest, path) != path:

@@ -1,8 +1,8 @@
 """Train one ResNet-18 per image size and keep the best epoch of each.
 
 Reads data/ (drawn by datasets.py where there is none), writes weights/best_resnet18_<size>.pth,
-results/training.csv and training.png.  A size that is already trained just so is skipped; an interrupted one
-goes on after its last whole epoch.
+results/training.csv and training.png.  A size that was trained with the same settings on the same images is
+skipped; an interrupted one resumes after its last whole epoch.
 
     python train.py                                               all sizes, 5 epochs each
     python train.py --image-sizes 224 --epochs 10 --pretrained    one size, longer, from ImageNet's weights
@@ -17,25 +17,19 @@ import math
 import time
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
-
 import datasets
-import model as networks
 from utils import devices
 from utils.devices import print_rank0, rank
-from utils.report import training_log
 from utils.utils import (
     IMAGE_SIZES,
+    MOST_WORKERS,
     UserError,
     add_path_arguments,
     check_folder,
     checkpoint_path,
     file_lock,
     is_out_of_memory,
+    number,
     read_json,
     remove_leftovers,
     rename_to_backup,
@@ -48,14 +42,6 @@ LEARNING_RATE = 5e-4  # AdamW's peak; the best of 3e-4 to 4e-3, and better than 
 WEIGHT_DECAY = 0.05
 MOMENTUM = 0.2  # of batch norm's statistics; torch's 0.1 lags behind in so few steps (95, not 98 % right)
 WARMUP = 0.2  # share of all steps in which the learning rate rises; then it falls to 0 along a cosine
-LIMITS = {  # least and most of each argument; batch norm needs two images
-    "image_sizes": (32, 4096),
-    "epochs": (1, 10_000),
-    "batch_size": (2, 65_536),
-    "learning_rate": (1e-9, 10.0),
-    "workers": (0, 256),
-    "seed": (0, 2**32 - 1),
-}
 REQUEST = ["epochs", "batch_size", "learning_rate", "seed", "pretrained"]  # what a checkpoint is made by
 BEST_MB, LAST_MB = 45, 135  # a network; with the optimizer's state and the best epoch so far
 
@@ -67,12 +53,15 @@ def learning_rate_at(progress: float, peak: float) -> float:
     return peak * (0.5 + 0.5 * math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
 
 
-def train_one_epoch(model, batches, optimizer, scaler, precision, device, rate_at) -> dict[str, float]:
+def train_one_epoch(network, batches, optimizer, scaler, precision, device, rate_at) -> dict[str, float]:
     """One pass over the training images; loss, accuracy and speed are of all processes together.
 
     `rate_at` gives the learning rate at a share (0..1) of this epoch.
     """
-    model.train()
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    network.train()
     start = time.perf_counter()
     loss_sum, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
     mixed = torch.autocast(device.type, precision) if precision != torch.float32 else contextlib.nullcontext()
@@ -82,7 +71,7 @@ def train_one_epoch(model, batches, optimizer, scaler, precision, device, rate_a
         for group in optimizer.param_groups:
             group["lr"] = rate_at((step + 0.5) / len(batches))
         with mixed:
-            logits = model(images)  # (N, classes)
+            logits = network(images)  # (N, classes)
             loss = cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -98,44 +87,56 @@ def train_one_epoch(model, batches, optimizer, scaler, precision, device, rate_a
     return row | {"seconds": seconds, "images_per_s": count / seconds}
 
 
-@torch.inference_mode()
 def evaluate(network, batches, device) -> dict[str, float]:
     """Loss and accuracy on the whole test set in FP32; folded batch norm saves a CPU a sixth of the time."""
-    network = networks.fold_batch_norm(network)
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    import model
+
+    network = model.fold_batch_norm(network)
     loss_sum, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    for images, labels in batches:
-        logits = network(images.to(device, non_blocking=True, memory_format=torch.channels_last))
-        labels = labels.to(device, non_blocking=True)
-        loss_sum += cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(1) == labels).sum()
-        count += len(labels)
+    with torch.inference_mode():
+        for images, labels in batches:
+            logits = network(images.to(device, non_blocking=True, memory_format=torch.channels_last))
+            labels = labels.to(device, non_blocking=True)
+            loss_sum += cross_entropy(logits, labels, reduction="sum")
+            correct += (logits.argmax(1) == labels).sum()
+            count += len(labels)
     loss_sum, correct, count = devices.sum_over_ranks(loss_sum, correct, count, device=device)
     return {"test_loss": loss_sum / count, "test_accuracy": correct / count, "test_images": round(count)}
 
 
-def matching(path: Path, settings: dict, images: dict) -> dict | None:
+def matching(path: Path, settings: dict, images: dict, classes: list[str]) -> dict | None:
     """The checkpoint or interrupted state at `path` if it was made by this very request from these images."""
+    import model
+
     try:
-        found = networks.read(path)
+        found = model.read(path)
     except UserError:  # missing, cut short, or of another program: train anew
         return None
-    return found if found.get("settings") == settings and found.get("data") == images else None
+    same = found.get("settings") == settings and found.get("data") == images
+    return found if same and found["classes"] == classes else None
 
 
 class Training:
     """The state of one network's training: saved after every epoch, read after an interruption."""
 
-    def __init__(self, settings: dict, images: dict, classes: list[str], device, precision: torch.dtype):
+    def __init__(self, settings: dict, images: dict, classes: list[str], device, precision):
+        import torch
+
+        import model
+        from utils.environment import torch_is_at_least
+
         torch.manual_seed(settings["seed"])
-        network = networks.build(len(classes), settings["pretrained"])
+        network = model.build(len(classes), settings["pretrained"])
         self.network = network.to(device, memory_format=torch.channels_last)
         for module in self.network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = MOMENTUM
-        recent = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)
-        options = {"lr": settings["learning_rate"], "weight_decay": WEIGHT_DECAY}
-        options["fused"] = device.type == "cuda" or (device.type == "cpu" and recent)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), **options)
+        rate, fused = settings["learning_rate"], device.type == "cuda" or torch_is_at_least(2, 4)
+        weights = self.network.parameters()
+        self.optimizer = torch.optim.AdamW(weights, rate, weight_decay=WEIGHT_DECAY, fused=fused)
         make_scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
         self.scaler = make_scaler(enabled=precision == torch.float16)
         self.settings, self.images = settings, images
@@ -145,13 +146,13 @@ class Training:
 
     def resume(self, path: Path) -> None:
         """Take over the state at `path` if it is of this very training."""
-        state = matching(path, self.settings, self.images)
+        state = matching(path, self.settings, self.images, self.facts["classes"])
         if state:
             self.network.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.history, self.best = state["history"], state["best"]
-            print_rank0(f"{self.settings['image_size']} px: going on after epoch {len(self.history)}")
+            print_rank0(f"{self.settings['image_size']} px: resuming after epoch {len(self.history)}")
 
     def has_diverged(self, loss: float) -> bool:
         return not math.isfinite(loss) or (self.scaler.is_enabled() and self.scaler.get_scale() < 1)
@@ -167,23 +168,31 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write all that resume() needs."""
+        import model
+
         state = {"best": self.best, "history": self.history, "optimizer": self.optimizer.state_dict()}
-        networks.save(path, self.network, **self.facts, **state, scaler=self.scaler.state_dict())
+        model.save(path, self.network, **self.facts, **state, scaler=self.scaler.state_dict())
 
     def save_best(self, path: Path) -> None:
+        """Write the network of the best epoch, and what is known of all epochs."""
+        import model
+
         self.network.load_state_dict(self.best["model"])
         found = {name: self.best[name] for name in ("epoch", "accuracy")}
-        networks.save(path, self.network, **self.facts, **found, history=self.history)
+        model.save(path, self.network, **self.facts, **found, history=self.history)
 
 
-def train_size(
-    settings: dict, data: Path, weights: Path, images: dict, device, precision, workers, batch_size=None
-) -> list:
-    """train_network() with what this machine can do: FP32 where FP16 fails, a batch that fits into memory."""
-    size, batch_size = settings["image_size"], batch_size or settings["batch_size"]
+def train_size(settings: dict, data: Path, weights: Path, images: dict, device, precision, **how) -> list:
+    """train_network() with what this machine can do: FP32 where FP16 fails, a batch that fits into memory.
+
+    `how`: workers, and the batch size if it is not the one that was asked for.
+    """
+    import torch
+
+    size, batch_size = settings["image_size"], how.setdefault("batch_size", settings["batch_size"])
     try:
         with datasets.readable_errors():
-            return train_network(settings, data, weights, images, device, precision, workers, batch_size)
+            return train_network(settings, data, weights, images, device, precision, **how)
     except FloatingPointError:  # some GPUs of the GTX 16 series are known to compute NaN in FP16
         print_rank0(f"{size} px: FP16 gives no finite numbers on this GPU; starting this size again in FP32")
         devices.wait_for_all()
@@ -192,22 +201,25 @@ def train_size(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        smaller = max(batch_size // 2, 2)
-        if smaller == batch_size or dist.is_initialized():  # the other processes wait for this one
-            mend = f"try --batch-size {smaller}, or smaller --image-sizes"
+        how["batch_size"] = max(batch_size // 2, 2)
+        if how["batch_size"] == batch_size or devices.joined():  # the other processes wait for this one
+            mend = f"try --batch-size {how['batch_size']}, or smaller --image-sizes"
             raise UserError(f"{size} px, batch size {batch_size}: out of memory; {mend}") from error
+        smaller = how["batch_size"]
         print_rank0(f"{size} px: out of memory at batch size {batch_size}; going on with {smaller}")
-        batch_size = smaller
-    return train_size(settings, data, weights, images, device, precision, workers, batch_size)
+    return train_size(settings, data, weights, images, device, precision, **how)
 
 
 def train_network(
     settings: dict, data: Path, weights: Path, images: dict, device, precision, workers: int, batch_size: int
 ) -> list:
-    """Train one network or go on with it, write its best epoch; its rows.  UserError if it diverges."""
+    """Train one network or resume it, write its best epoch; its rows.  UserError if it diverges."""
+    from torch.nn.parallel import DistributedDataParallel
+    from tqdm import tqdm
+
     size, epochs, peak = settings["image_size"], settings["epochs"], settings["learning_rate"]
     best_path, last = checkpoint_path(weights, size), checkpoint_path(weights, size, "last")
-    processes = dist.get_world_size() if dist.is_initialized() else 1
+    processes = devices.process_count()
     batch_size = max(2, batch_size // processes)  # that of all processes stays the same
     share = settings["seed"], rank(), processes, device.type == "cuda"
     train_loader, test_loader, classes = datasets.make_loaders(data, size, batch_size, workers, *share)
@@ -215,7 +227,7 @@ def train_network(
     if rank() == 0:
         keep(last, images)
     state.resume(last)
-    model = DistributedDataParallel(state.network) if dist.is_initialized() else state.network
+    network = DistributedDataParallel(state.network) if devices.joined() else state.network
     made_by = dict(device=devices.hardware(device), precision=devices.named(precision), processes=processes)
     for epoch in range(len(state.history) + 1, epochs + 1):
         train_loader.sampler.set_epoch(epoch)
@@ -225,9 +237,9 @@ def train_network(
         def rate_at(share: float, done=epoch - 1) -> float:
             return learning_rate_at((done + share) / epochs, peak)
 
-        trained = train_one_epoch(model, bar, state.optimizer, state.scaler, precision, device, rate_at)
+        trained = train_one_epoch(network, bar, state.optimizer, state.scaler, precision, device, rate_at)
         if state.has_diverged(trained["train_loss"]):
-            if precision == torch.float16:
+            if devices.named(precision) == "float16":
                 raise FloatingPointError
             mend = f"lower the rate: python train.py --learning-rate {peak / 4:.1g}"
             raise UserError(f"training at {size} px diverged; {mend}")
@@ -249,7 +261,9 @@ def train_network(
 
 def keep(path: Path, images: dict) -> None:
     """Rename what is at `path` if these images can't make it again."""
-    if networks.why_to_keep(path, images["fingerprint"]):
+    import model
+
+    if model.why_to_keep(path, images["fingerprint"]):
         print_rank0(f"what was {path} is kept as {rename_to_backup(path)}")
 
 
@@ -259,40 +273,37 @@ def described(row: dict) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    """What was asked for.  Raises UserError where it is beyond LIMITS."""
+    """What was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add, flag = parser.add_argument, {"action": "store_true"}
-    add("--image-sizes", type=int, nargs="+", help=f"pixels, square (default: {IMAGE_SIZES})")
-    add("--epochs", type=int, help=f"per size (default: {EPOCHS})")
-    add("--batch-size", type=int, default=BATCH_SIZE, help="images per step, of all processes together")
-    add("--learning-rate", type=float, default=LEARNING_RATE, help="its peak")
+    sizes = dict(type=number(int, 32, 4096), help=f"pixels, square (default: {IMAGE_SIZES})")
+    add("--image-sizes", nargs="+", **sizes)
+    add("--epochs", type=number(int, 1, 10_000), help=f"per size (default: {EPOCHS})")
+    batch = dict(type=number(int, 2, 65_536), default=BATCH_SIZE)  # batch norm needs two images
+    add("--batch-size", help="images per step, of all processes together", **batch)
+    add("--learning-rate", type=number(float, 1e-9, 10.0), default=LEARNING_RATE, help="its peak")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--workers", type=int, default=4, help="processes that read images; 0: none but the training's")
-    add("--seed", type=int, default=0)
+    readers = dict(type=number(int, 0, MOST_WORKERS), default=4)
+    add("--workers", help="processes that read images; 0: none but the training's", **readers)
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0)
     add("--pretrained", help="start from ImageNet's weights (a download)", **flag)
     add("--force", help="train again what is already trained", **flag)
     add("--quick", help="try everything out: 64 px, 1 epoch, into <results>/quick", **flag)
     add_path_arguments(parser)
     args = parser.parse_args()
     args.image_sizes = args.image_sizes or ([64] if args.quick else IMAGE_SIZES)
-    if args.epochs is None:
-        args.epochs = 1 if args.quick else EPOCHS
-    for name, (least, most) in LIMITS.items():
-        given = getattr(args, name)
-        for value in given if isinstance(given, list) else [given]:
-            if not least <= value <= most:  # so NaN is refused, too
-                flag = f"--{name.replace('_', '-')}"
-                text = f"{flag} goes from {least} to {most}, not {value}"
-                raise UserError(f"{text}; see: python train.py --help")
+    args.epochs = args.epochs or (1 if args.quick else EPOCHS)
     return args
 
 
-def look_at_networks(weights: Path, requests: list[dict], images: dict) -> None:
+def check_checkpoints(weights: Path, requests: list[dict], images: dict) -> None:
     """Raise UserError if training would replace what these images can't make again."""
+    import model
+
     for settings in requests:
         size = settings["image_size"]
         for path in (checkpoint_path(weights, size), checkpoint_path(weights, size, "last")):
-            if reason := networks.why_to_keep(path, images["fingerprint"]):
+            if reason := model.why_to_keep(path, images["fingerprint"]):
                 mend = "to train all the same, and keep it beside the new one, add --force to the command"
                 raise UserError(f"{path} {reason}; {mend}")
 
@@ -304,6 +315,8 @@ def main() -> None:
     common = {name: getattr(args, name) for name in REQUEST}
     requests = [{"image_size": size, **common} for size in dict.fromkeys(args.image_sizes)]
     if rank() == 0:
+        from utils.report import training_log
+
         check_folder(args.weights, room_mb=len(requests) * BEST_MB + 2 * LAST_MB)
         check_folder(results, room_mb=5)
         training_log.read_table(results / "training.csv")
@@ -312,23 +325,25 @@ def main() -> None:
     devices.wait_for_all()
     images = datasets.describe(args.data)
     if not args.force:
-        look_at_networks(args.weights, requests, images)
+        check_checkpoints(args.weights, requests, images)
     with file_lock(args.weights / ".train.lock", "training") if rank() == 0 else contextlib.nullcontext():
         train_all(requests, images, args, results, device)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    devices.end_processes()
 
 
 def train_all(requests: list[dict], images: dict, args: argparse.Namespace, results: Path, device) -> None:
     """Train what is not trained yet, one size after another."""
+    from utils.report import training_log
+
     if rank() == 0:
         remove_leftovers(args.weights, results)
     precision = devices.choose_precision(device)
     counts = f"{images['train_images']} training and {images['test_images']} test images"
     sample = " (sample data)" if images["sample"] else ""
     print_rank0(f"{devices.hardware(device)}, {devices.named(precision)}, {counts}{sample}")
+    classes = datasets.class_names(args.data)
     forced_path = args.weights / "forced.json"
-    forced = []  # what --force has still to train: it, too, goes on after an interruption
+    forced = []  # what --force has still to train: it, too, is resumed after an interruption
     if args.force:
         left = read_json(forced_path)
         left = [request for request in requests if request in left] if isinstance(left, list) else []
@@ -336,15 +351,15 @@ def train_all(requests: list[dict], images: dict, args: argparse.Namespace, resu
     for settings in requests:
         size, done = settings["image_size"], None
         if settings not in forced:
-            done = matching(checkpoint_path(args.weights, size), settings, images)
+            done = matching(checkpoint_path(args.weights, size), settings, images, classes)
         devices.wait_for_all()
         if done:
-            print_rank0(
-                f"{size} px: already trained, test accuracy {done['accuracy']:.1%} (--force trains again)"
-            )
+            accuracy = f"test accuracy {done['accuracy']:.1%}"
+            print_rank0(f"{size} px: already trained, {accuracy} (--force trains again)")
             rows = done["history"]
         else:
-            rows = train_size(settings, args.data, args.weights, images, device, precision, args.workers)
+            paths = args.data, args.weights
+            rows = train_size(settings, *paths, images, device, precision, workers=args.workers)
         if rank() == 0:
             training_log.write_results(results, rows)
             if settings in forced:

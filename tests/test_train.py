@@ -149,7 +149,7 @@ def test_an_interrupted_run_goes_on_after_its_last_epoch(folder, run):
     done = model.load_facts(last)["history"]
     assert 1 <= len(done) < 6 and not checkpoint_path(folder / "weights", 64).exists()
     said = run(*request)
-    assert f"going on after epoch {len(done)}" in said and "epoch 1/6" not in said
+    assert f"resuming after epoch {len(done)}" in said and "epoch 1/6" not in said
     history = model.load_facts(checkpoint_path(folder / "weights", 64))["history"]
     assert [row["epoch"] for row in history] == list(range(1, 7)) and history[: len(done)] == done
     assert not last.exists() and len(rows_of(folder)) == 6
@@ -251,7 +251,7 @@ def test_a_killed_reader_is_one_sentence(folder):
 
 
 def test_a_second_training_waits_for_the_first_or_says_so(folder, run, monkeypatch):
-    monkeypatch.setattr(train, "alone", functools.partial(train.alone, patience=0.1))
+    monkeypatch.setattr(train, "file_lock", functools.partial(train.file_lock, patience=0.1))
     (folder / "weights").mkdir()
     held = FileLock(folder / "weights" / ".train.lock")
     with held, pytest.raises(UserError, match="another process is training in .*weights"):
@@ -270,9 +270,9 @@ def test_the_learning_rate_rises_and_falls_to_zero():
 
 
 def test_mistakes_are_one_sentence(folder, run):
-    with pytest.raises(UserError, match="--device nonsense.*python train.py --device cpu"):
+    with pytest.raises(UserError, match="--device nonsense is none of auto, cuda and cpu"):
         run("--image-sizes", 32, "--device", "nonsense")
-    with pytest.raises(UserError, match="python train.py --help"):
+    with pytest.raises(SystemExit, match="2"):
         run("--epochs", 0)
     (folder / "data" / "train" / "тёмный" / "0.png").write_bytes(b"broken")
     with pytest.raises(UserError, match="0.png"):

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from utils.environment import cpu_name
+from utils.environment import cpu_name, torch_is_at_least
 from utils.utils import UserError
 
 OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version: docs.nvidia.com/deploy/cuda-compatibility
@@ -144,9 +144,7 @@ def start_processes(name: str):
             raise UserError(f"--device {device}: there is no such GPU here, {mend}")
         torch.cuda.set_device(device)
     if several and device.type == "cuda":
-        known = (
-            {"device_id": device} if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 3) else {}
-        )  # NCCL guesses where it isn't told
+        known = {"device_id": device} if torch_is_at_least(2, 3) else {}  # NCCL guesses where it isn't told
         dist.init_process_group("nccl", **known)
     elif several:
         dist.init_process_group("gloo")
@@ -161,6 +159,16 @@ def joined() -> bool:
 
 def rank() -> int:
     return sys.modules["torch.distributed"].get_rank() if joined() else 0
+
+
+def process_count() -> int:
+    return sys.modules["torch.distributed"].get_world_size() if joined() else 1
+
+
+def end_processes() -> None:
+    """Leave the others, now that all is done."""
+    if joined():
+        sys.modules["torch.distributed"].destroy_process_group()
 
 
 def print_rank0(text: str) -> None:
@@ -191,7 +199,7 @@ def average_statistics(network) -> None:
         for buffer in network.buffers():
             if buffer.is_floating_point():
                 distributed.all_reduce(buffer)
-                buffer /= distributed.get_world_size()
+                buffer /= process_count()
 
 
 def choose_precision(device):

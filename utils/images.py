@@ -3,38 +3,47 @@
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import os
 import random
+import re
 import shutil
 import threading
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils.sample_images import HEROES, draw_picture
-from utils.utils import UserError, sha256, write_atomic
+from utils.utils import UserError, check_folder, sentence, sha256, write_atomic
 
 SPLITS = ["train", "test"]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, for RGB in 0..1
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows but can't decode everywhere
-OURS = {
-    "train",
-    "test",
-    "sample.part",
-    "SAMPLE.txt",
-    "README.md",
-}  # what data/ may hold without being the user's
+HEIF = {".heic", ".heics", ".heif", ".heifs", ".hif"}  # an iPhone's photos, read by pillow-heif
+# Pictures that nothing here reads: cameras' raw files, newer and vector formats.
+UNREAD = re.compile(
+    r".+\.(3fr|arw|cr2|cr3|crw|dcr|dng|erf|fff|iiq|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf|raw|rw2|rwl|sr2"
+    r"|srf|srw|x3f|jxl|jxr|bpg|exr|svgz?|wmf|emf|xcf)",
+    re.IGNORECASE,
+)
+OURS = {"train", "test", "sample.part", "SAMPLE.txt", "README.md"}  # in data/ these are not the user's
+LITTER = {".ipynb_checkpoints", ".git", ".cache"}  # hidden folders that are no classes of the user's
 # A picture may have twice Pillow's limit, 179 million pixels.  So many in all are decoded at a time, whatever
 # the number of threads: at 4 bytes and about three copies each that is at most 2 GB.
 PIXELS_IN_FLIGHT = 2 * Image.MAX_IMAGE_PIXELS
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = (
+    64 * 2**20
+)  # bytes; 1 MB refuses long profiles
 SAMPLE_IMAGES = {"train": 18, "test": 25}  # per class; 5 epochs at 224 to 512 px: 12 minutes on 2 slow cores
 LAYOUT = "put images into {data}/train/<class>/ and {data}/test/<class>/, or name another folder with --data"
+ORIENTATION = 0x0112  # EXIF's tag: how to turn the picture upright
+TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by its value
 
 
 def nfc(text: str) -> str:
@@ -42,33 +51,80 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+# ---- which files are pictures
+
+
 @functools.lru_cache
 def image_suffixes() -> set[str]:
     formats = Image.registered_extensions().items()
-    return {suffix for suffix, name in formats if name in Image.OPEN and name not in STUBS}
+    heif = HEIF if importlib.util.find_spec("pillow_heif") else set()
+    return {suffix for suffix, name in formats if name in Image.OPEN and name not in STUBS} | heif
 
 
 def is_image(path: str | Path) -> bool:
-    """By the name; what is hidden (._x.jpg) is none, nor is a pipe or a device.
+    """By the name, or where it has no suffix by the content; hidden files (._x.jpg) and pipes are none.
 
     A link that leads nowhere is one: reading it fails, and that is to be said.
     """
     name = os.path.basename(path)
-    named = os.path.splitext(name)[1].lower() in image_suffixes() and not name.startswith(".")
-    return named and (os.path.isfile(path) or not os.path.exists(path))
+    suffix = os.path.splitext(name)[1].lower()
+    if name.startswith(".") or (suffix and suffix not in image_suffixes()):
+        return False
+    if os.path.isfile(path):
+        return bool(suffix) or has_image_content(path)
+    return bool(suffix) and not os.path.exists(path)
+
+
+def has_image_content(path: str | Path) -> bool:
+    try:
+        with open_image(path) as image:
+            return image.format not in STUBS
+    except Exception:  # Pillow's plugins raise anything from OSError to struct.error
+        return False
+
+
+def unread_pictures(paths: Iterable[str | Path]) -> list[str]:
+    """Those that by their names are pictures of a format that nothing here reads."""
+    heif = tuple(HEIF - image_suffixes())
+    names = [str(path) for path in paths]
+    return [name for name in names if UNREAD.fullmatch(name) or name.lower().endswith(heif)]
+
+
+# ---- folders
+
+
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds but hidden files; [] where it is missing.  UserError if it can't be listed."""
+    try:
+        entries = sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(sentence(error)) from error
+    hidden = [path for path in entries if path.name.startswith(".")]
+    return [path for path in entries if path not in hidden or (path.is_dir() and path.name not in LITTER)]
 
 
 def class_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
+    return [path for path in visible(folder) if path.is_dir() and not path.name.startswith(".")]
 
 
-def files_below(folder: Path) -> list[str]:
+def files_below(folder: Path, denied: list[str] | None = None) -> list[str]:
     """All in it and its subfolders but folders and what lies in hidden ones (.ipynb_checkpoints/).
 
-    Links are followed once, and never to a folder around it.
+    Links are followed once, and never to a folder around it.  Folders that can't be listed are added to
+    `denied`; where that is not given, the first one is a UserError.
     """
+
+    def refuse(error: OSError) -> None:
+        if isinstance(error, FileNotFoundError):  # it has gone meanwhile
+            return
+        if denied is None:
+            raise UserError(sentence(error)) from error
+        denied.append(os.fsdecode(error.filename))
+
     found, seen = [], set(map(str, folder.resolve().parents))
-    for at, below, names in os.walk(folder, followlinks=True):
+    for at, below, names in os.walk(folder, onerror=refuse, followlinks=True):
         if (real := os.path.realpath(at)) in seen:
             below.clear()
             continue
@@ -167,10 +223,38 @@ pixels = Budget(PIXELS_IN_FLIGHT)
 
 def load_rgb(path: str | Path) -> Image.Image:
     """The picture as RGB, 8 bits: upright (EXIF), transparency on white, 16-bit grey scaled, not clipped."""
-    with Image.open(path) as image, pixels.take(image.width * image.height):
+    with open_image(path) as image, pixels.take(image.width * image.height):
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
+        return to_rgb(upright(image))
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Image.open(), for HEIC and HEIF, too."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        if not register_heif():
+            raise
+        return Image.open(path)
+
+
+@functools.lru_cache
+def register_heif() -> bool:
+    """Whether pillow-heif is there; it takes a third of a second to import, so only who meets HEIC does."""
+    if there := importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return bool(there)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says.  ImageOps.exif_transpose() writes the EXIF anew, which fails on odd fields."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF, which says nothing: as it lies
+        orientation = 1
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -213,24 +297,34 @@ def load_known(path: Path) -> Image.Image:
 # ---- sample heroes
 
 
-def has_data(data: Path) -> bool:
-    """Whether the user has begun to put anything there: any file, or a folder of a class not the sample's."""
-    folders = [folder for split in SPLITS for folder in class_folders(data / split)]
-    own = [folder for folder in folders if nfc(folder.name) not in HEROES]
-    return bool(own) or any(visible_files(data / split) for split in SPLITS)
+def has_data(data: Path, drawn: set[str] = frozenset()) -> bool:
+    """Whether the user has begun to put anything there: any file, or a folder of a class not the sample's.
+
+    Files of the names in `drawn` (train/<class>/<file>) are not the user's.
+    """
+    for folder in itertools.chain(*(visible(data / split) for split in SPLITS)):
+        if nfc(folder.name) not in HEROES or not folder.is_dir():
+            return True
+        if any(relative_name(data, path) not in drawn for path in visible_files(folder)):
+            return True
+    return False
 
 
 def check_nothing_else(data: Path) -> None:
     """Raise UserError if `data` holds anything of the user's outside train/ and test/."""
-    others = [path.name for path in sorted(data.glob("[!.]*")) if path.name not in OURS]
+    others = [path.name for path in visible(data) if path.name not in OURS]
     if others:
         mend = LAYOUT.format(data=data)
         raise UserError(f"{data} holds {', '.join(others[:5])}, but no images in train/ and test/; {mend}")
 
 
 def unfinished_sample(data: Path) -> bool:
-    """Whether moving a completely drawn sample into place was interrupted: see draw_sample()."""
-    return (data / "SAMPLE.txt").is_file() and (data / "sample.part").is_dir()
+    """Whether moving a completely drawn sample into place was interrupted, and the user has added nothing."""
+    marker = data / "SAMPLE.txt"
+    if not marker.is_file() or not (data / "sample.part").is_dir():
+        return False
+    lines = marker.read_text("utf-8", "replace").splitlines()
+    return not has_data(data, {line.partition(" ")[2] for line in lines})
 
 
 def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = SAMPLE_IMAGES) -> None:
@@ -242,6 +336,8 @@ def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = SAMPLE_IMAGE
     """
     part, marker = data / "sample.part", data / "SAMPLE.txt"
     if not unfinished_sample(data):
+        for folder in (data, *(data / split for split in SPLITS)):  # what can't be drawn is not begun
+            check_folder(folder, room_mb=50)
         check_nothing_else(data)
         if has_data(data):
             mend = "draw the sample elsewhere: python datasets.py --draw-sample --data sample"

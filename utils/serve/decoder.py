@@ -22,7 +22,7 @@ import psutil
 from PIL import Image
 
 from utils.environment import cores
-from utils.images import load_rgb
+from utils.images import load_rgb, open_image
 from utils.utils import MOST_WORKERS, end_with_parent, fresh_processes, uninterrupted
 
 FEW = 256  # images that threads have decoded before processes have started
@@ -72,7 +72,7 @@ def decode(first: int, paths: list[str], leave_plain: bool) -> list[str | None]:
             outcomes.append(PLAIN)
             continue
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 huge = image.width * image.height > HUGE
             with here.alone if huge else contextlib.nullcontext():
                 # On Pillow's images torchvision's Resize(antialias=True), as testing has it, is this.

@@ -331,14 +331,24 @@ def print_busy() -> None:
 # ---- what is written
 
 
-def write_all(args: argparse.Namespace, asked: list[Job], results: Path) -> int:
-    """Records -> table, charts, answers and READMEs, and with --end-to-end its table, too; the exit code."""
+def tables_shown_beside(results: Path) -> dict | None:
+    """The tables of other results that the repository's README.md shows beside results/, read before anything
+    is measured: UserError where one is damaged, or README.md is.  None where other results are measured."""
+    from utils.report import readme
+
+    shown = results.resolve() == ROOT / "results"
+    return readme.read_folders(ROOT / "README.md", measuring=results) if shown else None
+
+
+def write_all(args: argparse.Namespace, asked: list[Job], results: Path, others: dict | None) -> int:
+    """Records -> table, charts, answers and READMEs, and with --end-to-end its table, too; the exit code.
+
+    `others` are the tables of the other results that README.md shows, or None to leave it alone.
+    """
     from utils import plot_utils
     from utils.report import readme, tables, words
 
-    rows = tables.write_csv(results)
-    _, environments = tables.read_table(results)
-    plot_utils.draw_all(rows, environments, results)
+    rows, environments = tables.write_table(results)
     served = 0
     if args.end_to_end:
         sizes = map(str, sorted({job.image_size for job in asked}))
@@ -347,9 +357,10 @@ def write_all(args: argparse.Namespace, asked: list[Job], results: Path) -> int:
         served = subprocess.run(command).returncode  # it has said what is wrong
     print(words.text_table(rows))
     print("\n".join(words.answers_of(rows)).replace("**", ""))
-    readme.write_folder_readme(results)
-    if results.resolve() == ROOT / "results":
-        readme.write_readme(ROOT / "README.md")
+    plot_utils.draw_all(rows, environments, results)
+    readme.write_folder_readme(results, rows, environments)
+    if others is not None:
+        readme.write_readme(ROOT / "README.md", others | {ROOT / "results": (rows, environments)})
     print(f"written: {results / 'benchmark_results.csv'}, README.md, environment.json and charts beside it")
     wanted = {(args.sweep, job.backend, job.image_size) for job in asked}
     failed = [
@@ -384,8 +395,9 @@ def main() -> None:
     budget = jobs.usual(args.budget, BUDGET_MINUTES[device], 0.0, args.quick)
     results = asked[0].results
     with jobs.lock_results(results):
+        others = tables_shown_beside(results)
         sweep(asked, args.timeout, ci_width, budget)
-        code = write_all(args, asked, results)
+        code = write_all(args, asked, results, others)
     if code:
         sys.exit(code)
 

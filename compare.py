@@ -11,16 +11,14 @@ Reads benchmark_results.csv and environment.json alone, so any table can be read
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 
 import argparse
-import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
+from utils.utils import UserError, number, run_main
 
-from utils import plot_utils
-from utils.measure.schema import BASELINE
-from utils.report import analysis, readme, tables, words
-from utils.utils import UserError, run_main
+if TYPE_CHECKING:  # imported where it is needed, so that --help answers at once
+    import pandas as pd
 
 LIMITS = {  # column: what a row that misses the limit does, and the limit's unit
     "p95_ms": ("takes longer than", "ms (p95)"),
@@ -29,14 +27,29 @@ LIMITS = {  # column: what a row that misses the limit does, and the limit's uni
 }
 PASSING = ["short", "settings", "packages", "date", "command", "commit", "clean", "sweep", "ceilings"]
 
+# ---- one table
 
-def best_lines(rows: pd.DataFrame, limits: dict[str, float | None]) -> tuple[list[str], bool]:
+
+def tell(results: Path) -> None:
+    """Print the table, the answers and the environment of each sweep."""
+    from utils.report import tables, words
+
+    rows, environments = tables.read_table(results)
+    print(words.text_table(rows))
+    print("\n".join(words.answers_of(rows)).replace("**", ""))
+    for sweep, known in environments.items():
+        print(f"sweep {sweep}: {known.get('short', '')}")
+
+
+def best_lines(rows: "pd.DataFrame", limits: dict[str, float | None]) -> tuple[list[str], bool]:
     """Sentences that name the fastest row within the limits, its cost and the runner-up, or why none fits;
     and whether one does."""
+    from utils.report import analysis, words
+
     total = len(analysis.measured(rows))
     if not total:
         return ["No row was measured, so none can be best; see: python compare.py"], False
-    fitting, missed = analysis.best_within(rows, *limits.values())
+    fitting, missed = analysis.best_within(rows, limits)
     if fitting.empty:
         lines, nearest = ["No row fits."], []
         for column, count, best in missed:
@@ -45,44 +58,53 @@ def best_lines(rows: pd.DataFrame, limits: dict[str, float | None]) -> tuple[lis
             nearest.append(f"{column} {words.figure(best) or 'unknown'}")
         return [*lines, "Best of each: " + ", ".join(nearest)], False
     ordered = [row for _, row in fitting.iloc[:2].iterrows()]
-    one_round = any(pd.isna(row.fps_low) for row in ordered)
+    one_round = any(row.fps_low != row.fps_low for row in ordered)  # NaN
     places = ("Most images/s", "Next") if one_round else ("Fastest", "Runner-up")
     lines = [f"{place}: {costs(row)}" for place, row in zip(places, ordered, strict=False)]
     if one_round:
         lines.append("Measured in one round, which supports no verdict: use --rounds 3.")
-    elif len(ordered) > 1 and analysis.level(*ordered):
-        lines.append("Between these two this sweep can show no difference in throughput.")
+    elif len(ordered) > 1 and analysis.indistinguishable(*ordered):
+        lines.append("The two are indistinguishable in throughput: their intervals overlap.")
     return lines, True
 
 
-def costs(row: pd.Series) -> str:
+def costs(row: "pd.Series") -> str:
+    """What a row achieves and takes, in one line."""
+    from utils.report import words
+
     place = f"sweep {row.sweep}, {words.name(row)}, {row.image_size} px, batch {row.batch_size}"
     speed = f"{words.figure(row.fps)} images/s, p95 {words.figure(row.p95_ms)} ms"
-    whose = "GPU memory" if row.device == "cuda" else "memory"
-    memory = f"{words.figure(row.memory_mb) or 'an unknown number of'} MB of {whose}"
+    whose = "GPU memory" if row.device == "cuda" else "host memory"
+    memory = f"{words.figure(row.memory_mb)} MB of {whose}" if row.memory_mb > 0 else f"unknown {whose}"
     built = f"built in {words.figure(row.build_s) or 'unknown'} s"
     return f"{place}: {speed}, {memory}, accuracy {words.percent(row.accuracy) or 'unknown'}; {built}"
 
 
-COMPARISON = [
-    ("Method", lambda row: words.label(row.backend, row.precision_after)),
-    *words.HEAD[1:],
-    ("Ratio", lambda row: f"{row.fps_ratio:.3f}"),
-    ("95 %", lambda row: words.between(row.fps_ratio_low, row.fps_ratio_high, "{:.3f}".format)),
-    ("Verdict", lambda row: "can't judge: one round" if pd.isna(row.fps_ratio_low) else row.verdict),
-]
+# ---- two tables
 
 
-def comparison(both: pd.DataFrame) -> list[str]:
+def comparison(both: "pd.DataFrame") -> list[str]:
     """The ratios as aligned lines, and how many configurations agree within their intervals."""
+    from utils.measure.schema import BASELINE
+    from utils.report import analysis, words
+
+    columns = [
+        ("Method", lambda row: words.label(row.backend, row.precision_after)),
+        *words.HEAD[1:],
+        ("Ratio", lambda row: f"{row.fps_ratio:.3f}"),
+        (
+            "Ratio, 95 % CI",
+            lambda row: words.interval(row.fps_ratio_low, row.fps_ratio_high, "{:.3f}".format),
+        ),
+        ("Verdict", lambda row: "can't judge: one round" if row.verdict == "can't judge" else row.verdict),
+    ]
     judged = both[analysis.can_judge(both)]
-    lines = [words.aligned(words.lines_of(COMPARISON, both))]
+    lines = [words.aligned(words.lines_of(columns, both))]
     count = int(analysis.agrees(judged, "fps").sum())
     lines.append(f"Throughput agrees within the 95 % intervals in {count} of {len(judged)} configurations.")
     speed = judged[(judged.backend != BASELINE) & judged.speedup_ratio_low.notna()]
     count = int(analysis.agrees(speed, "speedup").sum())
-    lines += [f"Speedup over PyTorch FP32 agrees in {count} of {len(speed)}."] if len(speed) else []
-    return lines
+    return lines + ([f"Speedup over PyTorch FP32 agrees in {count} of {len(speed)}."] if len(speed) else [])
 
 
 def environment_changes(before: dict, after: dict) -> list[str]:
@@ -94,6 +116,9 @@ def environment_changes(before: dict, after: dict) -> list[str]:
 
 def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | None) -> int:
     """Print how the second table differs from the first and draw it; the exit code."""
+    from utils import plot_utils
+    from utils.report import analysis, tables
+
     (before, old), (after, new) = (tables.read_table(path) for path in paths)
     first, second = (sweeps[0], sweeps[-1]) if sweeps else (before.sweep.iloc[0], after.sweep.iloc[0])
     if sweeps:
@@ -114,15 +139,17 @@ def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | 
     return 0 if slower_by is None else gate(before, after, both, slower_by)
 
 
-def only(rows: pd.DataFrame, path: Path, sweep: str) -> pd.DataFrame:
+def only(rows: "pd.DataFrame", path: Path, sweep: str) -> "pd.DataFrame":
     """The rows of one sweep."""
     if sweep not in set(rows.sweep):
         raise UserError(f"{path} has no sweep {sweep}; name one of: {', '.join(rows.sweep.unique())}")
     return rows[rows.sweep == sweep]
 
 
-def gate(before: pd.DataFrame, after: pd.DataFrame, both: pd.DataFrame, slower_by: float) -> int:
+def gate(before: "pd.DataFrame", after: "pd.DataFrame", both: "pd.DataFrame", slower_by: float) -> int:
     """The exit code: 0 only if something could be judged, nothing is slower and nothing was lost."""
+    from utils.report import analysis, words
+
     judged, lost = both[analysis.can_judge(both)], analysis.lost(before, after)
     missing = analysis.missing(before, after)
     slower = analysis.slower_beyond(judged, slower_by)
@@ -138,27 +165,7 @@ def gate(before: pd.DataFrame, after: pd.DataFrame, both: pd.DataFrame, slower_b
     return int(judged.empty or any(map(len, (slower, lost, missing))))
 
 
-def share(text: str) -> float:
-    """ "5%" or "0.05" -> 0.05"""
-    value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share from 0% to 100%")
-    return value
-
-
-def limit(text: str) -> float:
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no limit: it must be a number from 0 on")
-    return float(text)
-
-
-def tell(results: Path) -> None:
-    """Print the table, the answers and the environment of each sweep."""
-    rows, environments = tables.read_table(results)
-    print(words.text_table(rows))
-    print("\n".join(words.answers_of(rows)).replace("**", ""))
-    for sweep, known in environments.items():
-        print(f"sweep {sweep}: {known.get('short', '')}")
+# ---- README.md
 
 
 def write_readmes(path: Path) -> None:
@@ -166,23 +173,34 @@ def write_readmes(path: Path) -> None:
 
     Raises UserError where there is no such part.
     """
-    if not readme.marked(path):
+    from utils import plot_utils
+    from utils.report import readme
+
+    found = readme.read_folders(path)
+    if not found:
         mend = "put <!-- begin summary results --> and <!-- end --> on lines of their own where one shall be"
         raise UserError(f"{path} has no generated parts; {mend}")
-    readme.write_readme(path)
-    for folder in readme.folders_of(path):
-        plot_utils.draw_all(*tables.read_table(folder), folder)
-        readme.write_folder_readme(folder)
+    readme.write_readme(path, found)
+    for folder, (rows, environments) in found.items():
+        plot_utils.draw_all(rows, environments, folder)
+        readme.write_folder_readme(folder, rows, environments)
     for *_, kind, folders in readme.marked(path):
-        if kind == "machines":
-            draw_machines(*folders)
+        if kind == "machines":  # at the smallest image size that both have
+            both, names = readme.machine_ratios(*(found[folder] for folder in folders))
+            smallest = both[both.image_size == both.image_size.min()]
+            plot_utils.draw_comparison(smallest, " → ".join(names), folders[1] / "machines.png")
+    print(f"written: {path}; README.md and charts in {', '.join(map(str, found))}")
 
 
-def draw_machines(a: Path, b: Path) -> None:
-    """Two machines at the smallest image size that both have -> machines.png in the second's folder."""
-    both, names = readme.machine_ratios(a, b)
-    smallest = both[both.image_size == both.image_size.min()]
-    plot_utils.draw_comparison(smallest, " → ".join(names), b / "machines.png")
+# ---- arguments
+
+
+def share(text: str) -> float:
+    """ "5%" or "0.05" -> 0.05"""
+    value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share from 0% to 100%")
+    return value
 
 
 def check(args: argparse.Namespace, limits: dict[str, float | None]) -> None:
@@ -211,9 +229,11 @@ def main() -> None:
     slower = "exit code 1 if one is slower by more, beyond its interval, or nothing could be judged"
     parser.add_argument("--fail-if-slower", type=share, metavar="5%", help=slower)
     parser.add_argument("--best", action="store_true", help="only the fastest within the limits below")
-    parser.add_argument("--max-latency-ms", type=limit, help="95th percentile of a batch")
-    parser.add_argument("--max-memory-mb", type=limit, help="of the process: GPU memory, on a CPU the host's")
-    parser.add_argument("--min-accuracy", type=limit, help="top-1 on the test set, 0 to 1")
+    parser.add_argument("--max-latency-ms", type=number(float, 0, 1e9), help="95th percentile of a batch")
+    parser.add_argument(
+        "--max-memory-mb", type=number(float, 0, 1e9), help="of the process: GPU memory, on a CPU the host's"
+    )
+    parser.add_argument("--min-accuracy", type=number(float, 0, 1), help="top-1 on the test set, 0 to 1")
     anew = "renew the charts, README.md's generated parts and the results' READMEs"
     parser.add_argument("--write-readme", action="store_true", help=anew)
     args = parser.parse_args()
@@ -223,13 +243,15 @@ def main() -> None:
     if len(args.results) == 2:
         code = compare_two(args.results, args.sweeps, args.fail_if_slower)
     elif args.best:
+        from utils.report import tables
+
         lines, fits = best_lines(tables.read_table(args.results[0])[0], limits)
         print("\n".join(lines))
         code = 0 if fits else 1
+    elif args.write_readme:
+        write_readmes(Path("README.md"))
     else:
         tell(args.results[0])
-    if args.write_readme:
-        write_readmes(Path("README.md"))
     if code:
         sys.exit(code)
 

@@ -28,16 +28,12 @@ def test_a_backend_is_added_by_the_steps_of_the_readme(project, tmp_path):
     (repo / "torchscript_inference.py").write_text(code, encoding="utf-8")
     first = '    "onnx_inference": '
     edit(repo / "backends.py", first, f'    "torchscript_inference": ["torchscript"],\n{first}')
-    colour = 'BACKEND_COLOUR = {\n    "torchscript": SKY,'
-    plots = repo / "utils" / "report" / "chart_style.py"
-    edit(
-        plots,
-        next(line for line in plots.read_text("utf-8").split("\n") if line.startswith("BACKEND_COLOUR")),
-        colour,
-    )
+    first = '    "pytorch": '
+    colour = f'    "torchscript": ("TorchScript", YELLOW),\n{first}'
+    edit(repo / "utils" / "report" / "names.py", first, colour)
     paths = ["--data", project / "data", "--weights", project / "weights", "--results", tmp_path]
     small = ["--backends", "pytorch", "torchscript", "--quick", "--runs", 4, "--device", "cpu", *paths]
     said = run_script(repo / "benchmark.py", *small, cwd=repo).stdout
     rows = pd.read_csv(tmp_path / "quick" / "benchmark_results.csv").set_index("backend")
     assert set(rows.loc["torchscript"].status) == {"ok"} and (rows.loc["torchscript"].speedup > 0).all()
-    assert "torchscript FP32" in said
+    assert "TorchScript FP32" in said

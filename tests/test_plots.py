@@ -11,9 +11,10 @@ from matplotlib.text import Text
 
 from utils import plot_utils
 from utils.plot_utils import CHARTS, draw, draw_all
-from utils.report import analysis, chart_style, readme, serving_plots, tables
+from utils.report import analysis, chart_style, names, readme, tables
+from utils.report.names import in_words, label
 from utils.report.rows import COLUMNS
-from utils.report.words import figure, label
+from utils.report.words import figure
 from utils.utils import UserError
 
 BACKENDS = {"pytorch": ("fp32", 100.0), "onnx": ("fp16", 250.0), "tensorrt": ("fp16", 400.0)}
@@ -44,7 +45,8 @@ def table(backends=BACKENDS, sizes=(224, 512), batches=(1, 16), sweep="a", inter
                     row |= dict(fps_low=fps * (1 - interval), fps_high=fps * (1 + interval))
                 rows.append({**row, "gpu_memory_mb": memory})
     rows = pandas.DataFrame(rows).reindex(columns=COLUMNS)
-    return with_speedups(rows.astype({"gpu_memory_mb": float}).assign(adds=""))
+    rows = rows.astype({"gpu_memory_mb": float}).assign(adds="", reason="")
+    return with_speedups(rows.assign(notes=[[] for _ in range(len(rows))]))
 
 
 def with_speedups(rows):
@@ -98,13 +100,21 @@ def data_lines(fig):
         ("onnx", "FP16", "ONNX Runtime FP16"),
         ("onnx-nhwc", "fp16", "ONNX Runtime FP16, NHWC"),
         ("torch-tensorrt-graph", "fp16", "Torch-TensorRT FP16, CUDA graph"),
-        ("tensorrt-static-graph", "fp16", "TensorRT FP16, static shape, CUDA graph"),
+        ("tensorrt-static-graph", "fp16", "TensorRT FP16, static shapes, CUDA graph"),
         ("tensorrt-int8", "int8", "TensorRT INT8"),
-        ("openvino", "", "openvino"),
+        ("openvino-int8", "int8", "OpenVINO INT8"),
+        ("glow", "", "glow"),
     ],
 )
 def test_label(backend, precision, expected):
     assert label(backend, precision) == expected
+
+
+def test_a_sentence_names_a_method_in_words():
+    static = "TensorRT INT8 with static shapes and a CUDA graph"
+    assert in_words("tensorrt-int8-static-graph", "INT8") == static
+    assert in_words("pytorch-channels-last", "FP32") == "PyTorch FP32 with the channels-last layout"
+    assert in_words("onnx", "FP16") == "ONNX Runtime FP16"
 
 
 @pytest.mark.parametrize(
@@ -125,26 +135,30 @@ def test_a_number_has_three_digits_and_thousands_apart(value, expected):
 def test_findings_of_a_case_worked_by_hand():
     rows = table()  # TensorRT: 400 images/s at batch 1, 1600 at batch 16; PyTorch: 100 and 400
     assert "TensorRT FP16 is fastest: 1,600 images/s at 224 px, batch 16" in say(rows)
-    assert "TensorRT FP16 reaches 4x the speed of PyTorch FP32 at 224 px, batch 1" in say(rows, SPEEDUP)
-    assert "Batch 16 serves 4x (" in say(rows, BATCH)
+    reached = "TensorRT FP16 reaches 4.00x (3.92-4.08) PyTorch FP32 at 224 px, batch 1"
+    assert reached in say(rows, SPEEDUP)
+    assert "From batch 1 to 16 at 224 px, throughput grows by a factor of 4" in say(rows, BATCH)
     assert "GPU memory at 512 px, batch 16: 900 MB" in say(rows, MEMORY)
 
 
 def test_no_winner_while_the_intervals_overlap():
     rows = table({**BACKENDS, "onnx": ("fp16", 390.0)})  # 390 + 2 % reaches 400 - 2 %
-    for name, values in [(FPS, "1,600 to 1,560 images/s"), (SPEEDUP, "4 to 3.9x the speed of PyTorch FP32")]:
-        assert f"TensorRT FP16 and ONNX Runtime FP16 are level: {values} at 224 px" in say(rows, name)
+    values = {FPS: "1,600 images/s and 1,560 images/s"}
+    values[SPEEDUP] = "4.00x (3.92-4.08) PyTorch FP32 and 3.90x (3.82-3.98) PyTorch FP32"
+    for name, said in values.items():
+        assert f"TensorRT FP16 and ONNX Runtime FP16 are indistinguishable: {said} at 224 px" in say(
+            rows, name
+        )
         assert "fastest" not in say(rows, name)
     assert "is fastest" in say(table({**BACKENDS, "onnx": ("fp16", 380.0)}))  # 380 + 2 % does not
-    assert "TensorRT FP16 and 2 others are level" in say(
-        table({**BACKENDS, "onnx": ("fp16", 390.0), "torch-tensorrt": ("fp16", 395.0)})
-    )
-    assert "Nothing is clearly faster than PyTorch FP32" in say(
-        table({"pytorch": ("fp32", 100.0), "onnx": ("fp32", 101.0)}), SPEEDUP
-    )
-    for name, said in [(FPS, "TensorRT FP16 1,600 images/s"), (SPEEDUP, "TensorRT FP16 4x the speed")]:
-        alone = say(table(interval=None), name)
-        assert f"One round supports no verdict: {said}" in alone and "fastest" not in alone
+    three = table({**BACKENDS, "onnx": ("fp16", 390.0), "torch-tensorrt": ("fp16", 395.0)})
+    assert "TensorRT FP16 and 2 others are indistinguishable" in say(three)
+    close = table({"pytorch": ("fp32", 100.0), "onnx": ("fp32", 101.0)})
+    assert "Nothing is clearly faster than PyTorch FP32" in say(close, SPEEDUP)
+    for name in (FPS, SPEEDUP):
+        single = say(table(interval=None), name)
+        assert "One round supports no verdict: TensorRT FP16" in single and "fastest" not in single
+        assert "4.00" not in single and (name == FPS or "| one round |" in single)
 
 
 def test_a_row_that_is_not_ok_is_never_drawn_and_never_wins():
@@ -156,7 +170,7 @@ def test_a_row_that_is_not_ok_is_never_drawn_and_never_wins():
         legend = [text.get_text() for part in fig.findobj(Legend) for text in part.get_texts()]
         assert "TensorRT FP16" not in [*data_lines(fig), *legend] and "TensorRT FP16" not in texts(fig)
     assert "ONNX Runtime FP16 is fastest: 1,000 images/s" in say(rows)
-    assert "reaches 2.5x" in say(rows, SPEEDUP)
+    assert "reaches 2.50x" in say(rows, SPEEDUP)
 
 
 def test_what_is_missing_is_said_and_marked():
@@ -168,34 +182,58 @@ def test_what_is_missing_is_said_and_marked():
     assert "OOM" in texts(draw(CHARTS[SPEEDUP], rows, {}))
     fig = draw(CHARTS[FPS], rows, {})
     crosses = [line for ax in fig.axes for line in ax.lines if line.get_marker() == "x"]
-    assert len(crosses) == 1 and to_hex(crosses[0].get_color()) == chart_style.ORANGE.lower()
+    assert len(crosses) == 1 and to_hex(crosses[0].get_color()) == names.ORANGE.lower()
     assert pandas.isna(
         data_lines(fig)["ONNX Runtime FP16"][1].get_ydata()[1]
     )  # the panel of batch 16, at 512 px
 
 
-def test_missing_records_and_a_missing_baseline_are_said():
-    rows = table()
-    rows = rows[~((rows["backend"] == "tensorrt") & (rows["batch_size"] == 16))]
-    assert "TensorRT FP16 (not run: batch 16)" in say(rows)
-    assert "no baseline" in texts(
-        draw(CHARTS[SPEEDUP], spoil(table(), "failed", backend="pytorch", image_size=512), {})
-    )
-    assert "No speedups: PyTorch FP32 was not measured" in say(
-        spoil(table(), "failed", backend="pytorch"), SPEEDUP
-    )
+def test_a_missing_baseline_is_said():
+    rows = spoil(table(), "failed", backend="pytorch", image_size=512)
+    assert "no baseline" in texts(draw(CHARTS[SPEEDUP], rows, {}))
+    nothing = spoil(table(), "failed", backend="pytorch")
+    assert "No speedups: PyTorch FP32 was not measured" in say(nothing, SPEEDUP)
     diagonal = spoil(table(), "failed", backend="onnx", image_size=224, batch_size=16)
     diagonal = spoil(diagonal, "failed", backend="onnx", image_size=512, batch_size=1)
     assert "ONNX Runtime FP16 (failed: 2 of 4 configurations)" in say(diagonal)
 
 
-def test_sweeps_stand_side_by_side_each_with_its_own_baseline():
-    slower = {"pytorch": ("fp32", 50.0), "tensorrt": ("fp16", 400.0)}
-    rows = pandas.concat([table(), table(slower, sweep="b")], ignore_index=True)
-    said = say(rows, SPEEDUP)
-    assert "a: TensorRT FP16 reaches 4x" in said and "b: TensorRT FP16 reaches 8x" in said
-    assert "a: GPU one, torch 2.11 · sample data (drawn heroes)" in said and "b: GPU one, torch 2.2" in said
-    assert said.count("sample data") == 1
+def test_a_line_leaves_a_gap_where_it_was_tried_and_none_where_it_was_not():
+    rows = table({"pytorch": ("fp32", 100.0), "tensorrt": ("fp16", 400.0)}, batches=(1, 8, 16))
+    tried = spoil(rows, "failed", backend="tensorrt", batch_size=8)
+    (line, *_) = data_lines(draw(CHARTS[BATCH], tried, {}))["TensorRT FP16"]
+    assert list(line.get_xdata()) == [0, 1, 2] and numpy.isnan(line.get_ydata()[1])
+    left_out = rows[~((rows.backend == "tensorrt") & (rows.batch_size == 8))]
+    (line, *_) = data_lines(draw(CHARTS[BATCH], left_out, {}))["TensorRT FP16"]
+    assert list(line.get_xdata()) == [0, 2] and list(line.get_ydata()) == [400, 1600]
+
+
+def two_environments():
+    """One machine, measured in two environments, in each against its own PyTorch FP32."""
+    slower = {"pytorch": ("fp32", 50.0), "tensorrt-graph": ("fp16", 400.0)}
+    return pandas.concat([table(), table(slower, sweep="b")], ignore_index=True)
+
+
+def test_one_panel_set_holds_every_method_of_a_machine_across_its_environments():
+    fig = draw(CHARTS[FPS], two_environments(), ENVIRONMENT)
+    assert len([ax for ax in fig.axes if ax.axison]) == 2  # one for each batch size, not for each environment
+    assert set(data_lines(fig)) == {
+        *("PyTorch FP32 (a)", "PyTorch FP32 (b)", "ONNX Runtime FP16"),
+        *("TensorRT FP16", "TensorRT FP16, CUDA graph"),
+    }
+    said = " | ".join(texts(fig))
+    assert "a: GPU one, torch 2.11" in said and "b: GPU one, torch 2.2" in said
+    assert said.count("trained on the drawn sample images (a)") == 1
+    assert "TensorRT FP16, CUDA graph reaches 8.00x (7.84-8.16)" in say(two_environments(), SPEEDUP)
+
+
+def test_a_panel_with_a_single_point_is_not_drawn_where_others_have_more():
+    rows = table(batches=(1, 16, 256))
+    rows = rows[(rows["batch_size"] < 256) | (rows["image_size"] == 224)]
+    for name in (FPS, SPEEDUP):
+        panels = [ax for ax in draw(CHARTS[name], rows, {}).axes if ax.axison]
+        assert [ax.get_title() for ax in panels] == ["batch 1", "batch 16"]
+    assert len([ax for ax in draw(CHARTS[FPS], rows[rows.image_size == 224], {}).axes if ax.axison]) == 3
 
 
 def test_every_chart_has_the_same_colours_units_and_a_zero():
@@ -204,14 +242,14 @@ def test_every_chart_has_the_same_colours_units_and_a_zero():
         panels = [ax for ax in fig.axes if ax.axison]
         assert panels and all(ax.get_ylim()[0] == 0 for ax in panels)
         assert panels[0].get_ylabel() == chart.unit and panels[-1].get_xlabel() in plot_utils.AXIS.values()
-        assert "GPU one, torch 2.11 · sample data (drawn heroes)" in texts(fig)
+        assert any("GPU one, torch 2.11 trained on the drawn sample" in text for text in texts(fig))
         if chart.bars:
             (legend,) = fig.findobj(Legend)
             colours = {bar.get_label(): to_hex(bar.get_facecolor()) for bar in legend.get_patches()}
         else:
             colours = {text: to_hex(lines[0].get_color()) for text, lines in data_lines(fig).items()}
-        assert colours["ONNX Runtime FP16"] == chart_style.ORANGE.lower(), name
-        assert colours["TensorRT FP16"] == chart_style.GREEN.lower(), name
+        assert colours["ONNX Runtime FP16"] == names.ORANGE.lower(), name
+        assert colours["TensorRT FP16"] == names.GREEN.lower(), name
 
 
 def test_no_panel_cuts_a_value_off():
@@ -238,9 +276,9 @@ def test_styles_differ_and_variants_keep_their_backends_colour():
     variants = [name for look in chart_style.LOOKS for name in look[-1]]
     assert len(set(map(str, looks))) == len(looks) and len(set(variants)) == len(variants)
     for backend in ("tensorrt-int8-graph", "tensorrt-static", "tensorrt-of-tomorrow"):
-        assert chart_style.style(backend, "fp16")["color"] == chart_style.GREEN
+        assert chart_style.style(backend, "fp16")["color"] == names.GREEN
     assert chart_style.style("torch-tensorrt-graph", "fp16")["marker"] == "D"
-    assert chart_style.style("onnx-new", "fp16")["color"] == chart_style.ORANGE
+    assert chart_style.style("onnx-new", "fp16")["color"] == names.ORANGE
 
 
 @pytest.mark.parametrize(
@@ -264,10 +302,8 @@ def test_edge_cases_are_drawn(rows, tmp_path):
 
 def test_every_panel_and_text_stays_on_the_sheet():
     variants = ["", "-graph", "-static", "-static-graph", "-int8", "-int8-graph"]
-    names = [f"{backend}{variant}" for backend in ("pytorch", "tensorrt") for variant in variants]
-    backends = {
-        name: ("fp32" if name == "pytorch" else "fp16", 100.0 + 20 * i) for i, name in enumerate(names)
-    }
+    made = [f"{backend}{variant}" for backend in ("pytorch", "tensorrt") for variant in variants]
+    backends = {name: ("fp16" if "-" in name else "fp32", 100.0 + 20 * i) for i, name in enumerate(made)}
     rows = table(backends, sizes=(224, 256, 384, 512), batches=(1, 8, 16))
     for name in (FPS, SPEEDUP):
         fig = draw(CHARTS[name], rows, ENVIRONMENT)
@@ -280,15 +316,15 @@ def test_the_same_rows_give_the_same_bytes_and_a_stale_chart_goes(tmp_path):
     rows = table()
     before = rows.copy()
     first = {path.name: path.read_bytes() for path in draw_all(rows, ENVIRONMENT, tmp_path)}
-    assert set(first) == {*CHARTS, "ladder.png"}
+    assert set(first) == {*CHARTS, "methods.png"}
     pandas.testing.assert_frame_equal(rows, before)
-    rows.to_csv(tmp_path / "rows.csv", index=False)  # as benchmark.py hands them over
-    again = {
-        path.name: path.read_bytes()
-        for path in draw_all(tables.read_csv(tmp_path / "rows.csv"), ENVIRONMENT, tmp_path)
-    }
+    rows.assign(notes="").to_csv(tmp_path / "rows.csv", index=False)  # as benchmark.py hands them over
+    read = tables.read_csv(tmp_path / "rows.csv")
+    again = {path.name: path.read_bytes() for path in draw_all(read, ENVIRONMENT, tmp_path)}
     assert again == first
+    (tmp_path / "ladder.png").write_bytes(b"as an earlier version called methods.png")
     assert MEMORY not in [path.name for path in draw_all(table(memory=None), {}, tmp_path)]
+    assert not (tmp_path / "ladder.png").exists()
     assert not (tmp_path / MEMORY).exists()
 
 
@@ -297,7 +333,7 @@ def test_memory_is_compared_where_most_backends_fit():
     assert "GPU memory at 224 px, batch 16: 900 MB" in say(rows, MEMORY)
 
 
-# ---- the ladder, from files to labels, latency under load
+# ---- every method, from files to labels, latency under load
 
 
 def drawn(fig) -> str:
@@ -309,33 +345,33 @@ def bars(ax) -> list[float]:
     return [bar.get_width() for bar in ax.patches]
 
 
-def test_the_ladder_climbs_from_the_slowest_to_the_fastest_with_each_gain():
-    rows = table({**BACKENDS, "tensorrt-graph": ("fp16", 404.0)})  # level with TensorRT, 2 % wide
+def test_every_method_stands_at_its_throughput_with_its_environment_and_its_speedup():
+    rows = two_environments()
     rows.loc[rows["backend"] == "tensorrt-graph", "adds"] = "replayed as one CUDA graph"
-    fig = plot_utils.draw_ladder(rows, ENVIRONMENT)
-    assert bars(fig.axes[0]) == [400, 1000, 1600, 1616]  # at 224 px and batch 16
-    names = [" ".join(text.get_text().split()) for text in fig.axes[0].get_yticklabels()]
-    assert names[0] == "PyTorch FP32 the baseline"
-    assert names[3] == "TensorRT FP16, CUDA graph replayed as one CUDA graph"
+    fig = plot_utils.draw_methods(rows, ENVIRONMENT)
+    assert bars(fig.axes[0]) == [200, 400, 1000, 1600, 1600]  # at 224 px and batch 16
+    called = [" ".join(text.get_text().split()) for text in fig.axes[0].get_yticklabels()]
+    assert called[:2] == ["PyTorch FP32 the baseline; b", "PyTorch FP32 the baseline; a"]
+    assert called[4] == "TensorRT FP16, CUDA graph replayed as one CUDA graph; b"
     said = drawn(fig)
-    assert "1,000 images/s, 2.50x the one below |" in said and "1.01x the one below (level)" in said
-    assert "TensorRT FP16, CUDA graph and TensorRT FP16 are level" in said
+    assert "1,000 images/s, 2.50x (2.45-2.55)" in said and "1,600 images/s, 8.00x (7.84-8.16)" in said
+    assert "are indistinguishable: 1,600 images/s" in said and "400 images/s |" in said
 
 
-def test_a_mismatch_is_at_the_foot_of_the_ladder_without_a_figure():
-    fig = plot_utils.draw_ladder(spoil(table(), "mismatch", backend="tensorrt"), ENVIRONMENT)
-    names = [text.get_text().split("\n")[0] for text in fig.axes[0].get_yticklabels()]
-    assert names == ["TensorRT FP16", "PyTorch FP32", "ONNX Runtime FP16"] and "wrong results" in drawn(fig)
+def test_a_mismatch_is_at_the_foot_without_a_figure():
+    fig = plot_utils.draw_methods(spoil(table(), "mismatch", backend="tensorrt"), ENVIRONMENT)
+    called = [text.get_text().split("\n")[0] for text in fig.axes[0].get_yticklabels()]
+    assert called == ["TensorRT FP16", "PyTorch FP32", "ONNX Runtime FP16"] and "wrong results" in drawn(fig)
     assert "1,600" not in drawn(fig)
 
 
-def test_the_ladder_stands_on_the_largest_batch_that_most_share():
+def test_every_method_is_shown_at_the_largest_batch_that_most_share():
     rows = table(batches=(1, 16, 256))
     rows = rows[(rows["batch_size"] < 256) | (rows["backend"] == "tensorrt")]
-    assert set(analysis.ladder(rows).batch_size) == {16}
-    assert set(analysis.ladder(table(sizes=(256, 64))).image_size) == {64}
-    assert plot_utils.draw_ladder(table({"pytorch": ("fp32", 100.0)}), {}) is None
-    assert plot_utils.draw_ladder(spoil(table(), "failed"), {}) is None
+    assert set(analysis.all_methods(rows).batch_size) == {16}
+    assert set(analysis.all_methods(table(sizes=(256, 64))).image_size) == {64}
+    assert plot_utils.draw_methods(table({"pytorch": ("fp32", 100.0)}), {}) is None
+    assert plot_utils.draw_methods(spoil(table(), "failed"), {}) is None
 
 
 def served(**changes) -> pandas.DataFrame:
@@ -352,14 +388,16 @@ def served(**changes) -> pandas.DataFrame:
 
 
 def test_from_files_to_labels_shows_the_pipeline_and_its_halves():
-    fig = serving_plots.draw_end_to_end(served(), ENVIRONMENT)
+    fig = plot_utils.draw_end_to_end(served(), ENVIRONMENT)
     said = drawn(fig)
-    assert "From files to labels: TensorRT FP16, 18,000 images/s, 90% of what its parts allow" in said
+    assert (
+        "From files to labels: TensorRT FP16 reaches 18,000 images/s" in said and "bottleneck: decode" in said
+    )
     assert "files to labels 1,800, 90% of what its parts allow" in said and "inference alone 90,000 →" in said
     assert "GPU one, 16 threads, 2026-11-26" in said and "2026-11-23" not in said  # its own, not the sweep's
     assert bars(fig.axes[0])[:2] == [1800, 2000] and max(bars(fig.axes[0])) == 26000  # cut off, and said
     wrong = served(status=["ok", "mismatch"], reason=["", "another class on 9 of 100"])
-    said = drawn(serving_plots.draw_end_to_end(wrong, ENVIRONMENT))
+    said = drawn(plot_utils.draw_end_to_end(wrong, ENVIRONMENT))
     assert "18,000" not in said and "mismatch: another class on 9 of 100" in said
 
 
@@ -379,14 +417,14 @@ def test_latency_under_load_is_drawn_against_the_rate_with_its_limit():
         "tensorrt": 1000,
         "pytorch": 200,
     }
-    fig = serving_plots.draw_load(loaded(), ENVIRONMENT)
+    fig = plot_utils.draw_load(loaded(), ENVIRONMENT)
     assert "TensorRT FP16 answers 99 % within 15 ms at up to 1,000 images/s" in drawn(fig)
     (ax,) = fig.axes
     assert ax.get_yscale() == "log" and "limit: 15 ms" in drawn(fig)
     crosses = [line for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata())]
     assert [list(line.get_xdata()) for line in crosses] == [[2000]]
     slow = loaded().assign(p99_ms=99.0)
-    assert "No rate tried keeps 99 % of the answers within 15 ms" in drawn(serving_plots.draw_load(slow, {}))
+    assert "No rate tried keeps 99 % of the answers within 15 ms" in drawn(plot_utils.draw_load(slow, {}))
 
 
 def test_serving_is_drawn_and_told_only_where_it_was_measured(tmp_path):
@@ -395,14 +433,13 @@ def test_serving_is_drawn_and_told_only_where_it_was_measured(tmp_path):
     served().to_csv(tmp_path / "end_to_end.csv", index=False)
     loaded().to_csv(tmp_path / "load.csv", index=False)
     assert names <= {path.name for path in draw_all(table(), ENVIRONMENT, tmp_path)}
-    table().to_csv(tmp_path / "benchmark_results.csv", index=False)
-    text = readme.folder_readme(tmp_path)
-    assert "| TensorRT FP16 | 224 | 256 | dali | 18,000 | 17,600–18,400 | 20,000 | 90,000 |" in text
+    text = readme.folder_readme(tmp_path, table(), ENVIRONMENT)
+    assert "| TensorRT FP16 | 224 | 256 | dali | 18,000 | 17,600-18,400 | 20,000 | 90,000 |" in text
     assert "| TensorRT FP16 | 224 | server | 1,000 | 1,000 | 1 | 2 | 3 | yes |" in text
     assert "![From files to labels](end_to_end.png)" in text and "![Latency under load](load.png)" in text
     served().drop(columns="decoder").to_csv(tmp_path / "end_to_end.csv", index=False)
     assert "end_to_end.png" not in {path.name for path in draw_all(table(), ENVIRONMENT, tmp_path)}
-    assert "Measured by an earlier version" in readme.folder_readme(tmp_path)
+    assert "Measured by an earlier version" in readme.folder_readme(tmp_path, table(), ENVIRONMENT)
     (tmp_path / "load.csv").write_bytes(b"")
     with pytest.raises(UserError, match="load.csv is no table.*python end_to_end.py --load"):
-        readme.folder_readme(tmp_path)
+        readme.folder_readme(tmp_path, table(), ENVIRONMENT)

@@ -85,7 +85,11 @@ def test_what_the_device_did_against_hand_worked_figures():
     assert row.pct_measured_peak == pytest.approx(100 * 0.4 / 8)
     assert row.flops_per_byte == pytest.approx(1e9 / (2 * (2e6 + 8e6 / 4)))  # 250 x 10 GB/s = 2.5 TFLOP/s < 8
     assert row.limit == "memory" and row.sustained_fps == 500 and row.mj_per_image == 1500
-    assert row.temperature_c == 40 and row.host_memory_mb == 500 and "device memory" in row.notes
+    assert (
+        row.temperature_c == 40
+        and row.host_memory_mb == 500
+        and any("device memory" in note for note in row.notes)
+    )
     rounds[0].batches[0]["busy_ms"] = 4.0  # of 10 ms
     assert rows_of(rounds, limits, **gpu)[0].limit == "launch"
     assert rows_of(rounds, **gpu)[0].limit is None  # no ceilings measured
@@ -102,23 +106,29 @@ def test_the_baseline_beside_a_row_gives_its_speedup_whatever_the_baselines_own_
 
 def test_a_single_round_has_no_interval_and_what_missed_its_target_says_by_how_much():
     (one,) = rows_of([record()])
-    assert one.fps_low is None and one.speedup_low is None and one.notes.startswith("one round: ")
+    assert one.fps_low is None and one.speedup_low is None and one.notes[0].startswith("one round: ")
     own = [record("onnx", k, batch={"baseline_ms": [10.0 + k], "block_runs": [10]}) for k in range(3)]
     note = {"environment": ENVIRONMENT, "precision_pct": 5.0}
     (row,) = rows.rows_of(own, note)
     width = rows.width_pct(row)
-    assert 20 < width < 30 and row.notes.startswith(f"noisy: speedup ±{width:.2g} %, target 5 %, ")
-    assert "noisy" not in rows.rows_of(own, note | {"precision_pct": 30})[0].notes
-    assert "shared core" not in row.notes
+    assert 20 < width < 30 and row.notes[0].startswith(f"noisy: speedup ±{width:.2g} %, target 5 %, ")
+    assert rows.rows_of(own, note | {"precision_pct": 30})[0].notes == [
+        "40.0 MB",
+        "built in 1.5 s",
+        "from the cache in 1.50 s",
+    ]
+    assert not any("shared core" in said for said in row.notes)
     wild = [record("onnx", k, batch={"baseline_ms": [10.0 * 2**k], "block_runs": [10]}) for k in range(3)]
-    assert rows.rows_of(wild, note)[0].notes.startswith("noisy: speedup ±459 %, ")  # exp(4.303 ln 2 / √3)
+    assert rows.rows_of(wild, note)[0].notes[0].startswith("noisy: speedup ±459 %, ")  # exp(4.303 ln 2 / √3)
     for one in own:
         one.batches[0]["core_ms"] = [0.01] * 5 + [0.02] * 5
-    assert "; shared core: a core was 2 times as slow at times, " in rows.rows_of(own, note)[0].notes
-    assert "shared core" not in rows.rows_of(own, note | {"precision_pct": 30})[0].notes
+    assert (
+        rows.rows_of(own, note)[0].notes[1].startswith("shared core: a core was 2 times as slow at times, ")
+    )
+    assert rows.rows_of(own, note | {"precision_pct": 30})[0].notes[0] == "40.0 MB"
     for one in own:
         one.runs = 100
-    assert rows.rows_of(own, note)[0].notes.startswith("too short: ")
+    assert rows.rows_of(own, note)[0].notes[0].startswith("too short: ")
 
 
 def test_a_further_round_adds_to_a_row_and_takes_nothing_away():
@@ -203,8 +213,8 @@ def test_a_record_is_validated_without_computing_a_statistic(tmp_path, monkeypat
 def test_what_older_records_call_otherwise_is_read(tmp_path):
     new, path = record(batch={"baseline_ms": [12.0], "block_runs": [10]}), tmp_path / "record.json"
     old = dataclasses.asdict(new)
-    old["batches"][0]["beside_ms"] = old["batches"][0].pop("baseline_ms")
-    old["batches"][0]["turns"] = old["batches"][0].pop("block_runs")
+    old["batches"][0]["baseline_ms"] = old["batches"][0].pop("baseline_ms")
+    old["batches"][0]["block_runs"] = old["batches"][0].pop("block_runs")
     write_json(path, old)
     assert records.read_record(path) == new
 
@@ -302,9 +312,9 @@ def test_the_csv_is_a_pure_function_of_the_raw_records(tmp_path):
     for k in range(3):
         for backend, ms in (("pytorch", 10.0 + k), ("onnx", 5.0)):
             keep(folder, record(backend, k, host_ms=[ms + i / 10 for i in range(40)]))
-    first = tables.write_csv(tmp_path)
+    first, _ = tables.write_table(tmp_path)
     text = (tmp_path / "benchmark_results.csv").read_bytes()
-    tables.write_csv(tmp_path)
+    tables.write_table(tmp_path)
     assert (tmp_path / "benchmark_results.csv").read_bytes() == text
     assert list(first.columns) == COLUMNS == text.decode().splitlines()[0].split(",")
     pd.testing.assert_frame_equal(first, tables.read_csv(tmp_path))
@@ -314,7 +324,7 @@ def test_the_csv_is_a_pure_function_of_the_raw_records(tmp_path):
 def test_every_command_that_made_a_sweep_is_named_once_in_their_order(tmp_path):
     commands = ["python benchmark.py --backends pytorch", "python benchmark.py --backends onnx"]
     keep(tmp_path / "raw" / "main", record(), record("onnx"), commands=commands)
-    tables.write_csv(tmp_path)
+    tables.write_table(tmp_path)
     known = json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))
     assert known["main"]["command"] == " && ".join(commands)
 
@@ -337,6 +347,6 @@ PUBLISHED = sorted(path.parent for path in (ROOT / "results" / "published").glob
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
 def test_published_tables_can_be_recomputed_from_their_raw_samples(folder, tmp_path):
     shutil.copytree(folder / "raw", tmp_path / "raw")
-    tables.write_csv(tmp_path)
+    tables.write_table(tmp_path)
     for name in ("benchmark_results.csv", "environment.json"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (folder / name).read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Rows -> judgements: which is fastest, what is level, where it saturates, what fits limits, what changed.
+"""Rows -> judgements: which is fastest, what is indistinguishable, what fits limits, what has changed.
 
-The only place that judges: the report, the charts and compare.py put its findings into words and pictures.
+The only place that judges: tables, charts, sentences and compare.py show what it finds.
 """
 
 import math
@@ -24,11 +24,12 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.status == "ok"]
 
 
-def level(a, b) -> bool:
-    """Whether two rows of one table show no difference in throughput: their 95 % intervals overlap.
+def indistinguishable(a, b, column: str = "fps") -> bool:
+    """Whether two rows of one table show no difference in a column (fps, speedup): 95 % intervals overlap.
 
-    At the same image and batch size their speedups must overlap too, where known: what drifted for all
-    cancels in these.  A row without an interval, of a single round, differs from none.
+    In one sweep, at the same image and batch size, those of throughput and of speedup must both overlap,
+    where known: what drifted for all cancels in speedups.  A row of a single round has no interval and
+    differs from none.
     """
 
     def overlap(figure: str) -> bool:
@@ -36,7 +37,7 @@ def level(a, b) -> bool:
         return not (a_low > b_high or b_low > a_high)
 
     alike = (a.sweep, a.image_size, a.batch_size) == (b.sweep, b.image_size, b.batch_size)
-    return overlap("fps") and (overlap("speedup") if alike else True)
+    return all(map(overlap, ["fps", "speedup"] if alike else [column]))
 
 
 def bounds(row, figure: str) -> tuple[float, float]:
@@ -47,43 +48,43 @@ def bounds(row, figure: str) -> tuple[float, float]:
     return (math.nan, math.nan) if pd.isna(low) else (low, high)
 
 
-def fastest(rows: pd.DataFrame) -> list[pd.Series]:
-    """The row with the highest throughput, and after it those that are level with it."""
-    ordered = [row for _, row in measured(rows).sort_values("fps", ascending=False).iterrows()]
-    return [row for row in ordered if level(ordered[0], row)]
+def fastest(rows: pd.DataFrame, column: str = "fps") -> list[pd.Series]:
+    """The row with the highest value, and after it those that are indistinguishable from it."""
+    found = measured(rows)
+    found = found[found[column].notna()].sort_values(column, ascending=False, kind="stable")
+    ordered = [row for _, row in found.iterrows()]
+    return [row for row in ordered if indistinguishable(ordered[0], row, column)]
 
 
-def leaders(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Where the highest value of a column is: its row, then those of that size and batch level with it.
-
-    Sizes and batches at which several backends were measured come first.
-    """
-    found = rows[rows[column].notna()]
+def leaders(rows: pd.DataFrame, column: str) -> list[pd.Series]:
+    """Where the highest value of a column is: its row, then those of that size and batch that are
+    indistinguishable from it.  Sizes and batches at which several methods were measured come first."""
+    found = measured(rows)
+    found = found[found[column].notna()]
     if found.empty:
-        return found
+        return []
     shared = found.groupby(["image_size", "batch_size"])[column].transform("size") > 1
     best = (found[shared] if shared.any() else found).nlargest(1, column).iloc[0]
-    same = found[(found.image_size == best.image_size) & (found.batch_size == best.batch_size)]
-    same = same.sort_values(column, ascending=False, kind="stable")
-    return same[[level(row, best) for _, row in same.iterrows()]]
+    return fastest(at(found, best.image_size, best.batch_size), column)
+
+
+def at(rows: pd.DataFrame, image_size: int, batch_size: int) -> pd.DataFrame:
+    return rows[(rows.image_size == image_size) & (rows.batch_size == batch_size)]
 
 
 def wins(rows: pd.DataFrame) -> tuple[list[tuple[pd.Series, int]], int, int]:
-    """Who is clearly fastest in how many combinations of image and batch size with several backends.
+    """Who is clearly fastest in how many combinations of image and batch size with several methods.
 
     Returns a row of each winner with its number of wins, most first; the number of ties; the number in all.
     """
     won, ties, total = {}, 0, 0
     for _, group in measured(rows).groupby(["image_size", "batch_size"]):
-        if group.backend.nunique() < 2:
-            continue
-        total += 1
-        best = fastest(group)
-        if len(best) > 1:
-            ties += 1
-        else:
-            row, count = won.get(best[0].backend, (best[0], 0))
-            won[best[0].backend] = row, count + 1
+        if group.backend.nunique() > 1:
+            best, total = fastest(group), total + 1
+            ties += len(best) > 1
+            if len(best) == 1:
+                row, count = won.get(best[0].backend, (best[0], 0))
+                won[best[0].backend] = row, count + 1
     return sorted(won.values(), key=lambda entry: -entry[1]), ties, total
 
 
@@ -100,7 +101,7 @@ def gain(batch_sizes: list[int], fps: list[float], i: int, j: int) -> float:
 def saturation(rows: pd.DataFrame) -> int | None:
     """The smallest batch beyond which doubling gives under 5 % more; None: not reached.
 
-    `rows` are one backend's at one image size.
+    `rows` are one method's at one image size.
     """
     ordered = measured(rows).sort_values("batch_size")
     sizes, fps = ordered.batch_size.to_list(), ordered.fps.to_list()
@@ -110,10 +111,27 @@ def saturation(rows: pd.DataFrame) -> int | None:
     return None
 
 
-def saturations(rows: pd.DataFrame) -> dict[int, int | None]:
-    """Of one backend's rows: image size -> saturation(), where several batch sizes were measured."""
-    groups = measured(rows).groupby("image_size")
-    return {size: saturation(group) for size, group in groups if group.batch_size.nunique() > 1}
+def usual_size(rows: pd.DataFrame) -> int:
+    """224 px, which ResNet-18 was made for, or else the smallest image size measured."""
+    return 224 if (rows.image_size == 224).any() else int(rows.image_size.min())
+
+
+def shared_batch(rows: pd.DataFrame) -> int:
+    """The largest batch size at which more than half as many methods were measured as at any."""
+    counts = rows.groupby("batch_size").backend.nunique()
+    return int(counts.index[counts > counts.max() / 2].max())
+
+
+def all_methods(rows: pd.DataFrame) -> pd.DataFrame:
+    """Every method of a machine at one image and batch size: mismatches first, then from the slowest to the
+    fastest.  The size is 224 px where it was measured, the batch the largest that most methods share."""
+    ok = measured(rows)
+    ok = ok[ok.image_size == usual_size(ok)] if len(ok) else ok
+    if ok.empty:
+        return ok
+    size, batch = ok.image_size.iloc[0], shared_batch(ok)
+    wrong = at(rows[rows.status == "mismatch"], size, batch)
+    return pd.concat([wrong, at(ok, size, batch).sort_values("fps", kind="stable")])
 
 
 def best_batch(rows: pd.DataFrame) -> pd.DataFrame:
@@ -128,24 +146,27 @@ def optimal(rows: pd.DataFrame) -> list[pd.Series]:
     return [min(fastest(group), key=lambda row: row.mean_ms) for group in groups]
 
 
-def size_cost(rows: pd.DataFrame) -> dict[str, float]:
-    """Backend -> throughput at the smallest image size over that at the largest, at the largest batch."""
-    return _ends(rows[rows.batch_size == rows.batch_size.max()], "image_size", first_over_last=True)
+def size_cost(rows: pd.DataFrame) -> tuple[int, list[float]]:
+    """A batch size, and of each method throughput there at the smallest image size over that at the largest.
+
+    The batch is the largest at which a method was measured at both ends; no such batch: 0 and nothing.
+    """
+    first, last = rows.image_size.min(), rows.image_size.max()
+    for batch in sorted(rows.batch_size.unique(), reverse=True):
+        ends = [at(rows, size, batch).set_index(["sweep", "backend"]).fps for size in (first, last)]
+        found = (ends[0] / ends[1]).dropna()
+        if first != last and len(found):
+            return int(batch), found.to_list()
+    return 0, []
 
 
-def batch_gain(rows: pd.DataFrame) -> dict[str, float]:
-    """Backend -> throughput at the largest batch over that at the smallest, at the smallest image size."""
-    return _ends(rows[rows.image_size == rows.image_size.min()], "batch_size", first_over_last=False)
-
-
-def _ends(rows: pd.DataFrame, axis: str, first_over_last: bool) -> dict[str, float]:
-    first, last = rows[axis].min(), rows[axis].max()
-    found = {}
-    for backend, group in rows.groupby("backend", sort=False):
-        fps = group.set_index(axis).fps
-        if first != last and first in fps and last in fps:
-            found[backend] = fps[first] / fps[last] if first_over_last else fps[last] / fps[first]
-    return found
+def batch_gain(rows: pd.DataFrame) -> pd.Series:
+    """(sweep, backend) -> throughput at the largest batch that most share over that at the smallest, at the
+    usual image size."""
+    own = rows[rows.image_size == usual_size(rows)]
+    batches = own.batch_size.min(), shared_batch(own)
+    first, last = (own[own.batch_size == b].set_index(["sweep", "backend"]).fps for b in batches)
+    return (last / first).dropna() if batches[0] != batches[1] else first[:0]
 
 
 def memory_mb(rows: pd.DataFrame) -> pd.Series:
@@ -153,28 +174,22 @@ def memory_mb(rows: pd.DataFrame) -> pd.Series:
     return rows.gpu_memory_mb.where(rows.device == "cuda", rows.host_memory_mb).astype(float)
 
 
-def best_within(
-    rows: pd.DataFrame, max_latency_ms: float | None, max_memory_mb: float | None, min_accuracy: float | None
-) -> tuple[pd.DataFrame, list[tuple[str, int, float]]]:
+def best_within(rows: pd.DataFrame, limits: dict) -> tuple[pd.DataFrame, list[tuple[str, int, float]]]:
     """The measured rows within the limits, fastest first, and for each limit asked for its column, how many
     rows miss it and the best value there is.
 
-    Latency is the 95th percentile of a batch.  A row whose figure is not known does not fit.
+    `limits` has p95_ms and memory_mb at most, and accuracy at least; None is no limit.  A row whose figure is
+    not known does not fit.
     """
     ok = measured(rows)
     ok = ok.assign(memory_mb=memory_mb(ok))
     fits, missed = pd.Series(True, ok.index), []
-    for column, limit in (
-        ("p95_ms", max_latency_ms),
-        ("memory_mb", max_memory_mb),
-        ("accuracy", min_accuracy),
-    ):
-        if limit is None:
-            continue
-        within = ok[column] >= limit if column == "accuracy" else ok[column] <= limit
-        best = ok[column].max() if column == "accuracy" else ok[column].min()
-        missed.append((column, int((~within).sum()), best))
-        fits &= within
+    for column, limit in limits.items():
+        if limit is not None:
+            within = ok[column] >= limit if column == "accuracy" else ok[column] <= limit
+            best = ok[column].max() if column == "accuracy" else ok[column].min()
+            missed.append((column, int((~within).sum()), best))
+            fits &= within
     return ok[fits].sort_values("fps", ascending=False), missed
 
 
@@ -225,8 +240,8 @@ def slower_beyond(both: pd.DataFrame, share: float) -> pd.DataFrame:
 
 
 def decided(rows: pd.DataFrame) -> pd.Series | None:
-    """The row that is beyond doubt faster than all others; None where some are level with it, or where any
-    was measured in a single round and so has no interval."""
+    """The row that is beyond doubt faster than all others; None where it is indistinguishable from some, or
+    where any was measured in a single round and so has no interval."""
     best = fastest(rows)
     return best[0] if len(best) == 1 and measured(rows).fps_low.notna().all() else None
 
@@ -254,27 +269,7 @@ def missing(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     return was[~was.set_index(keys).index.isin(after.set_index(keys).index)]
 
 
-# ---- rungs and serving
-
-
-def ladder(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rungs of one sweep: its rows at 224 px, or the smallest size, and the largest batch that most
-    methods share; mismatches first, then from the slowest to the fastest.
-
-    `gain` is throughput over the rung below, `level` whether the two show no difference.
-    """
-    ok = measured(rows)
-    ok = ok[ok.image_size == (224 if (ok.image_size == 224).any() else ok.image_size.min())]
-    if ok.empty:
-        return ok
-    counts = ok.groupby("batch_size").backend.nunique()
-    size, batch = ok.image_size.iloc[0], counts.index[counts > counts.max() / 2].max()
-    rungs = ok[ok.batch_size == batch].sort_values("fps", kind="stable")
-    below = [None, *(row for _, row in rungs.iterrows())]
-    level_with = [k > 0 and level(below[k], below[k + 1]) for k in range(len(rungs))]
-    rungs = rungs.assign(gain=rungs.fps / rungs.fps.shift(), level=level_with)
-    wrong = rows[(rows.image_size == size) & (rows.batch_size == batch) & (rows.status == "mismatch")]
-    return pd.concat([wrong.assign(gain=np.nan, level=False), rungs]) if len(wrong) else rungs
+# ---- serving
 
 
 def highest_rates(load: pd.DataFrame) -> pd.Series:

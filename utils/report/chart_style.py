@@ -1,28 +1,22 @@
-"""How charts look: one colour per backend and one marker per variant, the same in every chart."""
+"""How charts look and what they say: a colour for each backend, a marker for each variant, titles."""
 
 import io
 import textwrap
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 from PIL import Image
 
-from utils.report.words import family, label
+from utils.measure.schema import BASELINE
+from utils.report import analysis
+from utils.report.names import FAMILIES, family, label
+from utils.report.words import SAMPLE, figure, span, times
 from utils.utils import write_atomic
 
 WIDTH, DPI = 10.0, 150  # inches, dots per inch; shown about 850 pixels wide on GitHub
 INK, GREY = "#222222", "#666666"
-BLUE, SKY, ORANGE, PURPLE, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#009E73"  # Okabe and Ito's
-VERMILION = "#D55E00"  # theirs, too
-BACKEND_COLOUR = {  # charts list them in this order
-    "pytorch": BLUE,
-    "torch-compile": SKY,
-    "onnx": ORANGE,
-    "openvino": VERMILION,
-    "torch-tensorrt": PURPLE,
-    "tensorrt": GREEN,
-}
 LOOKS = [  # marker, line style and hatch of a bar, and the variants that have them; the last is any other
     ("o", "-", None, [""]),
     ("s", "--", "//", ["tf32", "channels-last", "nhwc", "static"]),
@@ -35,6 +29,9 @@ LOOKS = [  # marker, line style and hatch of a bar, and the variants that have t
     ("X", (0, (1, 1)), "oo", []),
 ]
 HATCH = {marker: hatch for marker, _, hatch, _ in LOOKS}
+REASON = {"out_of_memory": "out of memory", "mismatch": "wrong results", "ok": "no reading"}
+
+# ---- looks
 
 
 def look_of(backend: str) -> int:
@@ -46,7 +43,7 @@ def look_of(backend: str) -> int:
 def style(backend: str, precision: str) -> dict:
     """How a line looks; open markers are FP32; an unknown variant takes its backend's colour."""
     marker, dashes, *_ = LOOKS[look_of(backend)]
-    colour = BACKEND_COLOUR.get(family(backend), GREY)
+    colour = FAMILIES.get(family(backend), ("", GREY))[1]
     face = "white" if label(backend, precision).split(",")[0].endswith("FP32") else colour
     look = dict(color=colour, marker=marker, linestyle=dashes, markersize=5.5, markerfacecolor=face)
     return look | {"linewidth": 1.8 if marker == "o" else 1.2}
@@ -54,7 +51,8 @@ def style(backend: str, precision: str) -> dict:
 
 def bar_look(look: dict) -> dict:
     """The bar that goes with a line: its colour, and a hatch for its marker."""
-    return dict(facecolor=look["color"], hatch=HATCH.get(look["marker"]), edgecolor="white", linewidth=0)
+    bar = dict(facecolor=look["color"], hatch=HATCH.get(look["marker"]), edgecolor="white", linewidth=0)
+    return bar | {"alpha": look.get("alpha")}
 
 
 def dress(ax, x_label: str, y_label: str) -> None:
@@ -67,6 +65,10 @@ def dress(ax, x_label: str, y_label: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def thousands(axis) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
 def log_ticks(*axes) -> None:
     """1, 2, 5, 10, ... in plain figures."""
     for axis in axes:
@@ -75,31 +77,26 @@ def log_ticks(*axes) -> None:
         axis.set_minor_formatter("")
 
 
-def lie_down(ax, names: list[str], unit: str, right: float) -> None:
+def horizontal(ax, names: list[str], unit: str, right: float) -> None:
     """What horizontal bars have: a name for each, and thousands apart."""
     dress(ax, unit, "")
     ax.grid(visible=False, axis="y")
     ax.set_yticks(range(len(names)), names, fontsize=8.5)
     ax.set_ylim(-0.6, len(names) - 0.4)
     ax.set_xlim(0, right)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
+    thousands(ax.xaxis)
 
 
-def heading(part, text: str) -> None:
-    part.suptitle(textwrap.fill(text, 84), fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left")
-
-
-def note(part, text: str) -> None:
-    """Small print under the panels."""
-    part.supxlabel(textwrap.fill(text, 135), fontsize=9, color=INK, x=0.01, ha="left")
-
-
-def sheet(heights: list[float], feet: list[str]):
-    """A figure with a subfigure for each height, in inches, and the footer's lines at the bottom."""
-    size = WIDTH, sum(heights) + 0.2 * len(feet)
+def sheet(height: float, title: str, small_print: list[str]):
+    """A figure and its part for panels, `height` inches high, under the title and over the small print."""
+    lines = [line for text in small_print for line in textwrap.wrap(text, 140)]
+    title = title.replace(" px", "\u00a0px").replace(" images/s", "\u00a0images/s")
+    size = WIDTH, height + 0.7 + 0.2 * len(lines)
     fig = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
-    fig.supxlabel("\n".join(feet), fontsize=9, color=GREY, x=0.01, ha="left")
-    return fig, fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    fig.supxlabel("\n".join(lines), fontsize=9, color=GREY, x=0.01, ha="left")
+    part = fig.subfigures(1, 1)
+    part.suptitle(textwrap.fill(title, 84), fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left")
+    return fig, part
 
 
 def write_png(fig: Figure, path: Path) -> None:
@@ -107,3 +104,91 @@ def write_png(fig: Figure, path: Path) -> None:
     few = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
     few.save(png := io.BytesIO(), "PNG", optimize=True)
     write_atomic(path, png.getvalue())
+
+
+def feet_of(sweeps: list[str], environments: dict) -> list[str]:
+    """A line of hardware and versions for each sweep; a last one where networks saw the drawn sample only."""
+    known = {sweep: environments.get(sweep, {}) for sweep in sweeps}
+    feet = [f"{sweep}: " * (len(known) > 1) + facts.get("short", "") for sweep, facts in known.items()]
+    drawn = [sweep for sweep, facts in known.items() if facts.get("sample_data")]
+    whose = "" if len(drawn) == len(known) else f" ({', '.join(drawn)})"
+    return feet + ([f"{SAMPLE}{whose}"] if drawn else [])
+
+
+# ---- titles: what was found, and the note on what is missing
+
+
+def leader(rows: pd.DataFrame, column: str = "fps") -> str:
+    """The fastest (or the largest speedup) and where; no winner where the first are indistinguishable."""
+    lead, ok = analysis.leaders(rows, column), analysis.measured(rows)
+    if ok.empty:
+        return "Nothing was measured"
+    if not lead:
+        return "No speedups: PyTorch FP32 was not measured"
+    best, last = lead[0], lead[-1]
+    where = f"at {best.image_size} px, batch {best.batch_size}"
+    value = value_of(best, column)
+    if ok.label.nunique() == 1:
+        return f"Only {best.label} was measured: {value_of(best, 'fps')} {where}"
+    if analysis.at(ok, best.image_size, best.batch_size).fps_low.isna().any():
+        return f"One round supports no verdict: {best.label} {value_of(best, 'fps')} {where}"
+    if column == "speedup" and BASELINE in [row.backend for row in lead]:
+        return f"Nothing is clearly faster than PyTorch FP32 {where}"
+    if len(lead) == 1:
+        return f"{best.label} {'reaches' if column == 'speedup' else 'is fastest:'} {value} {where}"
+    others = last.label if len(lead) == 2 else f"{len(lead) - 1} others"
+    return f"{best.label} and {others} are indistinguishable: {value} and {value_of(last, column)} {where}"
+
+
+def value_of(row, column: str) -> str:
+    return f"{times(row)} PyTorch FP32" if column == "speedup" else f"{figure(row.fps)} images/s"
+
+
+def batching(rows: pd.DataFrame, column: str) -> str:
+    """What the largest batch gains over the smallest at the usual image size."""
+    ok = analysis.measured(rows)
+    gains = analysis.batch_gain(ok) if len(ok) else []
+    if not len(gains):
+        return leader(rows, column)
+    size = analysis.usual_size(ok)
+    own = ok[ok.image_size == size]
+    ends = f"batch {own.batch_size.min()} to {analysis.shared_batch(own)} at {size} px"
+    return f"From {ends}, throughput grows by a factor of {span(gains)}, depending on the method"
+
+
+def memory(rows: pd.DataFrame, column: str) -> str:
+    """The least and the most memory at the largest configuration that most methods could hold."""
+    found, keys = rows[rows[column].notna()], ["image_size", "batch_size"]
+    if found.empty:
+        return "GPU memory was not read"
+    counts = found.groupby(keys).size().rename("count").reset_index()
+    most = counts.sort_values(["count", "batch_size", "image_size"]).iloc[-1]
+    same = analysis.at(found, most.image_size, most.batch_size).sort_values(column, kind="stable")
+    ends = [f"{figure(row[column])} MB ({row.label})" for _, row in same.iloc[[0, -1]].iterrows()]
+    return f"GPU memory at {most.image_size} px, batch {most.batch_size}: {' to '.join(dict.fromkeys(ends))}"
+
+
+def place(pairs: set, grid: set) -> str:
+    """Which part of the grid: nothing for all, ": 512 px, batch 8, 16" for a rectangle, else how many."""
+    sizes, batches = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
+    if pairs == grid:
+        return ""
+    if len(pairs) < len(sizes) * len(batches):
+        return f": {len(pairs)} of {len(grid)} configurations"
+    parts = [f"{', '.join(map(str, sizes))} px"] if set(sizes) != {size for size, _ in grid} else []
+    if set(batches) != {batch for _, batch in grid}:
+        parts.append(f"batch {', '.join(map(str, batches))}")
+    return f": {', '.join(parts)}"
+
+
+def not_measured(rows: pd.DataFrame, column: str) -> str:
+    """ "TensorRT FP16 (unavailable), PyTorch FP32 (out of memory: 512 px, batch 16)" of what was tried."""
+    gaps = []
+    for name, own in rows.groupby("label", sort=False):
+        grid, parts = set(zip(own.image_size, own.batch_size, strict=True)), {}
+        for row in own[own[column].isna()].itertuples():
+            reason = REASON.get(row.status, row.status)
+            parts.setdefault(reason, set()).add((row.image_size, row.batch_size))
+        texts = [reason + place(pairs, grid) for reason, pairs in parts.items()]
+        gaps += [f"{name} ({'; '.join(texts)})"] if texts else []
+    return ", ".join(gaps)

@@ -14,19 +14,18 @@ from utils.measure import roofline
 from utils.measure.schema import BASELINE
 from utils.report import analysis, words
 from utils.report.tables import read_serving, read_table
-from utils.report.words import figure, foot, label, markdown, name
+from utils.report.words import figure, foot, markdown, name, sentence_name, times
 from utils.utils import UserError, write_atomic
 
 BEGIN = re.compile(r"<!-- begin (\w+) (\S+)(?: (\S+))? -->")
 END = "<!-- end -->"
-METHODS, BATCH = ["onnx", "torch-tensorrt", "tensorrt"], 16  # set against each other in the headline
 CHARTS = {  # files that plot_utils draws, and what they show
+    "methods.png": "Every method at one image and batch size",
     "fps_vs_image_size.png": "Throughput against image size",
     "fps_vs_batch_size.png": "Throughput against batch size",
     "speedup_vs_image_size.png": "Speedup over PyTorch FP32",
     "memory_vs_batch_size.png": "GPU memory against batch size",
-    "ladder.png": "The ladder: from the slowest to the fastest method",
-    "roofline.png": "Rate of operations under the measured ceilings",
+    "roofline.png": "Roofline: rate of operations under the measured limits",
     "end_to_end.png": "From files to labels",
     "load.png": "Latency under load",
     "training.png": "Training",
@@ -35,39 +34,28 @@ SERVING = {
     "end_to_end.csv": ("From files to labels", words.END_TO_END),
     "load.csv": ("Latency under load", words.LOAD),
 }
+Table = tuple[pd.DataFrame, dict]  # rows, and sweep -> environment: what tables.read_table() gives
+
+# ---- the parts
 
 
 def headline(rows: pd.DataFrame, environments: dict) -> str:
-    """The highest throughput and its speedup over PyTorch FP32; the same in FP16, and of the methods."""
+    """The method with the highest throughput and its speedup over PyTorch FP32; the same for FP16."""
     ok = analysis.measured(rows)
     ok = ok[(ok.backend != BASELINE) & ok.speedup.notna()]
     if ok.empty:
         return "Nothing to compare with PyTorch FP32 has been measured here yet."
     best = ok.loc[ok.fps.idxmax()]
-    claim = f"**{name(best)} serves ResNet-18 {figure(best.speedup)} times as fast as PyTorch FP32**"
+    lines = [f"**Best: {sentence_name(best)}, {times(best)} PyTorch FP32**: {deed(best)}."]
     if not analysis.beats_baseline(best):
-        why = "one round supports none" if pd.isna(best.speedup_low) else "the intervals overlap"
-        claim = f"No verdict ({why}); the most images/s: {name(best)}, {times_of(best)} PyTorch FP32's"
-    lines = [f"{claim}{sureness(best)}:\n{deed(best)}."]
+        why = "one round has no interval" if pd.isna(best.speedup_low) else "the intervals overlap"
+        lines = [f"No verdict ({why}); the most images/s: {sentence_name(best)}, {deed(best)}."]
     half = ok[(ok.precision == "FP16") & (ok.image_size == best.image_size)]
     if best.precision != "FP16" and len(half):
         row = half.loc[half.fps.idxmax()]
-        lines.append(f"In FP16 {name(row)} {times_of(row)}{sureness(row)}: {deed(row)}.")
-    plain = ok[ok.backend.isin(METHODS) & (ok.image_size == best.image_size) & (ok.batch_size == BATCH)]
-    if len(plain):
-        plain = plain.loc[plain.groupby("backend").fps.idxmax()].sort_values("fps")
-        texts = [f"{name(row)} {times_of(row)}" for row in plain.itertuples()]
-        lines.append(f"At {best.image_size} px, batch {BATCH}, over PyTorch FP32: {', '.join(texts)}.")
+        called = ", ".join(filter(None, [sentence_name(row).replace(" FP16", ""), times(row)]))
+        lines.append(f"Best FP16: {called}: {deed(row)}.")
     return "<br>\n".join(lines) + f"\n\n<sub>{foot(environments.get(best.sweep, {}))}</sub>"
-
-
-def times_of(row) -> str:
-    return f"{figure(row.speedup)}×"
-
-
-def sureness(row) -> str:
-    limits = words.between(row.speedup_low, row.speedup_high)
-    return f" ({limits} at 95 % confidence)" if limits else ""
 
 
 def deed(row) -> str:
@@ -77,67 +65,80 @@ def deed(row) -> str:
     return f"{where}, accuracy {row.accuracy:.1%}, {right}"
 
 
-def summary(rows: pd.DataFrame, environments: dict) -> str:
-    """Method x image size, each at its best batch: images/s ± half the 95 % interval, speedup, accuracy.
+def summary_columns(rows: pd.DataFrame) -> list[tuple[int, int]]:
+    """(image size, batch size) of the summary's columns: 224 px at batch 1, 16 and 256, 512 px at batch 16,
+    or what comes nearest to these among what was measured."""
+    small, large = analysis.usual_size(rows), 512 if (rows.image_size == 512).any() else rows.image_size.max()
+    batches = set(rows[rows.image_size == small].batch_size)
+    chosen = {min(batches), 256 if 256 in batches else max(batches), *({16} & batches)}
+    columns = [(small, batch) for batch in sorted(chosen)]
+    if large != small:
+        batches = set(rows[rows.image_size == large].batch_size)
+        columns.append((int(large), 16 if 16 in batches else int(max(batches))))
+    return columns
 
-    Of each method the plain one and its fastest variant, so that it fits a screen.
-    """
-    best = analysis.best_batch(rows)
-    if best.empty:
+
+def summary(rows: pd.DataFrame, environments: dict) -> str:
+    """A row for each method across the environments of a machine, the fastest first; each cell images/s and
+    the speedup with its own interval; the environments as footnotes."""
+    ok = analysis.measured(rows)
+    if ok.empty:
         return "Nothing has been measured here yet."
-    families = best.backend.map(words.family)
-    keys = best.sweep + "/" + best.backend
-    fastest = best.fps == best.groupby(["sweep", families]).fps.transform("max")
-    best = best[(best.backend == families) | keys.isin(keys[fastest])]
-    columns, several = sorted(best.image_size.unique()), rows.sweep.nunique() > 1
-    lines = [["Method, at its best batch", *(f"{size} px" for size in columns), "Accuracy"]]
-    for (sweep, _), group in best.groupby(["sweep", "backend"], sort=False):
-        cells = {row.image_size: summary_cell(row) for row in group.itertuples()}
-        who = name(group.iloc[0]) + (f" ({sweep})" if several else "")
-        least, most = (f"{share * 100:.0f}" for share in (group.accuracy.min(), group.accuracy.max()))
-        accuracy = least if least == most else f"{least}–{most}"
-        lines.append([who, *(cells.get(size, "") for size in columns), f"{accuracy} %"])
-    notes = ["images/s ± half the 95 % interval, speedup over PyTorch FP32 of the same sweep, b = batch size"]
-    notes += dict.fromkeys(foot(known) for known in environments.values())
-    missing = rows[(rows.status != "ok") & (rows.backend.map(words.family) == rows.backend)]
-    notes += words.reasons(missing.assign(notes="", adds=""))
-    return f"{markdown(lines)}\n\n<sub>{'<br>'.join(notes)}</sub>"
+    columns, marks = summary_columns(ok), {sweep: k + 1 for k, sweep in enumerate(ok.sweep.unique())}
+    shown = pd.concat([analysis.at(rows, *column) for column in columns])
+    shown = shown[shown.groupby(["sweep", "backend"]).status.transform(lambda status: (status == "ok").any())]
+    order = shown.assign(fps=shown.fps.where(shown.status == "ok")).groupby(["backend", "sweep"]).fps.max()
+    lines = [["Method", *(f"{size} px, batch {batch}" for size, batch in columns), "Accuracy"]]
+    for backend, sweep in order.sort_values(ascending=False, kind="stable").index:
+        own = shown[(shown.backend == backend) & (shown.sweep == sweep)]
+        cells = {(row.image_size, row.batch_size): summary_cell(row) for row in own.itertuples()}
+        mark = f" <sup>{marks[sweep]}</sup>" if len(marks) > 1 else ""
+        ends = dict.fromkeys(f"{share * 100:.0f}" for share in (own.accuracy.min(), own.accuracy.max()))
+        called, accuracy = name(own.iloc[0]) + mark, f"{'-'.join(ends)} %"
+        lines.append([called, *(cells.get(column, "") for column in columns), accuracy])
+    notes = ["images/s; below, the speedup over PyTorch FP32 in the same environment with its 95 % interval"]
+    for sweep, mark in marks.items():
+        text = foot(environments.get(sweep, {}))
+        notes.append(f"<sup>{mark}</sup> {sweep}: {text}" if len(marks) > 1 else text)
+    missing = rows[(rows.status != "ok") & ~rows.backend.isin(ok.backend)]
+    notes += words.reasons(missing.assign(notes=[[]] * len(missing), adds=""))
+    return f"{markdown(lines)}\n\n<sub>{'<br>'.join(filter(None, notes))}</sub>"
 
 
 def summary_cell(row) -> str:
-    """ "51,700 ± 2 %, 6.67×, b16"; a single round has no interval that holds."""
-    half = (row.fps_high - row.fps_low) / 2 / row.fps * 100
-    half = "" if pd.isna(half) else f" ± {half:.1g} %" if half < 1 else f" ± {half:.0f} %"
-    times = "" if pd.isna(row.speedup) or row.backend == BASELINE else f", {figure(row.speedup)}×"
-    return f"{figure(row.fps)}{half}{times}, b{row.batch_size}"
+    """ "51,700<br>6.84x (6.80-6.88)"; the status of a row without figures."""
+    if row.status != "ok":
+        return row.status.replace("_", " ")
+    return "<br>".join(filter(None, [figure(row.fps), times(row)]))
 
 
 def answers(rows: pd.DataFrame, environments: dict) -> str:
     return "\n".join(f"- {sentence}" for sentence in words.answers_of(rows))
 
 
-def machine_ratios(a: Path, b: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The second folder's figures over the first's (findings.ratios()), in the sweeps that both have, and
+def machine_ratios(a: Table, b: Table) -> tuple[pd.DataFrame, list[str]]:
+    """The second machine's figures over the first's (analysis.ratios()), in the sweeps that both have, and
     the names of the two machines."""
-    (before, old), (after, new) = read_table(a), read_table(b)
+    (before, old), (after, new) = a, b
     if shared := set(before.sweep) & set(after.sweep):
         before, after = (rows[rows.sweep.isin(shared)] for rows in (before, after))
     first = [next(iter(known.values()), {}) for known in (old, new)]
     return analysis.ratios(before, after), [known.get("gpu") or known.get("cpu", "?") for known in first]
 
 
-def machines(a: Path, b: Path) -> str:
+def machines(a: Table, b: Table) -> str:
     """Two machines in a sentence: throughput of the second over the first's."""
     both, (first, second) = machine_ratios(a, b)
     if both.empty:
-        return f"{a.name} and {b.name} have no measured configuration in common."
-    ratio, most = both.fps_ratio, both.loc[both.fps_ratio.idxmax()]
-    where = f"{label(most.backend, most.precision_after)}, {most.image_size} px, batch {most.batch_size}"
-    middle = f"**{second}: {figure(ratio.median())} times the images/s of {first}** in the median"
-    return f"{middle} of {len(both)} configurations ({words.span(ratio)} times; most: {where})."
+        return f"{second} and {first} have no measured configuration in common."
+    ends = f"range {words.interval(both.fps_ratio.min(), both.fps_ratio.max())}"
+    median = f"{figure(both.fps_ratio.median())}x the images/s of the {first} ({ends})"
+    return f"**{second}**: median over {len(both)} configurations: {median}."
 
 
 PARTS = {"headline": headline, "summary": summary, "answers": answers, "machines": machines}
+
+# ---- README.md
 
 
 def marked(path: Path) -> list[tuple[int, int, str, list[Path]]]:
@@ -175,63 +176,63 @@ def lines_in(path: Path) -> list[str]:
         raise UserError(f"{path} can't be read ({error}); {mend}") from None
 
 
-def folders_of(path: Path) -> list[Path]:
-    """The results folders that README.md shows parts of."""
-    return sorted({folder for *_, folders in marked(path) for folder in folders})
+def read_folders(path: Path, measuring: Path | None = None) -> dict[Path, Table]:
+    """What lies in the results folders that README.md shows parts of, each read once, but for `measuring`.
+
+    To be called before that one is measured: raises UserError at a broken marker, and at a folder that is
+    missing or damaged.
+    """
+    folders = sorted({folder for *_, folders in marked(path) for folder in folders})
+    known = measuring and measuring.resolve()
+    return {folder: read_table(folder) for folder in folders if folder.resolve() != known}
 
 
-def render(path: Path) -> str:
+def render(path: Path, tables: dict[Path, Table]) -> str:
     """README.md's text with every generated part made anew from the folder it names."""
     lines = lines_in(path)
     for start, end, kind, folders in reversed(marked(path)):
-        made = machines(*folders) if kind == "machines" else PARTS[kind](*read_table(folders[0]))
+        found = [tables[folder] for folder in folders]
+        made = machines(*found) if kind == "machines" else PARTS[kind](*found[0])
         lines[start + 1 : end] = made.strip().splitlines()
     return "\n".join(lines) + "\n"
 
 
-def write_readme(path: Path) -> None:
+def write_readme(path: Path, tables: dict[Path, Table]) -> None:
     """Renew the generated parts of README.md and nothing else in it; a UserError leaves it as it was."""
-    write_atomic(path, render(path))
+    write_atomic(path, render(path, tables))
 
 
 # ---- a results folder's own README.md
 
 
-def folder_readme(folder: Path) -> str:
-    """Everything that is generated about a results folder: answers, tables, charts, environment."""
-    rows, environments = read_table(folder)
-    parts = ["# Results", "Made by `python benchmark.py`; renewed by `python compare.py --write-readme`."]
-    parts += [headline(rows, environments), answers(rows, environments)]
+def folder_readme(folder: Path, rows: pd.DataFrame, environments: dict) -> str:
+    """All that is generated about a results folder: the summary, answers, charts, tables and environments."""
+    made = "Made by `python benchmark.py`; renewed by `python compare.py --write-readme`."
+    parts = [f"# Results: {machine_of(environments)}", made, headline(rows, environments)]
+    parts += [summary(rows, environments), answers(rows, environments)]
     parts += [f"![{text}]({file})" for file, text in CHARTS.items() if (folder / file).is_file()]
-    for sweep, part in rows.groupby("sweep", sort=False):
-        parts += sweep_parts(sweep, part, environments.get(sweep, {}))
-    for file, (title, table) in SERVING.items():
-        if (folder / file).is_file():
-            parts += [f"## {title}", *serving_parts(read_serving(folder / file), table)]
-    return "\n\n".join(parts) + "\n"
-
-
-def serving_parts(found: pd.DataFrame | None, table: list) -> list[str]:
-    if found is None:
-        return ["Measured by an earlier version; python end_to_end.py makes it anew."]
-    parts = []
-    for sweep, part in found.groupby("sweep", sort=False):
-        parts += [f"Sweep {sweep}:", markdown(words.lines_of(table, part))]
-    return parts
-
-
-def sweep_parts(sweep: str, rows: pd.DataFrame, known: dict) -> list[str]:
-    parts = [f"## Sweep {sweep}", f"<sub>{foot(known)}</sub>", *by_size(rows, results_table)]
+    parts += ["## Every row", *by_size(rows, results_table)]
     parts += [f"<sub>{line}</sub>" for line in words.reasons(rows)]
     if len(ok := analysis.measured(rows)):
-        parts.append("### What the device was doing")
+        parts += ["## What the device was doing"]
         parts += by_size(ok, lambda group: markdown(words.lines_of(words.DEVICE, group)))
-        parts += [f"<sub>{text}</sub>"] if (text := ceilings_text(known)) else []
-    return [*parts, "### Environment", environment_table(known)]
+        limits = {sweep: limits_text(environments.get(sweep, {})) for sweep in rows.sweep.unique()}
+        parts += [f"<sub>{sweep}: {text}</sub>" for sweep, text in limits.items() if text]
+    for file, (title, table) in SERVING.items():
+        if (folder / file).is_file():
+            found = read_serving(folder / file)
+            old = "Measured by an earlier version; python end_to_end.py makes it anew."
+            parts += [f"## {title}", old if found is None else markdown(words.lines_of(table, found))]
+    return "\n\n".join([*parts, "## Environment", environment_table(environments)]) + "\n"
 
 
-def write_folder_readme(folder: Path) -> None:
-    write_atomic(folder / "README.md", folder_readme(folder))
+def machine_of(environments: dict) -> str:
+    known = next(iter(environments.values()), {})
+    return known.get("gpu") or known.get("cpu") or "an unknown machine"
+
+
+def write_folder_readme(folder: Path, rows: pd.DataFrame, environments: dict) -> None:
+    write_atomic(folder / "README.md", folder_readme(folder, rows, environments))
 
 
 def by_size(rows: pd.DataFrame, table: Callable) -> list[str]:
@@ -246,18 +247,17 @@ def by_size(rows: pd.DataFrame, table: Callable) -> list[str]:
 def results_table(rows: pd.DataFrame) -> str:
     """TABLE in Markdown; the fastest row is bold where it is so beyond doubt at its batch size."""
     lines, ok = words.results_lines(rows), analysis.measured(rows)
-    if len(ok):
-        at = ok.loc[ok.fps.idxmax()].batch_size
-        best = analysis.decided(rows[rows.batch_size == at])
-        fps = lines[0].index("Images/s")
-        for line in lines[1:] if best is not None else []:
-            if (line[0], line[2]) == (name(best), str(at)):
+    best = analysis.decided(ok[ok.batch_size == ok.loc[ok.fps.idxmax()].batch_size]) if len(ok) else None
+    if best is not None:
+        fps, batch = lines[0].index("Images/s"), lines[0].index("Batch")
+        for line in lines[1:]:
+            if (line[0], line[batch], line[fps]) == (name(best), str(best.batch_size), figure(best.fps)):
                 line[0], line[fps] = f"**{line[0]}**", f"**{line[fps]}**"
     return markdown(lines)
 
 
-def ceilings_text(known: dict) -> str:
-    """The measured ceilings of a sweep's machine and its theoretical peaks; "" where nothing was measured."""
+def limits_text(known: dict) -> str:
+    """What a sweep's machine reached at most and its theoretical peaks; "" where nothing was measured."""
     found = known.get("ceilings")
     if not found:
         return ""
@@ -267,34 +267,42 @@ def ceilings_text(known: dict) -> str:
         texts.append(f"{precision} {figure(tflops)}{f' of {figure(peak)}' if peak else ''} TFLOP/s")
     context = known.get("context_mb")
     share = f"; the CUDA context alone takes {figure(context)} MB of each row's GPU memory" if context else ""
-    products = f"measured ceilings: matrix product {', '.join(texts)}"
-    return f"{products}; copy {figure(found['gb_per_s'])} GB/s{share}"
+    return f"a matrix product reaches {', '.join(texts)}; a copy {figure(found['gb_per_s'])} GB/s{share}"
 
 
-def environment_table(known: dict) -> str:
-    """The environment in people's words, without what is not known."""
+def environment_table(environments: dict) -> str:
+    """A column for each environment in people's words, without what is not known."""
+    found = {sweep: facts_of(known) for sweep, known in environments.items()}
+    names = dict.fromkeys(fact for facts in found.values() for fact, text in facts.items() if text)
+    lines = [[fact, *(facts.get(fact) or "" for facts in found.values())] for fact in names]
+    return markdown([["", *found], *lines])
+
+
+def facts_of(known: dict) -> dict[str, str | None]:
     gpu = "none"
     if known.get("gpu"):
         power = f"power limit {known.get('power_limit_w')} W"
         gpu = f"{known['gpu']}, {known.get('gpu_memory_mb')} MB, {power}, driver {known.get('driver')}"
     packages = [f"{package} {version}" for package, version in known.get("packages", {}).items()]
     changed = "" if known.get("clean") else " with uncommitted changes"
-    facts = {
+    variables = known.get("variables") or {}
+    return {
         "GPU": gpu,
         "CPU": f"{known.get('cpu')}, {known.get('cores')} cores, {known.get('threads')} threads used",
+        "CPU quota": known.get("cpu_quota") and f"{figure(known['cpu_quota'])} cores",
+        "Variables": ", ".join(f"{variable}={value}" for variable, value in variables.items()),
         "System": f"{known.get('os')}, Python {known.get('python')}",
         "CUDA": known.get("cuda") and f"{known['cuda']}, cuDNN {known.get('cudnn')}",
         "Packages": ", ".join(packages),
-        "Data": f"{known.get('data')}{' (drawn sample heroes)' if known.get('sample_data') else ''}",
-        "Time": account(known.get("sweep")),
+        "Data": f"{known.get('data')}{' (the drawn sample)' if known.get('sample_data') else ''}",
+        "Time": time_spent(known.get("sweep")),
         "Command": f"`{known.get('command')}`",
         "Commit": known.get("commit") and f"{known['commit']}{changed}",
         "Date": known.get("date"),
     }
-    return markdown([["", ""], *([fact, text] for fact, text in facts.items() if text)])
 
 
-def account(sweep: dict | None) -> str | None:
+def time_spent(sweep: dict | None) -> str | None:
     """Where the sweep's time went, as a sentence."""
     if not sweep or not sweep.get("total_s") or "timed_s" not in sweep:  # or an earlier version's
         return None

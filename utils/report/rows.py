@@ -11,9 +11,9 @@ from utils.measure.records import read_sweep, sweeps_of
 from utils.measure.schema import BASELINE, Record
 
 TARGET_PCT = 3.0  # half-width of an interval, where the sweep says no other
-SHARED_CORE = 1.3  # times that the core was slower in one turn of ten than in the quickest tenth
+SHARED_CORE = 1.3  # slowest tenth of a core's checks / quickest tenth: more means that others use the core
 CPU_BOUND = 0.80  # time until the call returned / time on the GPU
-VERDICTS = {  # what puts a row in doubt, and what to do about it
+WARNINGS = {  # what makes a row less sure than the others, and what to do about it
     "noisy": "close other programs, or raise --budget",
     "shared core": "something else used the processor's cores for moments, close other programs "
     "(on a rented machine its neighbours may be the cause)",
@@ -22,13 +22,13 @@ VERDICTS = {  # what puts a row in doubt, and what to do about it
     "CPU-bound": "launching takes over 80 % of the time on the GPU, take a larger batch or a CUDA graph",
     "device memory": "the driver tells only the whole device's memory, whose rise is given, "
     "close what else uses the GPU",
-    "one round": "no interval and no verdict, use --rounds 3",
+    "one round": "a single round has no interval, use --rounds 3",
 }
 
 
 @dataclasses.dataclass
 class Row:
-    """One configuration of one sweep; the fields are benchmark_results.csv's columns.  Empty: not known."""
+    """One configuration of one sweep; the fields are benchmark_results.csv's columns.  None: not known."""
 
     sweep: str
     backend: str
@@ -76,7 +76,7 @@ class Row:
     agreement: float | None = None
     accuracy: float | None = None
     adds: str = ""
-    notes: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)  # joined by "; " in the CSV
 
 
 COLUMNS = [field.name for field in dataclasses.fields(Row)]
@@ -92,7 +92,7 @@ def read_rows(results: Path) -> pd.DataFrame:
 
 
 def rows_of(found: list[Record], note: dict, limits: dict | None = None) -> list[Row]:
-    """The rows of one sweep, each against its own baseline, PyTorch FP32, and the machine's ceilings."""
+    """The rows of one sweep, against PyTorch FP32 and against what its machine can do at most."""
     rows = []
     for backend in dict.fromkeys(record.backend for record in found):  # in the order of measuring
         for size in sorted({record.image_size for record in found if record.backend == backend}):
@@ -102,7 +102,7 @@ def rows_of(found: list[Record], note: dict, limits: dict | None = None) -> list
             for batch_size in sorted(tried.union(*(record.batch_sizes for record in rounds.values()))):
                 row = row_of(rounds, baseline, batch_size, note.get("precision_pct", TARGET_PCT))
                 if row.fps:
-                    compare_with_ceilings(row, rounds, note.get("environment", {}), limits)
+                    add_roofline(row, rounds, note.get("environment", {}), limits)
                 rows.append(row)
     return rows
 
@@ -113,40 +113,53 @@ def rounds_of(found: list[Record], backend: str, image_size: int) -> dict[int, R
 
 
 def row_of(rounds: dict[int, Record], baseline: dict[int, Record], batch_size: int, target: float) -> Row:
-    """The row of one configuration from its records, and the baseline's, by round."""
+    """The row of one configuration from its records, and the baseline's, by round.
+
+    `target` is the half-width of the interval that the sweep aimed at, in percent.
+    """
     first = rounds[min(rounds)]
-    status, reason = verdict(rounds, batch_size)
+    status, reason = status_of(rounds, batch_size)
     names = "sweep", "backend", "precision", "device", "image_size"
     row = Row(*(getattr(first, name) for name in names), batch_size, status, reason, adds=first.adds)
     builds = [record.build for record in rounds.values() if record.build]
-    if builds:
-        row.build_s = max(builds, key=lambda build: not build["from_cache"])["seconds"]
-    made = [build for build in builds if build["from_cache"] or not build["seconds"]]
-    row.load_s = min((build["load_s"] for build in made if "load_s" in build), default=None)
+    add_build(row, builds)
     add_accuracy(row, rounds)
-    timed = {}
-    for round_, record in rounds.items():
-        batch = record.batch(batch_size)
-        if batch and "host_ms" in batch:
-            timed[round_] = batch
+    batches = {k: record.batch(batch_size) for k, record in rounds.items()}
+    timed = {k: batch for k, batch in batches.items() if batch and "host_ms" in batch}
     if not timed:
         return row
-    results = list(timed.values())
-    vars(row).update(timing.summarize([batch["host_ms"] for batch in results], batch_size))
-    on_gpu = [ms for batch in results for ms in batch["gpu_ms"]]
-    row.gpu_ms = timing.trimmed_mean(on_gpu) if on_gpu else None
-    fresh = results[1] if len(results) > 1 else results[0]  # round 0 has classified the test set before
-    row.first_call_ms = fresh.get("first_call_ms")
-    warm = [batch for k, batch in timed.items() if rounds[k].build["from_cache"]]
-    row.gpu_memory_mb = largest(warm or results, "gpu_memory_mb")  # building takes memory of its own
-    row.torch_memory_mb = largest(results, "torch_memory_mb")
-    row.host_memory_mb = largest(results, "host_memory_mb")
-    row.busy_ms = next((batch["busy_ms"] for batch in results if batch.get("busy_ms")), None)
-    add_sustained(row, results)
+    vars(row).update(timing.summarize([batch["host_ms"] for batch in timed.values()], batch_size))
+    add_gpu_time(row, list(timed.values()))
+    add_memory(row, list(timed.values()), [timed[k] for k in timed if rounds[k].build["from_cache"]])
+    add_sustained(row, list(timed.values()))
     if status == "ok":
         add_speedup(row, timed, baseline)
-    row.notes = notes(row, builds, results, first.runs, target)
+    row.notes = warnings_of(row, list(timed.values()), first.runs, target) + build_notes(builds)
     return row
+
+
+def add_build(row: Row, builds: list[dict]) -> None:
+    """How long building took, or, where it was never built, finding it in the cache; and how long loading."""
+    if builds:
+        row.build_s = max(builds, key=lambda build: not build["from_cache"])["seconds"]
+    loads = [build for build in builds if build["from_cache"] or not build["seconds"]]
+    row.load_s = min((build["load_s"] for build in loads if "load_s" in build), default=None)
+
+
+def add_gpu_time(row: Row, results: list[dict]) -> None:
+    """Time on the GPU by CUDA events, the part of it spent computing, and what the first call took."""
+    on_gpu = [ms for batch in results for ms in batch["gpu_ms"]]
+    row.gpu_ms = timing.trimmed_mean(on_gpu) if on_gpu else None
+    row.busy_ms = next((batch["busy_ms"] for batch in results if batch.get("busy_ms")), None)
+    fresh = results[1] if len(results) > 1 else results[0]  # round 0 has classified the test set before
+    row.first_call_ms = fresh.get("first_call_ms")
+
+
+def add_memory(row: Row, results: list[dict], cached: list[dict]) -> None:
+    """The largest of what was read; on the GPU of rounds that built nothing, since building takes its own."""
+    row.gpu_memory_mb = largest(cached or results, "gpu_memory_mb")
+    row.torch_memory_mb = largest(results, "torch_memory_mb")
+    row.host_memory_mb = largest(results, "host_memory_mb")
 
 
 def add_accuracy(row: Row, rounds: dict[int, Record]) -> None:
@@ -194,11 +207,8 @@ def add_speedup(row: Row, timed: dict[int, dict], baseline: dict[int, Record]) -
         row.speedup_low, row.speedup_high = timing.interval(row.speedup, ratios)
 
 
-def compare_with_ceilings(
-    row: Row, rounds: dict[int, Record], environment: dict, limits: dict | None
-) -> None:
-    """The rate of operations, its shares of the theoretical and the measured peak, and what limits the
-    row."""
+def add_roofline(row: Row, rounds: dict[int, Record], environment: dict, limits: dict | None) -> None:
+    """The rate of operations, its shares of the theoretical and the measured peak, and the bottleneck."""
     work = next((record.work for record in rounds.values() if record.work), None)
     if not work:
         return
@@ -213,7 +223,7 @@ def compare_with_ceilings(
         row.limit = roofline.limit(idle, row.tflops, row.flops_per_byte, product, limits["gb_per_s"])
 
 
-def verdict(rounds: dict[int, Record], batch_size: int) -> tuple[str, str]:
+def status_of(rounds: dict[int, Record], batch_size: int) -> tuple[str, str]:
     """Status and reason of a configuration: ok only where every round is and the test set has been passed."""
     for record in rounds.values():
         if record.further:
@@ -233,27 +243,32 @@ def verdict(rounds: dict[int, Record], batch_size: int) -> tuple[str, str]:
 
 
 def width_pct(row) -> float:
-    """Half the width of the interval that --precision is about, in percent: the speedup's, the baseline's
-    throughput's."""
+    """Half the width of a row's interval in percent: the speedup's, or of the baseline the throughput's."""
     if row.backend == BASELINE or row.speedup is None or row.speedup != row.speedup:
         return timing.half_width_pct(row.fps_low, row.fps_high)
     return timing.half_width_pct(row.speedup_low, row.speedup_high)
 
 
-def doubts(row: Row, results: list[dict], asked: int, target: float) -> dict[str, str]:
-    """What puts a row in doubt (see VERDICTS), with what is to be said of it besides; `results` is a dict for
-    each round, `target` the half-width asked for in percent."""
+def percent_width(row) -> str:
+    """ "±2.1 %" """
+    width = width_pct(row)
+    return f"±{width:.2g} %" if width < 99.5 else f"±{width:.0f} %"
+
+
+def warnings_of(row: Row, results: list[dict], asked: int, target: float) -> list[str]:
+    """What makes a row less sure (see WARNINGS), each with its figures and its remedy: "noisy: ..., ...".
+
+    `results` is a dict for each round, `asked` the number of runs, `target` the half-width aimed at.
+    """
     throttled = [batch["sustained"]["throttled"] for batch in results if batch["sustained"]]
     enqueue = np.concatenate([batch["enqueue_ms"] for batch in results])
     on_gpu = np.concatenate([batch["gpu_ms"] for batch in results])
-    width, several = width_pct(row), len(results) > 1
-    figure = "throughput" if row.backend == BASELINE or row.speedup is None else "speedup"
-    shown = f"{width:.2g}" if width < 99.5 else f"{width:.0f}"
-    reached = f"{figure} ±{shown} %, target {target:g} %"
     core_ms = [ms for batch in results for ms in batch.get("core_ms") or []]  # what older records lack
     slower = np.quantile(core_ms, 0.9) / np.quantile(core_ms, 0.1) if core_ms else 1.0
-    short = row.runs < asked
-    wide = several and width > target
+    several, short = len(results) > 1, row.runs < asked
+    wide = several and width_pct(row) > target
+    figure = "throughput" if row.backend == BASELINE or row.speedup is None else "speedup"
+    reached = f"{figure} {percent_width(row)}, target {target:g} %"
     found = {
         "noisy": wide and not short and reached,
         "throttled": any(words not in (None, "no") for words in throttled),
@@ -263,21 +278,19 @@ def doubts(row: Row, results: list[dict], asked: int, target: float) -> dict[str
         "device memory": any(batch["memory_of"] == "device" for batch in results),
         "one round": not several,
     }
-    return {name: said if isinstance(said, str) else "" for name, said in found.items() if said}
+    figures = {name: f"{said}, " if isinstance(said, str) else "" for name, said in found.items() if said}
+    return [f"{name}: {said}{WARNINGS[name]}" for name, said in figures.items()]
 
 
-def notes(row: Row, builds: list[dict], results: list[dict], asked: int, target: float) -> str:
-    """Verdicts with their remedies ("noisy: ..."), then facts about the artefact, separated by "; "."""
-    texts = []
-    for name, said in doubts(row, results, asked, target).items():
-        texts.append(f"{name}: {', '.join(filter(None, [said, VERDICTS[name]]))}")
-    if builds and builds[0]["artefact_mb"]:
-        texts.append(f"{builds[0]['artefact_mb']} MB")
-        cold = [build["seconds"] for build in builds if not build["from_cache"]]
-        cached = [build["seconds"] for build in builds if build["from_cache"]]
-        texts += [f"built in {cold[0]:.1f} s"] if cold else []
-        texts += [f"from the cache in {cached[0]:.2f} s"] if cached else []
-    return "; ".join(texts)
+def build_notes(builds: list[dict]) -> list[str]:
+    """Facts about the artefact: its size, and how long building it and finding it in the cache took."""
+    if not builds or not builds[0]["artefact_mb"]:
+        return []
+    built = [build["seconds"] for build in builds if not build["from_cache"]]
+    cached = [build["seconds"] for build in builds if build["from_cache"]]
+    notes = [f"{builds[0]['artefact_mb']} MB"]
+    notes += [f"built in {built[0]:.1f} s"] if built else []
+    return notes + ([f"from the cache in {cached[0]:.2f} s"] if cached else [])
 
 
 def largest(results: list[dict], name: str) -> float | None:

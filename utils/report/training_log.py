@@ -1,14 +1,16 @@
 """What training leaves for people: training.csv, a row per image size and epoch, and its chart."""
 
-import io
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from utils.utils import UserError, write_atomic
+from utils.report.chart_style import write_png
+from utils.report.names import PALETTE
+from utils.report.tables import load_csv, no_table
+from utils.report.words import SAMPLE
+from utils.utils import write_atomic
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's
 NUMBERS = ["image_size", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]
 NUMBERS += ["train_images", "test_images"]
 TEXTS = ["device", "precision", "sample"]
@@ -16,16 +18,14 @@ TEXTS = ["device", "precision", "sample"]
 
 def read_table(path: Path) -> pd.DataFrame | None:
     """training.csv, or None where there is none.  Raises UserError where it is not what train.py wrote."""
-    if not path.exists():
-        return None
+    mend = "move it away, then run the same command again"
     try:
-        table = pd.read_csv(path, dtype={"data": str})
+        table = load_csv(path, ["data"], mend)
         table[TEXTS], table[NUMBERS].astype(float).astype({"image_size": int, "epoch": int})
-    except (ValueError, KeyError) as error:  # pandas' own parser errors are ValueErrors, bad UTF-8 is, too
-        mend = "move it away, then run the same command again"
-        raise UserError(
-            f"{path} is not a table of train.py ({str(error).splitlines()[0]}); {mend}"
-        ) from error
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError) as error:
+        raise no_table(path, error, mend) from error
     return table
 
 
@@ -37,16 +37,15 @@ def write_results(results: Path, rows: list[dict]) -> None:
         table = pd.concat([old[~old["image_size"].isin(table["image_size"])], table])
     table = table.sort_values(["image_size", "epoch"], ignore_index=True)
     write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    draw_chart(table).savefig(picture := io.BytesIO(), dpi=120)
-    write_atomic(results / "training.png", picture.getvalue())
+    write_png(draw_chart(table), results / "training.png")
 
 
 def draw_chart(table: pd.DataFrame) -> Figure:
     """Loss and accuracy per epoch; one colour per image size, the test set solid, training dotted."""
-    figure, epochs = Figure(figsize=(11, 5), layout="constrained"), table["epoch"].max()
+    figure, epochs = Figure(figsize=(11, 5), dpi=120, layout="constrained"), table["epoch"].max()
     loss, accuracy = figure.subplots(1, 2)
     for index, (size, rows) in enumerate(table.groupby("image_size")):
-        look = {"color": COLOURS[index % len(COLOURS)]}
+        look = {"color": PALETTE[index % len(PALETTE)]}
         for axis, quantity, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
             test, trained = scale * rows[f"test_{quantity}"], scale * rows[f"train_{quantity}"]
             axis.plot(rows["epoch"], test, marker="o", linewidth=2, label=f"{size} px", **look)
@@ -64,6 +63,6 @@ def draw_chart(table: pd.DataFrame) -> Figure:
     figure.suptitle(title, fontsize=14)
     made = table[["device", "precision", "train_images", "test_images"]].drop_duplicates().values
     texts = [f"{on}, {kind}; {train} training and {test} test images" for on, kind, train, test in made]
-    sample = " · sample data (drawn heroes)" if table["sample"].any() else ""
+    sample = f" · {SAMPLE}" if table["sample"].any() else ""
     figure.supxlabel("; ".join(texts) + sample, fontsize=8, x=0.01, ha="left")
     return figure

@@ -1,43 +1,17 @@
-"""Rows and findings -> words: names, numbers, tables and the five answers."""
+"""Rows and judgements -> words: numbers, tables and the five answers."""
 
-import re
 from collections.abc import Callable
 
 import pandas as pd
 
+from utils.measure.schema import BASELINE
 from utils.report import analysis
-from utils.report.rows import VERDICTS
+from utils.report.names import family, in_words, label
+from utils.report.rows import WARNINGS, percent_width
 
-NAMES = {
-    "pytorch": "PyTorch",
-    "torch-compile": "torch.compile",
-    "onnx": "ONNX Runtime",
-    "openvino": "OpenVINO",
-    "torch-tensorrt": "Torch-TensorRT",
-    "tensorrt": "TensorRT",
-}
-WORDS = {"graph": "CUDA graph", "static": "static shape", "nhwc": "NHWC"}
-PRECISIONS = {"fp32", "tf32", "fp16", "bf16", "int8", "fp8"}
+SAMPLE = "trained on the drawn sample images"
 
-# ---- words
-
-
-def family(backend: str) -> str:
-    """The backend that a variant belongs to: "onnx" of "onnx-nhwc-graph"."""
-    return next((name for name in NAMES if f"{backend}-".startswith(f"{name}-")), backend)
-
-
-def label(backend: str, precision: str) -> str:
-    """What people call it: "ONNX Runtime FP16, NHWC, CUDA graph"; a precision in the name comes first."""
-    base = family(backend)
-    words = backend[len(base) :].replace("channels-last", "channels last").split("-")[1:]
-    precision = next((word for word in words if word in PRECISIONS), precision)
-    extras = [WORDS.get(word, word) for word in words if word not in PRECISIONS]
-    return ", ".join([f"{NAMES.get(base, base)} {precision.upper()}".strip(), *extras])
-
-
-def name(row) -> str:
-    return label(row.backend, row.precision)
+# ---- numbers
 
 
 def figure(value: float) -> str:
@@ -57,14 +31,47 @@ def span(values) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def between(low: float, high: float, text: Callable = figure) -> str:
-    """ "12–14": an interval; nothing where there is none."""
-    return "" if pd.isna(low) or low == high else f"{text(low)}–{text(high)}"
+def interval(low: float, high: float, text: Callable = figure) -> str:
+    """ "12-14"; nothing where there is none."""
+    return "" if pd.isna(low) or low == high else f"{text(low)}-{text(high)}"
+
+
+def three_digits(value: float) -> str:
+    """Three digits also where the last is 0, as the ends of an interval are compared: "7.90", "13.3"."""
+    return f"{value:#.3g}".rstrip(".")
+
+
+def times(row) -> str:
+    """A speedup over PyTorch FP32 with its 95 % interval: "7.88x (7.88-7.89)"; nothing where it has none."""
+    limits = interval(row.speedup_low, row.speedup_high, three_digits)
+    return f"{three_digits(row.speedup)}x ({limits})" if limits and row.backend != BASELINE else ""
 
 
 def foot(known: dict) -> str:
-    """The hardware and versions behind a figure in one line, and whether the network saw sample data only."""
-    return known.get("short", "") + (" · sample data (drawn heroes)" if known.get("sample_data") else "")
+    """The hardware and versions behind a figure in one line, and whether the network saw the sample only."""
+    return known.get("short", "") + (f" · {SAMPLE}" if known.get("sample_data") else "")
+
+
+# ---- what a row is called
+
+
+def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with `label`, what their method is called, with its sweep where several have the method."""
+    labels = [label(*pair) for pair in zip(rows.backend, rows.precision, strict=True)]
+    several = rows.groupby("backend").sweep.transform("nunique") > 1
+    named = [
+        f"{text} ({sweep})" if more else text
+        for text, sweep, more in zip(labels, rows.sweep, several, strict=True)
+    ]
+    return rows.assign(label=pd.Series(named, rows.index, dtype=object))
+
+
+def name(row) -> str:
+    return label(row.backend, row.precision)
+
+
+def sentence_name(row) -> str:
+    return in_words(row.backend, row.precision)
 
 
 # ---- tables: a list of (header, the column or what else it shows of a row)
@@ -77,20 +84,20 @@ def without_figures(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(**{column: rows[column].where(rows.status == "ok") for column in figures})
 
 
-def verdicts(row) -> dict[str, str]:
-    """The verdicts in a row's notes, each with the width that it reached where it tells that: "±5 %"."""
-    parts = [part.partition(": ") for part in row.notes.split("; ")]
-    widths = {name: re.search(r"±\S+ %", said) for name, _, said in parts if name in VERDICTS}
-    return {name: width[0] if width else "" for name, width in widths.items()}
+def warnings(row) -> list[str]:
+    """The names of a row's warnings (see WARNINGS)."""
+    return [name for name in (note.partition(": ")[0] for note in row.notes) if name in WARNINGS]
 
 
-def doubts(row) -> str:
+def warnings_text(row) -> str:
     """ "noisy ±5 %, CPU-bound" """
-    return ", ".join(f"{name} {width}".strip() for name, width in verdicts(row).items())
+    wide = {"noisy", "too short"}
+    return ", ".join(f"{name} {percent_width(row)}" if name in wide else name for name in warnings(row))
 
 
 HEAD = [
     ("Method", name),
+    ("Environment", lambda row: row.get("environment", "")),
     ("Size", lambda row: str(row.image_size)),
     ("Batch", lambda row: str(row.batch_size)),
 ]
@@ -100,15 +107,15 @@ TABLE = [
     ("Std ms", "std_ms"),
     ("p95 ms", "p95_ms"),
     ("Images/s", "fps"),
-    ("95 %", lambda row: between(row.fps_low, row.fps_high)),
-    ("Speedup", "speedup"),
-    ("95 % of it", lambda row: between(row.speedup_low, row.speedup_high)),
+    ("Images/s, 95 % CI", lambda row: interval(row.fps_low, row.fps_high)),
+    ("Speedup", lambda row: times(row).partition("x")[0]),
+    ("Speedup, 95 % CI", lambda row: times(row).partition("(")[2].rstrip(")")),
     ("Load s", "load_s"),
     ("First call ms", "first_call_ms"),
     ("Memory MB", lambda row: figure(row.gpu_memory_mb if row.device == "cuda" else row.host_memory_mb)),
     ("Agreement", lambda row: percent(row.agreement)),
     ("Accuracy", lambda row: percent(row.accuracy)),
-    ("Notes", lambda row: doubts(row) if row.status == "ok" else ""),
+    ("Warnings", lambda row: warnings_text(row) if row.status == "ok" else ""),
 ]
 DEVICE = [
     *HEAD,
@@ -123,23 +130,23 @@ DEVICE = [
     ("% of peak", "pct_peak"),
     ("% of measured peak", "pct_measured_peak"),
     ("FLOP/byte", "flops_per_byte"),
-    ("Limit", "limit"),
+    ("Bottleneck", "limit"),
 ]
 END_TO_END = [
     *HEAD,
     ("Decoder", "decoder"),
     ("Images/s", lambda row: figure(row.images_per_s) if row.status == "ok" else row.status),
-    ("95 %", lambda row: between(row.images_per_s_low, row.images_per_s_high)),
+    ("Images/s, 95 % CI", lambda row: interval(row.images_per_s_low, row.images_per_s_high)),
     ("Decoding alone", "decode_images_per_s"),
     ("Inference alone", "infer_images_per_s"),
-    ("Overlap", "overlap"),
+    ("Share of the possible", "overlap"),
     ("One after the other", "serial_images_per_s"),
-    ("Limit", "limit"),
+    ("Bottleneck", "limit"),
     ("Agreement", lambda row: percent(row.agreement)),
     ("Reason", "reason"),
 ]
 LOAD = [
-    *HEAD[:2],
+    *HEAD[:3],
     ("Scenario", "scenario"),
     ("Offered images/s", "rate"),
     ("Achieved", "achieved"),
@@ -147,16 +154,19 @@ LOAD = [
     ("p90 ms", "p90_ms"),
     ("p99 ms", "p99_ms"),
     ("Valid", lambda row: "yes" if row.valid else "no"),
-    ("By our clock", "fps"),
+    ("Our measurement", "fps"),
 ]
 
 
 def lines_of(table: list[tuple[str, str | Callable]], rows: pd.DataFrame) -> list[list[str]]:
-    """Header and rows as cells, without columns that are empty throughout."""
+    """Header and rows as cells, without columns that are empty throughout; with the environment of each row
+    where there are several."""
+    if "sweep" in rows and rows.sweep.nunique() > 1:
+        rows = rows.assign(environment=rows.sweep)
     columns = []
     for header, show in table:
         cells = [show(row) if callable(show) else cell(row[show]) for _, row in rows.iterrows()]
-        if any(cells) or header in dict(HEAD):
+        if any(cells) or header in ("Method", "Size", "Batch"):
             columns.append([header, *cells])
     return [list(line) for line in zip(*columns, strict=True)]
 
@@ -197,7 +207,7 @@ def text_table(rows: pd.DataFrame) -> str:
 
 
 def reasons(rows: pd.DataFrame) -> list[str]:
-    """A line for each reason why rows have no figures or can't win, and for each verdict on the others."""
+    """A line for each reason why rows have no figures or can't win, each variant and each warning."""
     lines, keys = [], ["backend", "precision", "status", "reason"]
     for (backend, precision, status, reason), group in rows[rows.status != "ok"].groupby(keys, sort=False):
         places = sorted(set(zip(group.image_size, group.batch_size, strict=True)))
@@ -206,72 +216,90 @@ def reasons(rows: pd.DataFrame) -> list[str]:
         lines.append(f"{label(backend, precision)}{scope}: {status.replace('_', ' ')}: {reason}")
     variants = rows[rows.adds != ""].drop_duplicates("backend")
     lines += [f"{name(row)}: {row.adds}" for row in variants.itertuples()]
-    named = {verdict for row in rows.itertuples() for verdict in verdicts(row)}
-    return lines + [f"{verdict}: {remedy}" for verdict, remedy in VERDICTS.items() if verdict in named]
+    named = {warning for row in rows.itertuples() for warning in warnings(row)}
+    return lines + [f"{warning}: {remedy}" for warning, remedy in WARNINGS.items() if warning in named]
 
 
 # ---- answers
 
 
 def answers_of(rows: pd.DataFrame) -> list[str]:
-    """The five answers, a sentence each; where there are several sweeps, each speaks but in the last."""
+    """The five answers for a machine, one sentence each, across the environments it was measured in."""
     ok = analysis.measured(rows)
     if ok.empty:
         return ["Nothing was measured; the reasons are in the table."]
     if ok.fps_low.isna().all():
         return ["Each row was measured in a single round, which supports no verdict: use --rounds 3."]
-    sentences, sweeps = [], ok.sweep.unique()
-    for question, answer in QUESTIONS.items():
-        if len(sweeps) == 1 or answer is optimum:
-            texts = [answer(ok)]
-        else:
-            texts = [f"{text} ({sweep})" for sweep in sweeps if (text := answer(ok[ok.sweep == sweep]))]
-        if any(texts):
-            sentences.append(f"**{question}** {'; '.join(texts)}.")
-    return sentences
+    found = {question: answer(ok) for question, answer in QUESTIONS.items()}
+    return [f"**{question}** {sentence}." for question, sentence in found.items() if sentence]
 
 
 def which(ok: pd.DataFrame) -> str:
     winners, ties, total = analysis.wins(ok)
     if not total:
-        return f"Only {name(ok.iloc[0])} was measured, so there is nothing to compare it with"
-    texts = [f"{name(row)} in {count}" for row, count in winners]
-    texts += [f"no difference that this sweep can show in {ties}"] if ties else []
-    return f"{', '.join(texts)} of {total} combinations of image and batch size"
+        return f"Only {sentence_name(ok.iloc[0])} was measured, so there is nothing to compare it with"
+    grid = f"of {total} combinations of image and batch size"
+    if not winners:
+        return f"In none {grid} is one method clearly faster than all others"
+    (first, count), *others = [(sentence_name(row), count) for row, count in winners]
+    texts = [f"In {count} {grid} {first} is the fastest", *(f"in {n} {other}" for other, n in others)]
+    return ", ".join(texts) + (f"; {ties} {'is' if ties == 1 else 'are'} too close to call" if ties else "")
+
+
+def range_of(factors) -> str:
+    text = span(factors)
+    return f"{text}, depending on the method" if " to " in text else text
 
 
 def sizes(ok: pd.DataFrame) -> str:
-    cost, small, large = analysis.size_cost(ok), ok.image_size.min(), ok.image_size.max()
-    pixels = f"from {small} to {large} px, {figure((large / small) ** 2)} times the pixels"
-    fall = f"throughput at batch {ok.batch_size.max()} falls"
-    return f"{pixels}, {fall} {span(cost.values())} times" if cost else ""
+    batch, cost = analysis.size_cost(ok)
+    small, large = ok.image_size.min(), ok.image_size.max()
+    pixels = f"From {small} to {large} px there are {figure((large / small) ** 2)} times the pixels"
+    return f"{pixels}, and throughput at batch {batch} falls by a factor of {range_of(cost)}" if cost else ""
 
 
 def batches(ok: pd.DataFrame) -> str:
-    gains = analysis.batch_gain(ok)
-    ends = f"from batch {ok.batch_size.min()} to {ok.batch_size.max()} at {ok.image_size.min()} px"
-    return f"{ends} throughput grows {span(gains.values())} times" if gains else ""
+    gains, size = analysis.batch_gain(ok), analysis.usual_size(ok)
+    own = ok[ok.image_size == size]
+    ends = f"From batch {own.batch_size.min()} to {analysis.shared_batch(own)} at {size} px"
+    return f"{ends}, throughput grows by a factor of {range_of(gains)}" if len(gains) else ""
 
 
 def saturation(ok: pd.DataFrame) -> str:
-    texts, missing, total = [], 0, 0
-    for _, own in ok[ok.backend.map(family) == ok.backend].groupby("backend", sort=False):
-        found = analysis.saturations(own)
-        reached = {size: batch for size, batch in found.items() if batch}
-        missing, total = missing + len(found) - len(reached), total + len(found)
-        if reached:
-            at = "" if len(reached) == len(found) else f" at {', '.join(map(str, reached))} px"
-            texts.append(f"{name(own.iloc[0])} from batch {span(reached.values())}{at}")
-    texts += [f"in {missing} of {total} cases not up to batch {ok.batch_size.max()}"] if missing else []
-    return f"doubling the batch gives under 5 % more: {', '.join(texts)}" if texts else ""
+    """Of every plain method and the fastest of all, at the usual image size."""
+    size, found, last = analysis.usual_size(ok), {}, 0
+    own = ok[ok.image_size == size]
+    plain = own.backend.map(family) == own.backend
+    for _, group in own[plain | (own.backend == own.loc[own.fps.idxmax()].backend)].groupby(
+        "backend", sort=False
+    ):
+        longest = max((rows for _, rows in group.groupby("sweep")), key=len)  # where several have the method
+        if len(longest) > 1:
+            found.setdefault(analysis.saturation(longest), []).append(sentence_name(longest.iloc[0]))
+            last = max(last, longest.batch_size.max())
+    growing = found.pop(None, [])
+    texts = [f"from batch {batch} on for {listed(names)}" for batch, names in sorted(found.items())]
+    if not texts:
+        return (
+            f"At {size} px, {listed(growing)} still gain from a batch larger than {last}" if growing else ""
+        )
+    more = f"; {listed(growing)} still gain{'s' * (len(growing) == 1)} more" if growing else ""
+    return f"At {size} px, doubling the batch gains less than 5 % {', '.join(texts)}{more}"
+
+
+def listed(names: list[str]) -> str:
+    """ "a, b and c" """
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def optimum(ok: pd.DataFrame) -> str:
-    texts = []
+    """For each image size the best for throughput; sizes that share it are told together."""
+    chosen = {}
     for best in analysis.optimal(ok[ok.fps_low.notna()]):
-        cost = f"{figure(best.fps)} images/s, {figure(best.mean_ms)} ms a batch"
-        texts.append(f"{best.image_size} px {name(best)}, batch {best.batch_size} ({cost})")
-    return f"for throughput {', '.join(texts)}"
+        cost = f"{figure(best.fps)} images/s at {best.image_size} px ({figure(best.mean_ms)} ms a batch)"
+        chosen.setdefault(f"{sentence_name(best)} at batch {best.batch_size}", []).append(cost)
+    texts = [f"{method} gives {', '.join(costs)}" for method, costs in chosen.items()]
+    return f"For throughput, {'; '.join(texts)}"
 
 
 QUESTIONS = {

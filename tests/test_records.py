@@ -273,14 +273,14 @@ def test_a_sweep_packed_into_one_file_gives_the_same_rows_and_can_be_gone_on_wit
     folder = tmp_path / "raw" / "tensorrt-8.6"
     keep(folder, *(record(name, k) for k in range(3) for name in ("pytorch", "onnx")))
     files = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.iterdir()}
-    tables.write_csv(tmp_path)
+    tables.write_table(tmp_path)
     table, facts = ((tmp_path / name).read_bytes() for name in ("benchmark_results.csv", "environment.json"))
     monkeypatch.setattr(sys, "argv", ["records", str(tmp_path)])
     records.main()
     packed = tmp_path / "raw" / "tensorrt-8.6.zip"
     assert [path.name for path in (tmp_path / "raw").iterdir()] == [packed.name]
     content = packed.read_bytes()
-    tables.write_csv(tmp_path)
+    tables.write_table(tmp_path)
     assert (tmp_path / "benchmark_results.csv").read_bytes() == table
     assert (tmp_path / "environment.json").read_bytes() == facts
     records.unpack(folder)

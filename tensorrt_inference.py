@@ -1,7 +1,7 @@
 """Backends: TensorRT through Torch-TensorRT and natively, each with and without a CUDA graph; FP16 and INT8.
 
-"tensorrt" serves every batch up to the largest asked for with one engine; "tensorrt-static" has an engine
-for each batch size, so that the difference between the two is what a free batch size costs.
+"tensorrt" serves every batch up to the largest asked for with one engine, which is best at those asked for;
+"tensorrt-static" has an engine for each of them: the difference is what a free batch size costs.
 
 Reads weights/best_resnet18_<size>.pth and engines in weights/ (built where they are missing or stale),
 leaves raw records in results/raw/ and prints their table.
@@ -25,12 +25,12 @@ from utils.utils import run_main
 class TensorRT(Backend):
     """ResNet-18 by TensorRT: one engine for all batch sizes, or with `static` one for each.
 
-    `kind` is the route: trt.NativeEngine, or torch_trt.Module through Torch-TensorRT.  With `graph` every
-    batch size gets an engine of its own: a CUDA graph is only good while the bindings stay as captured.
+    `kind` is the route: trt.NativeEngine, or torch_trt.Module through Torch-TensorRT.  With `apart` the file
+    is opened anew for every batch size: a CUDA graph is only good while the module's state stays as captured.
     """
 
-    def __init__(self, kind: type[EngineFile] = trt.NativeEngine, graph: bool = False, **options: bool):
-        self.kind, self.graph, self.options = kind, graph, options
+    def __init__(self, kind: type[EngineFile] = trt.NativeEngine, apart: bool = False, **options: bool):
+        self.kind, self.apart, self.options = kind, apart, options
         self.precision = "INT8" if options.get("int8") else "FP16"
         self.any_batch = not options.get("static")
         meaning = {"int8": "INT8 calibrated on training images", "static": "an engine for each batch size"}
@@ -55,7 +55,7 @@ class TensorRT(Backend):
             self.build_s += seconds
             self.from_cache &= from_cache
             for batch in batches:
-                self.engines[batch] = file.open() if self.graph and batch != batches[0] else engine
+                self.engines[batch] = file.open() if self.apart and batch != batches[0] else engine
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         return images.half().contiguous()
@@ -70,13 +70,13 @@ class TensorRT(Backend):
 
 BACKENDS = {
     "torch-tensorrt": lambda: TensorRT(torch_trt.Module),
-    "torch-tensorrt-graph": lambda: CudaGraph(TensorRT(torch_trt.Module, graph=True)),
+    "torch-tensorrt-graph": lambda: CudaGraph(TensorRT(torch_trt.Module, apart=True)),
     "tensorrt": TensorRT,
-    "tensorrt-graph": lambda: CudaGraph(TensorRT(graph=True)),
+    "tensorrt-graph": lambda: CudaGraph(TensorRT()),
     "tensorrt-static": lambda: TensorRT(static=True),
     "tensorrt-static-graph": lambda: CudaGraph(TensorRT(static=True)),
     "tensorrt-int8": lambda: TensorRT(int8=True),
-    "tensorrt-int8-graph": lambda: CudaGraph(TensorRT(int8=True, graph=True)),
+    "tensorrt-int8-graph": lambda: CudaGraph(TensorRT(int8=True)),
     "tensorrt-int8-static-graph": lambda: CudaGraph(TensorRT(int8=True, static=True)),
 }
 

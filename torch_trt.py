@@ -35,6 +35,16 @@ class Module(EngineFile):
     MADE_WITH = ["torch", "torch-tensorrt"]
 
     @property
+    def profiles(self) -> list[list[int]]:
+        """One: Torch-TensorRT takes no more.  Its best batch is 2 at least: exports fix a batch of 1."""
+        largest = max(*self.batch_sizes, 2)
+        return [[1, largest, largest]]
+
+    @property
+    def kind(self) -> str:
+        return f"max{self.profiles[0][-1]}"
+
+    @property
     def suffix(self) -> str:
         return "ts" if is_torchscript() else "pt2"
 
@@ -43,9 +53,10 @@ class Module(EngineFile):
             network = model.fold_batch_norm(model.load(self.checkpoint, "cpu")[0])  # in FP32, then halved
             cache = Path(folder) / "timings"
             cache.write_bytes(timings)
-            module = compile_network(network.half().cuda(), self.shapes, cache)
+            shapes = [(batch, 3, self.image_size, self.image_size) for batch in self.profiles[0]]
+            module = compile_network(network.half().cuda(), shapes, cache)
             check_one_engine(module)
-            save(module, path, self.shapes)
+            save(module, path, shapes)
             return cache.read_bytes()
 
     def open(self):
@@ -58,7 +69,7 @@ class Module(EngineFile):
             return torch_tensorrt.load(str(self.path)).module(check_guards=False)
 
 
-def compile_network(network: torch.nn.Module, shapes: list[list[int]], timings: Path):
+def compile_network(network: torch.nn.Module, shapes: list[tuple], timings: Path):
     """`network`, in half on the GPU, as a module around one TensorRT engine.
 
     2.2 wants it scripted, and `enabled_precisions`, without which TensorRT 8.6 builds FP32 kernels.  From
@@ -81,16 +92,16 @@ def is_true(record: logging.LogRecord) -> bool:
     return "The compiled engine's min will be 2" not in record.getMessage()
 
 
-def input_range(shapes: list[list[int]]):
+def input_range(shapes: list[tuple]):
     """The input's shapes; its name is the one in forward(), from which the free axis gets its own."""
     import torch_tensorrt
 
-    smallest, best, largest = map(tuple, shapes)
+    smallest, best, largest = shapes
     ranges = dict(min_shape=smallest, opt_shape=best, max_shape=largest)
     return torch_tensorrt.Input(**ranges, dtype=torch.half, name="x")
 
 
-def save(module, path: Path, shapes: list[list[int]]) -> None:
+def save(module, path: Path, shapes: list[tuple]) -> None:
     """Write TorchScript by 2.2; else an exported program, told the shapes to keep its axis free."""
     import torch_tensorrt
 

@@ -210,7 +210,7 @@ def test_on_a_gpu_it_says_what_to_use_instead():
     assert "tensorrt-int8" in reason and "--device cpu" in reason
 
 
-# ---- TensorRT 10 and 11: a QDQ network
+# ---- TensorRT: a QDQ network
 
 
 def need_scales_in_fp16(exported: Path) -> None:
@@ -222,17 +222,16 @@ def need_scales_in_fp16(exported: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def network(project, exported):
+def rounded(project, exported) -> Path:
+    checkpoint = exported.with_name("best_resnet18_64.pth")
+    return onnx_export.for_tensorrt(exported, checkpoint, 64, project / "data")[0]
+
+
+def test_what_tensorrt_fuses_is_left_alone_and_all_else_is_rounded(rounded):
     import onnx
-
-    need_scales_in_fp16(exported)
-    return onnx.load(onnx_export.for_tensorrt(exported, 64, project / "data")[0])
-
-
-def test_what_tensorrt_fuses_is_left_alone_and_all_else_is_rounded(network):
     from onnx import TensorProto
 
-    graph = network.graph
+    graph = onnx.load(rounded).graph
     maker = {name: node for node in graph.node for name in node.output}
     kinds = Counter(node.op_type for node in graph.node)
     assert kinds["Conv"] == 20 and kinds["Add"] == 8
@@ -244,29 +243,33 @@ def test_what_tensorrt_fuses_is_left_alone_and_all_else_is_rounded(network):
         (main,) = (maker[name] for name in add.input if maker[name].op_type == "Conv")
         assert next(list(a.ints) for a in main.attribute if a.name == "kernel_shape") == [3, 3]
     stored = {tensor.name: tensor for tensor in graph.initializer}
-    for node in (
-        node for node in graph.node if node.op_type.endswith("quantizeLinear") or "Quant" in node.op_type
-    ):
+    for node in (node for node in graph.node if node.op_type.endswith("quantizeLinear")):
         scale, zero = (stored[name] for name in node.input[1:])
-        assert scale.data_type == TensorProto.FLOAT16 and zero.data_type == TensorProto.INT8
-        assert not any(np.frombuffer(zero.raw_data, np.int8)) and not any(zero.int32_data)
-    assert TensorProto.FLOAT not in {tensor.data_type for tensor in graph.initializer}
-    assert {entry.domain for entry in network.opset_import} == {""}
+        assert scale.data_type == TensorProto.FLOAT and zero.data_type == TensorProto.INT8
+        assert not np.frombuffer(zero.raw_data, np.int8).any()
 
 
-def test_it_chooses_the_classes_that_pytorch_chooses(project, network):
+@pytest.mark.parametrize("version", ["8.6.0", "11.1.0"])
+def test_it_chooses_the_classes_that_pytorch_chooses(project, exported, rounded, version):
     import onnxruntime
 
-    checkpoint = project / "weights" / "best_resnet18_64.pth"
-    pytorch, facts = model.load(checkpoint, "cpu")
+    if halved := version != "8.6.0":
+        need_scales_in_fp16(exported)
+    network = trt.onnx_for(version, rounded, None, halved=halved)
+    pytorch, facts = model.load(project / "weights" / "best_resnet18_64.pth", "cpu")
     pictures, _ = load_test_images(project / "data", 64, facts["classes"])
     with torch.inference_mode():
         expected = pytorch(pictures).numpy()
-    session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {"input": pictures.numpy().astype(np.float16)})
+    session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"input": pictures.numpy().astype(np.float16 if halved else np.float32)})
     assert (logits.argmax(1) == expected.argmax(1)).mean() >= 0.95  # a network of one epoch: many a tie
     tolerance = accuracy.TOLERANCE["INT8"] * np.abs(expected).max()
     assert np.abs(logits - expected).max() <= tolerance
+
+
+def test_values_of_another_network_are_not_taken(exported, tmp_path):
+    with pytest.raises(RuntimeError, match="is not the network whose values were observed"):
+        onnx_export.write_for_tensorrt(exported, [("input", 1.0), ("Conv", 2.0)], tmp_path / "out.onnx")
 
 
 def test_a_scale_too_small_for_half_does_not_vanish():
@@ -344,11 +347,8 @@ class WithoutGpu(trt.NativeEngine):
     """Without a GPU to name among the facts."""
 
     def facts(self):
-        facts = {
-            "tensorrt": sys.modules["tensorrt"].__version__,
-            "images": onnx_export.fingerprint(self.data),
-        }
-        return facts | {"shapes": self.shapes}
+        facts = {"tensorrt": sys.modules["tensorrt"].__version__, "profiles": self.profiles}
+        return facts | onnx_export.facts_of_int8(self.data)
 
 
 @pytest.fixture
@@ -356,9 +356,9 @@ def built(tensorrt, monkeypatch):
     """Instead of building: what each build was asked for.  A calibrating one leaves its table."""
     asked = []
 
-    def build_plan(network, shapes, timings, calibrator=None):
+    def build_plan(network, profiles, image_size, timings, int8=False, calibrator=None):
         known = calibrator and calibrator.table
-        asked.append((network, shapes, known))
+        asked.append((network, profiles, known))
         if calibrator and not known:
             calibrator.write_calibration_cache(b"scales")
         return b"plan", timings + b"+"
@@ -368,30 +368,39 @@ def built(tensorrt, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "kinds"), [("8.6.0", {"EXPLICIT_BATCH": 0}), ("11.1.0", {"STRONGLY_TYPED": 1})]
+    ("version", "kinds", "calibrated"),
+    [
+        ("8.6.0", {"EXPLICIT_BATCH": 0}, True),
+        ("8.6.0", {"EXPLICIT_BATCH": 0}, False),
+        ("11.1.0", {"STRONGLY_TYPED": 1}, True),
+    ],
 )
-def test_each_tensorrt_is_given_its_own_kind_of_int8(tensorrt, built, project, exported, version, kinds):
+def test_each_tensorrt_is_given_its_own_kind_of_int8(
+    tensorrt, built, project, exported, monkeypatch, version, kinds, calibrated
+):
     import onnx
 
     if version != "8.6.0":
         need_scales_in_fp16(exported)
     tensorrt.__version__, tensorrt.NetworkDefinitionCreationFlag = version, SimpleNamespace(**kinds)
+    monkeypatch.setattr(trt.NativeEngine, "calibrated", calibrated)
     checkpoint = exported.with_name("best_resnet18_64.pth")
-    recipe = WithoutGpu(checkpoint, 64, [1, 16], project / "data", int8=True)
+    (exported.with_name("resnet18_64_int8.calibration")).unlink(missing_ok=True)
+    file = WithoutGpu(checkpoint, 64, [1, 16], project / "data", int8=True)
     plan = checkpoint.with_name("plan")
-    timings = recipe.make(plan, b"timings")
+    timings = file.make(plan, b"timings")
     assert plan.read_bytes() == b"plan"
-    networks = [onnx.load_from_string(model) for model, _, _ in built]
-    asked = [(shapes, known) for _, shapes, known in built]
+    networks = [onnx.load_from_string(network) for network, _, _ in built]
+    asked = [(profiles, known) for _, profiles, known in built]
+    types = onnx.TensorProto.FLOAT if version == "8.6.0" else onnx.TensorProto.FLOAT16
+    assert {network.graph.input[0].type.tensor_type.elem_type for network in networks} == {types}
     if version == "8.6.0":
-        batch = [onnx_export.BATCH, 3, 64, 64]
-        assert asked == [([batch] * 3, None), (recipe.shapes, b"scales")] and timings == b"timings++"
-        for network in networks:
-            assert network.opset_import[0].version == 17
-            assert network.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+        assert {network.opset_import[0].version for network in networks} == {17}
+    if version == "8.6.0" and calibrated:
+        assert asked == [([[onnx_export.BATCH] * 3], None), (file.profiles, b"scales")]
+        assert timings == b"timings++"
     else:
-        assert asked == [(recipe.shapes, None)] and timings == b"timings+"
-        assert networks[0].graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+        assert asked == [(file.profiles, None)] and timings == b"timings+"
         assert "QuantizeLinear" in {node.op_type for node in networks[0].graph.node}
 
 
@@ -402,14 +411,14 @@ def test_a_calibration_serves_every_engine_and_is_made_anew_when_damaged_or_fore
     checkpoint = tmp_path / "best_resnet18_64.pth"
     kept = tmp_path / "resnet18_64_int8.calibration"
     for batch, static in [(16, False), (1, True), (16, True)]:
-        recipe = WithoutGpu(checkpoint, 64, [batch], project / "data", static=static, int8=True)
-        assert recipe.calibration(exported, b"")[0] == b"scales"
+        file = WithoutGpu(checkpoint, 64, [batch], project / "data", static=static, int8=True)
+        assert file.calibration(exported, b"")[0] == b"scales"
     assert len(built) == 1
     capsys.readouterr()
     kept.write_bytes(b"scale")
-    assert recipe.calibration(exported, b"")[0] == b"scales" and len(built) == 2
+    assert file.calibration(exported, b"")[0] == b"scales" and len(built) == 2
     tensorrt.__version__ = "8.6.1"
-    assert recipe.calibration(exported, b"")[0] == b"scales" and len(built) == 3
+    assert file.calibration(exported, b"")[0] == b"scales" and len(built) == 3
     said = [line for line in capsys.readouterr().err.splitlines() if "anew" in line]
     reasons = ["is damaged", "was made for another tensorrt"]
     assert said == [f"{kept} {reason}; building it anew" for reason in reasons]

@@ -22,12 +22,7 @@ from utils.backend import build_engines, builds_ahead, is_fresh, store, why_no_t
 from utils.measure import accuracy
 from utils.utils import UserError
 
-FACTS = {
-    "onnx": "abc",
-    "tensorrt": "8.6.0",
-    "gpu": "NVIDIA H200",
-    "shapes": [[1, 3, 64, 64], [4, 3, 64, 64], [4, 3, 64, 64]],
-}
+FACTS = {"onnx": "abc", "tensorrt": "8.6.0", "gpu": "NVIDIA H200", "profiles": [[1, 4, 4]]}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHECKPOINT = Path("weights") / "best_resnet18_64.pth"
 NATIVE = why_no_tensorrt(["tensorrt", "onnx"], DEVICE)
@@ -35,18 +30,27 @@ TORCH = why_no_tensorrt(["torch_tensorrt"], DEVICE)
 
 
 @pytest.mark.parametrize(
-    ("batches", "static", "expected"),
+    ("kind", "batches", "static", "expected"),
     [
-        ([1, 8, 16], False, [1, 16, 16]),
-        ([16, 4], False, [1, 16, 16]),
-        ([1], False, [1, 2, 2]),
-        ([1], True, [1, 1, 1]),
-        ([8], True, [8, 8, 8]),
+        (trt.NativeEngine, [1, 8, 16], False, [[1, 1, 1], [2, 8, 8], [9, 16, 16]]),
+        (trt.NativeEngine, [16, 4, 16], False, [[1, 4, 4], [5, 16, 16]]),
+        (trt.NativeEngine, [8], True, [[8, 8, 8]]),
+        (torch_trt.Module, [1, 8, 16], False, [[1, 16, 16]]),
+        (torch_trt.Module, [1], False, [[1, 2, 2]]),
     ],
 )
-def test_the_profile_spans_one_to_the_largest_batch_and_its_best_is_at_least_two(batches, static, expected):
-    recipe = trt.NativeEngine(CHECKPOINT, 64, batches, None, static=static)
-    assert recipe.shapes == [[batch, 3, 64, 64] for batch in expected]
+def test_every_batch_up_to_the_largest_has_a_profile_and_those_asked_for_are_its_best(
+    kind, batches, static, expected
+):
+    assert kind(CHECKPOINT, 64, batches, None, static=static).profiles == expected
+
+
+def test_a_batch_takes_the_profile_whose_best_is_nearest_above():
+    engine = trt.Engine.__new__(trt.Engine)
+    profiles = [[(low, 3, 4, 4), (best, 3, 4, 4), (best, 3, 4, 4)] for low, best in ((1, 1), (2, 8), (9, 16))]
+    read = SimpleNamespace(get_tensor_profile_shape=lambda name, index: profiles[index])
+    engine.engine = SimpleNamespace(num_optimization_profiles=3, **vars(read))
+    assert [engine.profile_for(batch) for batch in (1, 2, 8, 9, 16, 17)] == [0, 1, 1, 2, 2, 0]
 
 
 def test_every_size_largest_batch_kind_and_route_has_a_file_of_its_own():
@@ -349,7 +353,7 @@ def test_a_failed_build_says_everything_that_tensorrt_said(monkeypatch):
     monkeypatch.setattr(trt, "configure", Mock())
     trt.logger.cache_clear()
     with pytest.raises(RuntimeError) as error:
-        trt.build_plan(b"", FACTS["shapes"], b"")
+        trt.build_plan(b"", FACTS["profiles"], 64, b"")
     trt.logger.cache_clear()
     told = "CUDA error out of memory\nError Code 10: could not find any implementation"
     assert str(error.value) == f"TensorRT could not build the engine:\n{told}"
@@ -366,7 +370,8 @@ def test_each_torch_tensorrt_is_given_what_it_needs(monkeypatch, torchscript, ir
     monkeypatch.setattr(torch_trt, "is_torchscript", lambda: torchscript)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 << 30, 4 << 30))
     network = model.fold_batch_norm(model.build(3)).half()
-    torch_trt.compile_network(network, FACTS["shapes"], "timings")
+    shapes = [(1, 3, 64, 64), (4, 3, 64, 64), (4, 3, 64, 64)]
+    torch_trt.compile_network(network, shapes, "timings")
     (module,), given = fake.compile.call_args
     assert isinstance(module, torch.jit.ScriptModule) == torchscript
     assert (given["ir"], given.get("enabled_precisions"), given.get("timing_cache_path")) == (
@@ -375,7 +380,7 @@ def test_each_torch_tensorrt_is_given_what_it_needs(monkeypatch, torchscript, ir
         timings,
     )
     assert given["require_full_compilation"] is True and given["workspace_size"] == 1 << 29
-    smallest, best, largest = map(tuple, FACTS["shapes"])
+    smallest, best, largest = shapes
     assert given["inputs"] == [
         {"min_shape": smallest, "opt_shape": best, "max_shape": largest, "dtype": torch.half, "name": "x"}
     ]
@@ -499,7 +504,7 @@ def test_a_native_engine_refuses_what_it_was_not_built_for(checkpoint):
 def test_the_parser_s_errors_are_passed_on_in_full():
     needs("tensorrt")
     with pytest.raises(RuntimeError, match="can't read the ONNX file:\n.+"):
-        trt.build_plan(b"not an ONNX file", FACTS["shapes"], b"")
+        trt.build_plan(b"not an ONNX file", FACTS["profiles"], 64, b"")
 
 
 def test_a_corrupt_timing_cache_does_not_break_a_build(checkpoint):
@@ -507,9 +512,6 @@ def test_a_corrupt_timing_cache_does_not_break_a_build(checkpoint):
     import tensorrt
 
     path, _, _ = onnx_export.export(checkpoint, 64, "FP16")
-    plan, timings = trt.build_plan(
-        trt.onnx_for(tensorrt.__version__, path, None),
-        trt.NativeEngine(path, 64, [2], None).shapes,
-        b"corrupt",
-    )
+    onnx = trt.onnx_for(tensorrt.__version__, path, None)
+    plan, timings = trt.build_plan(onnx, [[1, 2, 2]], 64, b"corrupt")
     assert trt.Engine(plan)(torch.zeros(2, 3, 64, 64).half().cuda()).shape == (2, 3) and timings

@@ -256,8 +256,7 @@ def workspace_bytes() -> int:
 class EngineFile(abc.ABC):
     """An engine's file: what it is made from, for which shapes, how it is built and opened.
 
-    `shapes` is TensorRT's optimisation profile: smallest, best and largest input.  The best batch is at
-    least 2, since exporters take a batch of 1 for a constant.
+    `static`: the engine takes this one batch size alone.
     """
 
     PACKAGES: list[str]  # modules that it needs
@@ -266,17 +265,23 @@ class EngineFile(abc.ABC):
     suffix: str
 
     def __init__(self, checkpoint, image_size, batch_sizes, data: Path | None, static=False, int8=False):
-        largest = max(batch_sizes)
-        batches = [largest] * 3 if static else [1, max(largest, 2), max(largest, 2)]
         self.checkpoint, self.image_size, self.data = checkpoint, image_size, data
-        self.static, self.int8 = static, int8
-        self.shapes = [[batch, 3, image_size, image_size] for batch in batches]
+        self.batch_sizes, self.static, self.int8 = sorted(set(batch_sizes)), static, int8
+
+    @property
+    @abc.abstractmethod
+    def profiles(self) -> list[list[int]]:
+        """TensorRT's optimisation profiles: for each the smallest, best and largest batch size."""
+
+    @property
+    @abc.abstractmethod
+    def kind(self) -> str:
+        """What the file's name says of the batch sizes."""
 
     @property
     def path(self) -> Path:
-        kind = f"{'static' if self.static else 'max'}{self.shapes[2][0]}"
         precision = "int8" if self.int8 else "fp16"
-        return self.checkpoint.with_name(f"resnet18_{self.image_size}_{kind}_{precision}.{self.suffix}")
+        return self.checkpoint.with_name(f"resnet18_{self.image_size}_{self.kind}_{precision}.{self.suffix}")
 
     @abc.abstractmethod
     def make(self, path: Path, timings: bytes) -> bytes:
@@ -298,7 +303,7 @@ class EngineFile(abc.ABC):
             "tensorrt": tensorrt.__version__,
             "gpu": torch.cuda.get_device_name(),
             "compute_capability": f"{major}.{minor}",
-            "shapes": self.shapes,
+            "profiles": self.profiles,
             "workspace_bytes": WORKSPACE_BYTES,
         }
 

@@ -149,27 +149,23 @@ def for_cpu(source: Path, checkpoint: Path, image_size: int, data: Path | None) 
 
 
 def write_for_cpu(source: Path, batches: Iterator[torch.Tensor], reduce_range: bool, path: Path) -> None:
-    """8-bit activations with a zero point, 8-bit weights with a scale for each channel."""
-    from onnxruntime.quantization import QuantType
+    """8-bit activations with a zero point, 8-bit weights with a scale for each channel, by ONNX Runtime.
 
-    how = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "reduce_range": reduce_range}
-    quantize(source, batches, path, **how)
-
-
-def quantize(source: Path, batches: Iterator[torch.Tensor], path: Path, **how) -> None:
-    """quantize_static() per channel with MinMax, after the folding and shape inference that it asks for."""
+    After the folding and shape inference that quantize_static() asks for.
+    """
     import onnx
-    from onnxruntime.quantization import quantize_static
+    from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     feed = ({"input": batch.numpy()} for batch in batches)
     reader = SimpleNamespace(get_next=lambda: next(feed, None))
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)  # 1.18's fails on newer exports
         nodes = onnx.load(prepared).graph.node
-        classifier = [node.name for node in nodes if node.op_type == "Gemm"]
-        quantize_static(prepared, path, reader, per_channel=True, nodes_to_exclude=classifier, **how)
+        kept = [node.name for node in nodes if node.op_type == "Gemm"]
+        quantize_static(prepared, path, reader, nodes_to_exclude=kept, reduce_range=reduce_range, **types)
 
 
 @functools.cache
@@ -192,64 +188,128 @@ def saturates() -> bool:
     return bool((session.run(None, feed)[0] != 64 * 255 * 127).any())
 
 
-# ---- for TensorRT 10 and 11
+# ---- for TensorRT
 
 
-def for_tensorrt(source: Path, image_size: int, data: Path) -> tuple[Path, bool]:
-    """The FP32 export `source` as QDQ network for a strongly typed engine, and whether it was there."""
-    import onnxruntime
-
+def for_tensorrt(source: Path, checkpoint: Path, image_size: int, data: Path | None) -> tuple[Path, bool]:
+    """The checkpoint's FP32 export `source` as QDQ network in FP32, and whether a fresh file was there."""
     path = source.with_name(f"resnet18_{image_size}_int8_tensorrt.onnx")
-    facts = {"onnx": sha256(source), "onnxruntime": onnxruntime.__version__, **facts_of_int8(data)}
+    facts = {"checkpoint": sha256(checkpoint), "onnx": sha256(source), **facts_of_int8(data)}
     fresh = is_fresh(path, facts)
     if not fresh:
-        batches = calibration_batches(data, image_size)
-        store(path, facts, lambda file: write_for_tensorrt(source, batches, file))
+        largest = largest_values(checkpoint, calibration_batches(data, image_size))
+        store(path, facts, lambda file: write_for_tensorrt(source, largest, file))
     return path, fresh
 
 
-def write_for_tensorrt(source: Path, batches: Iterator[torch.Tensor], path: Path) -> None:
+class Largest(torch.fx.Interpreter):
+    """Runs a traced network and keeps the largest magnitude that each of its nodes has given."""
+
+    def __init__(self, network: torch.fx.GraphModule):
+        super().__init__(network)
+        self.seen = {}
+
+    def run_node(self, node):
+        result = super().run_node(node)
+        self.seen[node] = max(self.seen.get(node, 0.0), float(result.abs().max()))
+        return result
+
+
+def largest_values(checkpoint: Path, batches: Iterator[torch.Tensor]) -> list[tuple[str, float]]:
+    """(operator in ONNX, largest magnitude) of the input and of all before the mean over pixels, in order."""
+    network = model.fold_batch_norm(model.load(checkpoint, "cpu")[0])
+    watched = Largest(network)
+    with torch.inference_mode():
+        for batch in batches:
+            watched.run(batch)
+    kinds = {torch.nn.Conv2d: "Conv", torch.nn.ReLU: "Relu", torch.nn.MaxPool2d: "MaxPool"}
+    found = []
+    for node, value in watched.seen.items():
+        kind = {"placeholder": "input", "call_function": "Add" if "add" in node.name else ""}.get(node.op)
+        if node.op == "call_module":
+            kind = kinds.get(type(network.get_submodule(node.target)))
+        found += [(kind, value)] if kind else []
+    return found
+
+
+def write_for_tensorrt(source: Path, largest: list[tuple[str, float]], path: Path) -> None:
     """Rounded, with zero points 0, right before each convolution and on the shortcut into each sum.
 
     So TensorRT fuses a convolution with the sum and ReLU after it (TensorRT's developer guide, "Q/DQ
-    layer-placement recommendations").  All else is in half, with biases as they are.
+    layer-placement recommendations").  All else is as it was, biases too.
     """
     import onnx
-    from onnxruntime.quantization import QuantType
 
-    types = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8}
-    options = {"ActivationSymmetric": True, "QuantizeBias": False}
-    options["OpTypesToExcludeOutputQuantization"] = ["Conv", "Add"]
-    quantize(source, batches, path, op_types_to_quantize=["Conv", "Add"], extra_options=options, **types)
-    network = onnx.load(path)
-    for entry in [entry for entry in network.opset_import if entry.domain]:  # the optimiser's, all unused
-        network.opset_import.remove(entry)
-    leave_main_paths(network.graph)
-    halve(network.graph)
+    network = onnx.load(source)
+    graph = network.graph
+    body = [node for node in graph.node if node.op_type in ("Conv", "Relu", "MaxPool", "Add")]
+    if ["input", *(node.op_type for node in body)] != [kind for kind, _ in largest]:
+        raise RuntimeError(f"{source} is not the network whose values were observed")
+    names = [graph.input[0].name, *(node.output[0] for node in body)]
+    rounding = Rounding(graph, {name: value for name, (_, value) in zip(names, largest, strict=True)})
+    nodes = list(graph.node)
+    maker = {name: node for node in nodes for name in node.output}
+    del graph.node[:]
+    for node in nodes:
+        if node.op_type == "Conv":
+            node.input[0], node.input[1] = (
+                rounding.of_values(node.input[0]),
+                rounding.of_weights(node.input[1]),
+            )
+        elif node.op_type == "Add":
+            for i, name in enumerate(node.input):
+                if not is_main_path(maker[name]):
+                    node.input[i] = rounding.of_values(name)
+        graph.node.append(node)
+    del graph.value_info[:]
     onnx.checker.check_model(network, full_check=True)
     onnx.save(network, path)
 
 
-def leave_main_paths(graph) -> None:
-    """Take back the rounding between the last convolution of a block, a 3 x 3 one, and the sum."""
-    maker = {name: node for node in graph.node for name in node.output}
-    for add in [node for node in graph.node if node.op_type == "Add"]:
-        for i, name in enumerate(add.input):
-            dequantize = maker[name]
-            rounded = maker[dequantize.input[0]]
-            last = maker[rounded.input[0]]
-            sizes = [list(attribute.ints) for attribute in last.attribute if attribute.name == "kernel_shape"]
-            if last.op_type == "Conv" and sizes == [[3, 3]]:
-                add.input[i] = last.output[0]
-                graph.node.remove(dequantize)
-                graph.node.remove(rounded)
-    used = {name for node in graph.node for name in node.input}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
+def is_main_path(node) -> bool:
+    """Whether this ends a block's main path, which a 3 x 3 convolution does: its sum takes it unrounded."""
+    sizes = [list(attribute.ints) for attribute in node.attribute if attribute.name == "kernel_shape"]
+    return node.op_type == "Conv" and sizes == [[3, 3]]
+
+
+class Rounding:
+    """Adds to a graph the pairs of nodes that round tensors to 127 steps a side, each tensor once."""
+
+    def __init__(self, graph, largest: dict[str, float]):
+        from onnx import numpy_helper
+
+        self.graph, self.largest, self.rounded = graph, largest, {}
+        self.weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+    def of_values(self, name: str) -> str:
+        """The name of the rounded tensor; one scale, from the largest value that was observed."""
+        return self.rounded.get(name) or self.add(name, np.float32(self.largest[name]))
+
+    def of_weights(self, name: str) -> str:
+        """The name of the rounded weights; a scale for each output channel."""
+        return self.rounded.get(name) or self.add(name, np.abs(self.weights[name]).max((1, 2, 3)), axis=0)
+
+    def add(self, name: str, largest: np.ndarray, **axis) -> str:
+        from onnx import helper, numpy_helper
+
+        scale = np.asarray(np.where(largest > 0, largest, 1) / 127, np.float32)
+        for part, value in (("scale", scale), ("zero", np.zeros(scale.shape, np.int8))):
+            self.graph.initializer.append(numpy_helper.from_array(value, f"{name}_{part}"))
+        steps = [f"{name}_scale", f"{name}_zero"]
+        for kind, given, made in (
+            ("Quantize", name, f"{name}_int8"),
+            ("Dequantize", f"{name}_int8", f"{name}_rounded"),
+        ):
+            self.graph.node.append(helper.make_node(f"{kind}Linear", [given, *steps], [made], **axis))
+        self.rounded[name] = f"{name}_rounded"
+        return self.rounded[name]
 
 
 def halve(graph) -> None:
-    """Weights, scales, input and output from FP32 to FP16: what a strongly typed engine computes in."""
+    """Weights, scales, input and output from FP32 to FP16: what a strongly typed engine computes in.
+
+    Scales in FP16 need opset 19.
+    """
     from onnx import TensorProto, numpy_helper
 
     for tensor in graph.initializer:

@@ -95,7 +95,8 @@ def why_not_usable(gpu: dict) -> str:
 
     version, cuda, capability = torch.__version__, torch.version.cuda, gpu["capability"]
     old = (gpu["cuda"] or (13, 0)) < (13, 0) or (capability or (7, 5)) < (7, 5)
-    file = "requirements-cuda126.txt" if old else "requirements-cuda130.txt"
+    newest = "requirements-windows-cuda.txt" if sys.platform == "win32" else "requirements.txt"
+    file = "requirements-cuda126.txt" if old else newest
     cure = f"run: python install.py (or, by hand: python -m pip install --force-reinstall -r {file})"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if cuda is None:

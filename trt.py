@@ -9,6 +9,7 @@ One engine per image size serves every batch up to the largest and is best at th
 for each batch size alone.  With --int8 it is calibrated on images of data/train.
 """
 
+import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 import functools
 import sys
 from collections.abc import Iterable

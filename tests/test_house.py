@@ -29,7 +29,6 @@ UNIMPORTED = {  # distribution -> what uses it
     "pytest-xdist": "make test",
     "ruff": "make lint",
     "pyright": "make lint",
-    "pandas-stubs": "make lint",
 }
 
 

@@ -223,8 +223,8 @@ def check(args: argparse.Namespace, limits: dict[str, float | None]) -> None:
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    folders = dict(nargs="*", default=[Path("results")], help="one folder (or its CSV), or two to compare")
-    parser.add_argument("results", type=Path, **folders)
+    which = "one folder (or its CSV), or two to compare"
+    parser.add_argument("results", type=Path, nargs="*", default=[Path("results")], help=which)
     parser.add_argument("--sweeps", nargs="+", help="of two tables, the sweep of each to compare")
     slower = "exit code 1 if one is slower by more, beyond its interval, or nothing could be judged"
     parser.add_argument("--fail-if-slower", type=share, metavar="5%", help=slower)

@@ -57,7 +57,7 @@ class OpenVino(Backend):
 
     def new_request(self, shape: torch.Size):
         """What runs one batch of this shape.  It takes half a second, so its result is not kept in a file."""
-        settings = {"PERFORMANCE_HINT": "LATENCY"}
+        settings: dict = {"PERFORMANCE_HINT": "LATENCY"}
         if self.where == "CPU":
             settings["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
             settings["INFERENCE_PRECISION_HINT"] = "f32"  # where there is BF16 arithmetic, it would be used
@@ -97,6 +97,6 @@ BACKENDS = {
 }
 
 if __name__ == "__main__":
-    from utils.measure import jobs
+    from utils.standalone import main
 
-    run_main(lambda: jobs.main(__doc__, "openvino_inference", BACKENDS))
+    run_main(lambda: main(__doc__, "openvino_inference", BACKENDS))

@@ -142,7 +142,7 @@ class Training:
         self.settings, self.images = settings, images
         size = settings["image_size"]
         self.facts = dict(classes=classes, image_size=size, settings=settings, data=images)
-        self.history, self.best = [], None
+        self.history, self.best = [], {}
 
     def resume(self, path: Path) -> None:
         """Take over the state at `path` if it is of this very training."""
@@ -162,7 +162,7 @@ class Training:
         data = {"data": self.images["fingerprint"], "sample": self.images["sample"]}
         self.history.append({**row, "train_images": self.images["train_images"], **data})
         epoch, accuracy, loss = row["epoch"], row["test_accuracy"], row["test_loss"]
-        if self.best is None or (accuracy, -loss) > (self.best["accuracy"], -self.best["loss"]):
+        if not self.best or (accuracy, -loss) > (self.best["accuracy"], -self.best["loss"]):
             weights = {name: value.cpu().clone() for name, value in self.network.state_dict().items()}
             self.best = {"epoch": epoch, "accuracy": accuracy, "loss": loss, "model": weights}
 
@@ -275,7 +275,7 @@ def described(row: dict) -> str:
 def arguments() -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add, flag = parser.add_argument, {"action": "store_true"}
+    add = parser.add_argument
     sizes = dict(type=number(int, 32, 4096), help=f"pixels, square (default: {IMAGE_SIZES})")
     add("--image-sizes", nargs="+", **sizes)
     add("--epochs", type=number(int, 1, 10_000), help=f"per size (default: {EPOCHS})")
@@ -286,9 +286,9 @@ def arguments() -> argparse.Namespace:
     readers = dict(type=number(int, 0, MOST_WORKERS), default=4)
     add("--workers", help="processes that read images; 0: none but the training's", **readers)
     add("--seed", type=number(int, 0, 2**32 - 1), default=0)
-    add("--pretrained", help="start from ImageNet's weights (a download)", **flag)
-    add("--force", help="train again what is already trained", **flag)
-    add("--quick", help="try everything out: 64 px, 1 epoch, into <results>/quick", **flag)
+    add("--pretrained", help="start from ImageNet's weights (a download)", action="store_true")
+    add("--force", help="train again what is already trained", action="store_true")
+    add("--quick", help="try everything out: 64 px, 1 epoch, into <results>/quick", action="store_true")
     add_path_arguments(parser)
     args = parser.parse_args()
     args.image_sizes = args.image_sizes or ([64] if args.quick else IMAGE_SIZES)

@@ -86,7 +86,7 @@ class NativeEngine(EngineFile):
             calibrator = calibrator_of(onnx_export.calibration_batches(self.data, self.image_size))
             model, profile = onnx_for(tensorrt.__version__, source, None), [onnx_export.BATCH] * 3
             _, timings = build_plan(model, [profile], self.image_size, timings, True, calibrator)
-            store(path, facts, lambda file: file.write_bytes(calibrator.table))
+            store(path, facts, lambda file: file.write_bytes(calibrator.table or b""))
         return path.read_bytes(), timings
 
     def open(self):

@@ -142,8 +142,9 @@ def keep_freed_memory() -> None:
     for up to half its time, and by 10 to 30 % more of them in one process than in the next.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, value in {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}.items() if mallopt else []:
-        mallopt(option, value)
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextlib.contextmanager
@@ -217,9 +218,10 @@ def builds_ahead(artefacts: list[Path], checkpoint: Path) -> dict[Path, float | 
     found, weights = {}, sha256(checkpoint)
     for path in artefacts:
         note = read_dict(note_of(path))
-        made_from = note.get("made_from") if isinstance(note.get("made_from"), dict) else {}
+        made_from = note.get("made_from")
+        weights_then = made_from.get("checkpoint") if isinstance(made_from, dict) else None
         whole = path.is_file() and note.get("sha256") == sha256(path)
-        if not whole or made_from.get("checkpoint") != weights:
+        if not whole or weights_then != weights:
             found[path] = note.get("build_s")
     return found
 
@@ -338,7 +340,7 @@ class EngineFile(abc.ABC):
         return self.open(), seconds, False
 
 
-def build_engines(about: str, kind: type[EngineFile]) -> None:
+def build_engines(about: str | None, kind: type[EngineFile]) -> None:
     """What trt.py and torch_trt.py do when they are run: build what is missing, a line for each file."""
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     form = argparse.RawDescriptionHelpFormatter

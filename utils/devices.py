@@ -84,7 +84,7 @@ def lacks_kernels(capability: tuple[int, int] | None) -> bool:
     known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list()]
     if capability is None or not all(known):  # AMD's are called gfx90a
         return False
-    built = [(found[1], (int(found[2]), int(found[3]))) for found in known]
+    built = [(found[1], (int(found[2]), int(found[3]))) for found in known if found]
     runs = [kind == "compute" or at[0] == capability[0] for kind, at in built if at <= capability]
     return not any(runs)
 

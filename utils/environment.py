@@ -53,7 +53,7 @@ def torch_is_at_least(major: int, minor: int) -> bool:
 
 def cores() -> int:
     """The processor's cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def affinity() -> str | None:
@@ -189,7 +189,7 @@ def gpu_handle():
 def read_driver(name: str, *arguments):
     """One NVML reading of the GPU, or None where the driver doesn't give it."""
     pynvml, handle = nvml(), gpu_handle()
-    if handle is None:
+    if pynvml is None or handle is None:
         return None
     try:
         return getattr(pynvml, name)(handle, *arguments)

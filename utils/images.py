@@ -36,7 +36,7 @@ OURS = {"train", "test", "sample.part", "SAMPLE.txt", "README.md"}  # in data/ t
 LITTER = {".ipynb_checkpoints", ".git", ".cache"}  # hidden folders that are no classes of the user's
 # A picture may have twice Pillow's limit, 179 million pixels.  So many in all are decoded at a time, whatever
 # the number of threads: at 4 bytes and about three copies each that is at most 2 GB.
-PIXELS_IN_FLIGHT = 2 * Image.MAX_IMAGE_PIXELS
+PIXELS_IN_FLIGHT = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = (
     64 * 2**20
 )  # bytes; 1 MB refuses long profiles
@@ -367,5 +367,6 @@ def draw_file(folder: Path, seed: int, what: tuple[str, str, int]) -> Path:
     image = draw_picture(name, rng, *((400, 0) if png else (700, 9)))  # a large PNG takes long to read
     path = folder / split / name / f"{name} {index + 1:02d}.{'png' if png else 'jpg'}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **({} if png else {"quality": rng.randint(75, 95)}))
+    options: dict = {} if png else {"quality": rng.randint(75, 95)}
+    image.save(path, **options)
     return path

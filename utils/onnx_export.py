@@ -26,7 +26,7 @@ from utils.utils import UserError, sha256
 
 MAX_BATCH = 1024  # of the exported graph's free batch axis
 OLD_EXPORTER_OPSET = 17  # torch before 2.5 has no dependable dynamo exporter
-NAMES = {"input_names": ["input"], "output_names": ["logits"]}
+NAMES: dict = {"input_names": ["input"], "output_names": ["logits"]}
 MAX_IMAGES = 256  # a few hundred do (Krishnamoorthi, Quantizing deep convolutional networks, 2018, section 3)
 BATCH = 8  # images at once
 PRECISION = "INT8 by the largest values, classifier as it is"
@@ -64,7 +64,8 @@ def write_onnx(checkpoint: Path, image_size: int, precision: str, path: Path) ->
     if precision == "FP16":
         network, example = network.half(), example.half()
     if torch_is_at_least(2, 5):
-        free = {"dynamic_shapes": ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},), "dynamo": True}
+        batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+        free: dict = {"dynamic_shapes": ({0: batch},), "dynamo": True}
         torch.onnx.export(network, (example,), path, external_data=False, verbose=False, **free, **NAMES)
         return
     if precision == "FP16" and torch.cuda.is_available():  # it runs the network; CPUs had no half convolution

@@ -354,7 +354,8 @@ SERVING = {"end_to_end.png": draw_end_to_end, "load.png": draw_load}
 
 def draw_all(rows: pd.DataFrame, environments: dict[str, dict], results: Path) -> list[Path]:
     """Write every chart and return the paths; a chart of what was not measured is removed."""
-    figures = {name: draw(chart, rows, environments) for name, chart in CHARTS.items()}
+    figures: dict[str, Figure | None] = {}
+    figures |= {name: draw(chart, rows, environments) for name, chart in CHARTS.items()}
     if not analysis.measured(rows).gpu_memory_mb.notna().any():
         figures["memory_vs_batch_size.png"] = None
     figures["ladder.png"] = None  # what methods.png was called in earlier versions

@@ -60,17 +60,19 @@ def usual(rng: random.Random, hue: float) -> float:
 
 
 def hsv(hue: float, saturation: float, value: float) -> Colour:
-    channels = colorsys.hsv_to_rgb(hue % 1, min(max(saturation, 0), 1), min(max(value, 0), 1))
-    return tuple(round(255 * channel) for channel in channels)
+    r, g, b = colorsys.hsv_to_rgb(hue % 1, min(max(saturation, 0), 1), min(max(value, 0), 1))
+    return round(255 * r), round(255 * g), round(255 * b)
 
 
 def mix(colour: Colour, share: float, other: Colour = WHITE) -> Colour:
-    return tuple(round(a + (b - a) * share) for a, b in zip(colour, other, strict=True))
+    r, g, b = (round(a + (b - a) * share) for a, b in zip(colour, other, strict=True))
+    return r, g, b
 
 
 def path(text: str) -> list[tuple[float, float]]:
     """The points written as "x y, x y"."""
-    return [tuple(map(float, pair.split())) for pair in text.split(",")]
+    pairs = (pair.split() for pair in text.split(","))
+    return [(float(x), float(y)) for x, y in pairs]
 
 
 def curve(points: list, closed: bool = False, steps: int = 10) -> list[tuple[float, float]]:

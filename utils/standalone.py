@@ -10,7 +10,7 @@ from utils.report import words
 from utils.report.rows import read_rows
 
 
-def main(description: str, script: str, backends: dict) -> None:
+def main(description: str | None, script: str, backends: dict) -> None:
     """Measure in one round, or with --profile trace.
 
     `backends` maps names to callables that make a backend; `script` is the module's name.

@@ -1,4 +1,4 @@
-# For the type checker: pandas finds the types of columns and rows at run time, so that nothing is checked of them.
+# For the type checker, which checks nothing of pandas: the types of columns and rows are found at run time.
 from typing import Any
 
 def __getattr__(name: str) -> Any: ...

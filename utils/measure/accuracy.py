@@ -1,6 +1,7 @@
 """Right before fast: the gate that every backend has to pass before its speed counts."""
 
 import dataclasses
+import typing
 from collections.abc import Callable
 
 import numpy as np
@@ -23,7 +24,7 @@ TOLERANCE = {"FP32": 1e-3, "TF32": 63 * 2**-11, "FP16": 63 * 2**-11, "BF16": 63 
 class Probe:
     """What every batch size is checked and timed with; N is the largest batch."""
 
-    images: object  # float32 tensor (N, 3, S, S) on the CPU
+    images: typing.Any  # float32 tensor (N, 3, S, S) on the CPU
     expected: np.ndarray  # PyTorch FP32's logits (N, classes)
     tolerance: float  # the largest difference that passes
 

@@ -105,7 +105,7 @@ def watch():
     throttled = seen.pop("throttled")
     result |= {name: sum(values) / len(values) if values else None for name, values in seen.items()}
     watts, joules = result.pop("power_mw"), None
-    if None not in (energy, end):
+    if energy is not None and end is not None:
         joules = (end - energy) / 1000
     elif watts is not None:
         joules = watts / 1000 * seconds
@@ -152,8 +152,8 @@ def busy_ms(call: Callable) -> float | None:
     import torch
 
     profiler = profiled(call, [torch.profiler.ProfilerActivity.CUDA])
-    on_gpu = torch.autograd.DeviceType.CUDA
-    spans = [event.time_range for event in profiler.events() if event.device_type == on_gpu]
+    on_gpu = torch.profiler.DeviceType.CUDA
+    spans = [event.time_range for event in profiler.events() or [] if event.device_type == on_gpu]
     total = end = 0.0
     for span in sorted(spans, key=lambda span: span.start):
         total += max(0.0, span.end - max(span.start, end))

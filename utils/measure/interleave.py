@@ -65,7 +65,7 @@ class Remote:
     def last_words(self) -> str:
         """How the process ended, and the end of what it wrote into the log."""
         self.stop()
-        code = self.process.exitcode
+        code = self.process.exitcode or 0
         reason = f"its process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
         written = self.log.read_bytes()[self.log_size_before :].decode("utf-8", errors="replace").split("\n")
         lines = [line.strip() for line in written if line.strip()]

@@ -39,9 +39,8 @@ DECISIVE += [f"utils/measure/{name}.py" for name in ("timing", "worker")]
 
 
 def add_arguments(parser: argparse.ArgumentParser, backends: list[str]) -> None:
-    names = dict(choices=[*backends, "all"], metavar="NAME", help=", ".join(backends) + " or all")
-    add = parser.add_argument
-    add("--backends", nargs="+", **names)
+    add, names = parser.add_argument, ", ".join(backends) + " or all"
+    add("--backends", nargs="+", choices=[*backends, "all"], metavar="NAME", help=names)
     add("--image-sizes", nargs="+", type=number(int, 32, 4096), help=f"pixels; default {IMAGE_SIZES}")
     auto = f"default {BATCH_SIZES}; auto: double from 1 until it saturates"
     add("--batch-sizes", nargs="+", type=batch_size, help=auto)
@@ -64,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser, backends: list[str]) -> None:
 
 def batch_size(text: str) -> int | str:
     """For argparse's `type=`: a batch size as train.py takes them, or "auto"."""
-    return text if text == "auto" else number(int, 1, 65_536)(text)
+    return text if text == "auto" else int(number(int, 1, 65_536)(text))
 
 
 def usual(value, default, quick, is_quick: bool):
@@ -93,7 +92,7 @@ def settings_of(args: argparse.Namespace, device: str, rounds: int | None) -> Se
     return settings
 
 
-def batch_sizes_of(asked: list[int | str]) -> list[int]:
+def batch_sizes_of(asked: list) -> list[int]:
     """[8, 1] -> [1, 8]; ["auto"] -> all that may be tried.  Raises UserError."""
     if asked == ["auto"]:
         return AUTO_BATCH_SIZES

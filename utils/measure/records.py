@@ -93,7 +93,7 @@ def write_record(path: Path, record: Record) -> None:
     write_json(path, dataclasses.asdict(record))
 
 
-def is_current(record: Record | None, job: Job) -> bool:
+def is_current(record: Record | None, job: Job) -> typing.TypeGuard[Record]:
     return record is not None and record.key == job.key
 
 
@@ -139,7 +139,8 @@ def read_sweep(folder: Path | zipfile.Path) -> tuple[list[Record], dict, dict | 
     if not any(record.settings_key == key for record in found):
         key = found[-1].settings_key
     found = [record for record in found if record.settings_key == key]
-    note = notes.get(key) if isinstance(notes.get(key), dict) else {}
+    note = notes.get(key)
+    note = note if isinstance(note, dict) else {}
     last = {record.image_size: record.key for record in found}
     for record in found:
         if note.get("keys", {}).get(str(record.image_size)) == record.key:

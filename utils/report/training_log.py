@@ -21,7 +21,7 @@ def read_table(path: Path) -> pd.DataFrame | None:
     mend = "move it away, then run the same command again"
     try:
         table = load_csv(path, ["data"], mend)
-        table[TEXTS], table[NUMBERS].astype(float).astype({"image_size": int, "epoch": int})
+        table.astype(dict.fromkeys(TEXTS, object) | dict.fromkeys(NUMBERS, float))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError) as error:

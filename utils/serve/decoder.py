@@ -11,6 +11,7 @@ import itertools
 import os
 import signal
 import threading
+import typing
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -43,7 +44,7 @@ class Batch:
     """
 
     paths: list[str]
-    pixels: np.ndarray
+    pixels: typing.Any
     problems: dict[int, str]
     plain: list[int] = dataclasses.field(default_factory=list)  # indices of the files that are left to DALI
 

@@ -13,7 +13,11 @@ from pathlib import Path
 
 from utils.utils import UserError, check_folder, file_lock, named, write_whole
 
-TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # whatever bytes a file name has
+TEXT: dict = {
+    "encoding": "utf-8",
+    "errors": "surrogateescape",
+    "newline": "",
+}  # whatever bytes a file name has
 BEGINS = b"path,class,probability"  # a table
 
 

@@ -11,6 +11,7 @@ device in the backend's own form.
 
 import dataclasses
 import json
+import math
 import queue
 import sys
 import tempfile
@@ -214,9 +215,8 @@ def describe(rows: list[Row]) -> str:
     for row in rows:
         says = "VALID" if row.valid else "INVALID"
         if row.scenario == "offline":
-            said = (
-                f"{row.achieved:,.0f} images/s, {says}; {row.achieved / row.fps - 1:+.1%} of our measurement"
-            )
+            more = row.achieved / (row.fps or math.nan) - 1
+            said = f"{row.achieved:,.0f} images/s, {says}; {more:+.1%} of our measurement"
         else:
             times = f"p50 {row.p50_ms:.2f}, p90 {row.p90_ms:.2f}, p99 {row.p99_ms:.2f} ms"
             said = f"{row.rate:,.0f} images/s offered: {times}, {says}"

@@ -36,7 +36,7 @@ class Network:
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, S, S, 3) -> float32 (N, 3, S, S) on the device, as datasets.to_normalised() does it."""
         pixels = pixels.to(self.device, non_blocking=True)
-        images = pixels.permute(0, 3, 1, 2).float(memory_format=torch.contiguous_format)
+        images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return images.sub_(self.mean).div_(self.std)
 
     def enqueue(self, pixels: np.ndarray | torch.Tensor) -> tuple:

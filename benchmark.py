@@ -46,11 +46,11 @@ ROOT = Path(__file__).resolve().parent
 
 def is_up_to_date(record: Record | None, job: Job) -> bool:
     """Whether a record says all that measuring again would say; what failed is tried again."""
-    if not records.is_current(record, job) or record.status == "failed":
+    if record is None or record.key != job.key or record.status == "failed":
         return False
     if record.status != "ok":
         return True
-    kept = {batch["batch_size"] for batch in records.kept_batches(record, job)}
+    kept = {batch["batch_size"] for batch in records.kept_batches(record)}
     return set(record.batch_sizes if job.auto else job.batch_sizes) <= kept
 
 
@@ -194,7 +194,7 @@ class Sweep:
             known = backends.make(job.backend, job.script)
             record.precision, record.adds = known.precision, known.adds
             record.status, record.reason = "unavailable", self.unavailable[job.backend]
-        elif job.round and records.is_current(first, job) and not record.further:
+        elif first and first.key == job.key and job.round and not record.further:
             if first.status == "out_of_memory":
                 record.status, record.reason = first.status, first.reason
             same = [batch for batch in first.batches if batch["status"] in ("out_of_memory", "mismatch")]
@@ -363,14 +363,11 @@ def write_all(args: argparse.Namespace, asked: list[Job], results: Path, others:
         readme.write_readme(ROOT / "README.md", others | {ROOT / "results": (rows, environments)})
     print(f"written: {results / 'benchmark_results.csv'}, README.md, environment.json and charts beside it")
     wanted = {(args.sweep, job.backend, job.image_size) for job in asked}
-    failed = [
-        row
-        for row in rows[rows.status == "failed"].itertuples()
-        if (row.sweep, row.backend, row.image_size) in wanted
-    ]
+    every = rows.loc[rows.status == "failed"].to_dict("records")
+    failed = [row for row in every if (row["sweep"], row["backend"], row["image_size"]) in wanted]
     for row in failed:
-        where = f"{row.backend}, {row.image_size} px, batch size {row.batch_size}"
-        print(f"failed: {where}: {row.reason}", file=sys.stderr)
+        where = f"{row['backend']}, {row['image_size']} px, batch size {row['batch_size']}"
+        print(f"failed: {where}: {row['reason']}", file=sys.stderr)
     return served or int(bool(failed) or not (rows.status == "ok").any())
 
 

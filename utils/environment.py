@@ -210,10 +210,10 @@ def _attribute(number: int) -> int | None:
 
 def describe() -> dict:
     """Name, driver, memory, power limit, compute capability, SMs and boost clock; {} without one."""
-    name = read_driver("nvmlDeviceGetName")
-    if name is None:
+    pynvml, name = nvml(), read_driver("nvmlDeviceGetName")
+    if pynvml is None or name is None:
         return {}
-    driver = nvml().nvmlSystemGetDriverVersion()  # str or, from older bindings, bytes
+    driver = pynvml.nvmlSystemGetDriverVersion()  # str or, from older bindings, bytes
     power, memory = read_driver("nvmlDeviceGetPowerManagementLimit"), read_driver("nvmlDeviceGetMemoryInfo")
     clock_khz, sm_count, major, minor = (_attribute(number) for number in (13, 16, 75, 76))
     return {

@@ -44,7 +44,7 @@ def main(description: str | None, script: str, backends: dict) -> None:
     rows = read_rows(asked[0].results)
     wanted = {(args.sweep, job.backend, job.image_size) for job in asked}
     shown = [which in wanted for which in zip(rows.sweep, rows.backend, rows.image_size, strict=True)]
-    print(words.text_table(rows[shown]))
+    print(words.text_table(rows.loc[shown]))
 
 
 def write(member: interleave.Member) -> None:

@@ -152,7 +152,7 @@ def busy_ms(call: Callable) -> float | None:
     import torch
 
     profiler = profiled(call, [torch.profiler.ProfilerActivity.CUDA])
-    on_gpu = torch.profiler.DeviceType.CUDA
+    on_gpu = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
     spans = [event.time_range for event in profiler.events() or [] if event.device_type == on_gpu]
     total = end = 0.0
     for span in sorted(spans, key=lambda span: span.start):

@@ -70,7 +70,7 @@ class Remote:
         written = self.log.read_bytes()[self.log_size_before :].decode("utf-8", errors="replace").split("\n")
         lines = [line.strip() for line in written if line.strip()]
         more = f": {lines[-1][-LONGEST_REASON:]}" if lines else ""
-        return f"{reason}{more}; see {self.log}, or free memory and run the same command again"
+        return f"{reason}{more}; {self.log} says more; run the same command to try again"
 
     def is_gone(self) -> bool:
         return self.process.exitcode is not None
@@ -305,5 +305,6 @@ def new_server(scripts: list[str]) -> None:
     if sys.platform == "linux":
         from multiprocessing import forkserver
 
-        forkserver._forkserver._stop()  # private, here alone: multiprocessing offers no way to end its server
+        # Private, and here alone: multiprocessing offers no way to end its server.
+        forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
     fresh_processes("datasets", "model", "backends", "utils.measure.worker", *scripts)

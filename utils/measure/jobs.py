@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser, backends: list[str]) -> None:
     add_path_arguments(parser)
 
 
-def batch_size(text: str) -> int | str:
+def batch_size(text: str):
     """For argparse's `type=`: a batch size as train.py takes them, or "auto"."""
     return text if text == "auto" else int(number(int, 1, 65_536)(text))
 

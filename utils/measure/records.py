@@ -42,9 +42,9 @@ def start(job: Job, **known) -> Record:
 def resume(job: Job, earlier: Record | None) -> Record:
     """The record that a job goes on with: an earlier one of its key, without what failed, or an empty one."""
     fresh = start(job)
-    if not is_current(earlier, job):
+    if earlier is None or earlier.key != job.key:
         return fresh
-    kept = {"status": "ok", "reason": "", "batches": kept_batches(earlier, job)}
+    kept = {"status": "ok", "reason": "", "batches": kept_batches(earlier)}
     return dataclasses.replace(earlier, time=fresh.time, batch_sizes=fresh.batch_sizes, **kept)
 
 
@@ -93,14 +93,9 @@ def write_record(path: Path, record: Record) -> None:
     write_json(path, dataclasses.asdict(record))
 
 
-def is_current(record: Record | None, job: Job) -> typing.TypeGuard[Record]:
-    return record is not None and record.key == job.key
-
-
-def kept_batches(record: Record | None, job: Job) -> list[dict]:
+def kept_batches(record: Record) -> list[dict]:
     """What a record of the same key holds and need not be measured again: all that has not failed."""
-    batches = record.batches if is_current(record, job) else []
-    return [batch for batch in batches if batch["status"] != "failed"]
+    return [batch for batch in record.batches if batch["status"] != "failed"]
 
 
 def note_sweep(asked: list[Job], **more) -> dict:
@@ -123,11 +118,12 @@ def note_sweep(asked: list[Job], **more) -> dict:
     return note
 
 
-def read_sweep(folder: Path | zipfile.Path) -> tuple[list[Record], dict, dict | None]:
+def read_sweep(folder) -> tuple[list[Record], dict, dict | None]:
     """A sweep's records that belong together, its note in sweep.json, and what was measured of its machine.
 
-    They are those of the settings and, at each image size, of the checkpoint that sweep.json says were
-    measured last; where it is too old to say so, those of the newest record.  Oldest first.
+    `folder` is a Path or a zipfile.Path.  The records are those of the settings and, at each size, of the
+    checkpoint that sweep.json says were measured last; where it is too old to say so, those of the newest
+    record.  Oldest first.
     """
     names = sorted(path.name for path in folder.iterdir() if re.search(r"_round\d+.*\.json$", path.name))
     found = [read_record(folder / name) for name in names]
@@ -139,8 +135,7 @@ def read_sweep(folder: Path | zipfile.Path) -> tuple[list[Record], dict, dict | 
     if not any(record.settings_key == key for record in found):
         key = found[-1].settings_key
     found = [record for record in found if record.settings_key == key]
-    note = notes.get(key)
-    note = note if isinstance(note, dict) else {}
+    note = notes[key] if isinstance(notes.get(key), dict) else {}
     last = {record.image_size: record.key for record in found}
     for record in found:
         if note.get("keys", {}).get(str(record.image_size)) == record.key:
@@ -184,13 +179,13 @@ def archive_stale_records(asked: list[Job]) -> None:
         )
 
 
-def sweeps_of(results: Path) -> dict[str, Path | zipfile.Path]:
-    """Every sweep under results/raw/ by its name: a folder, or a zip file that is read like one.
+def sweeps_of(results: Path) -> dict:
+    """Every sweep under results/raw/ by its name: its folder, or the zipfile.Path of its zip file.
 
     Raises UserError where a zip file is damaged.
     """
     raw = sorted((results / "raw").glob("*"))
-    found = {path.name: path for path in raw if path.is_dir() and any(path.glob("*_round*.json"))}
+    found: dict = {path.name: path for path in raw if path.is_dir() and any(path.glob("*_round*.json"))}
     for path in raw:
         if path.suffix == ".zip" and path.stem not in found:
             try:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 # Arithmetic Instructions"; tensor cores from NVIDIA's white papers on V100, TU102, A100, GA102, AD102, H100
 # and GB202 and the HGX B200 data sheet.  V100's INT8 is that of DP4A, four for each lane of FP32; of 10.3,
 # which has little INT8, no figure is published for one GPU.
-LANES = {
+LANES: dict[tuple, tuple] = {
     (7, 0): (64, None, 512, 256),
     (7, 5): (64, None, 512, 1024),
     (8, 0): (64, 512, 1024, 2048),

@@ -24,7 +24,7 @@ import model
 import onnx_inference
 import pytorch_inference
 from utils import onnx_export, standalone
-from utils.measure import jobs, reference, worker
+from utils.measure import jobs, reference, sweep, worker
 from utils.measure.schema import Problem
 from utils.measure.timing import trimmed_mean
 from utils.report import tables
@@ -376,15 +376,15 @@ def test_batches_that_find_no_room_to_be_handed_over_are_read_without_further_pr
 
 def test_how_many_processes_live_together_follows_from_the_memory_that_is_free(monkeypatch):
     memory = type("Memory", (), {})
-    monkeypatch.setattr(benchmark.environment, "read_driver", lambda name: memory)
+    monkeypatch.setattr(sweep.environment, "read_driver", lambda name: memory)
 
     def room(free_mb: float, image_size: int, batch_size: int) -> int:
         memory.free = free_mb * 2**20
         job = type("Job", (), {"device": "cuda", "image_size": image_size, "to_measure": (1, batch_size)})
-        return benchmark.room_for(job)
+        return sweep.room_for(job)
 
     assert room(3700, 224, 16) >= 2  # a GTX 1650 holds a backend and the baseline beside it
     assert room(3700, 512, 16) == 1  # but not here: each is measured alone
     assert room(140_000, 512, 16) > 20
-    monkeypatch.setattr(benchmark.environment, "read_driver", lambda name: None)
+    monkeypatch.setattr(sweep.environment, "read_driver", lambda name: None)
     assert room(0, 224, 16) == 2

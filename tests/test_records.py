@@ -350,3 +350,12 @@ def test_published_tables_can_be_recomputed_from_their_raw_samples(folder, tmp_p
     tables.write_table(tmp_path)
     for name in ("benchmark_results.csv", "environment.json"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (folder / name).read_text(encoding="utf-8")
+
+
+def test_what_a_limit_on_processor_time_held_back_is_a_warning_and_in_the_caption(tmp_path):
+    held = [record(round_=k, batch={"held_back_s": 0.4}) for k in range(2)]
+    (row,) = rows_of(held)
+    assert any(note.startswith("CPU limit: for 0.8 s, a limit on processor time") for note in row.notes)
+    assert not any("CPU limit" in note for note in rows_of([record()])[0].notes)
+    caption = tables.short(ENVIRONMENT | {"threads": 2, "cpu_quota": 0.5})
+    assert "2 threads within 0.5 cores' time" in caption

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from utils.measure.schema import BASELINE
+from utils.measure.timing import SATURATED, gain
 from utils.utils import UserError
 
-SATURATED = 0.05  # more throughput than this is worth another doubling of the batch
 DRIFT = {  # what 95 % of two sweeps of the same code differ by besides what their rounds tell: 2.8 standard
     "fps": {"cpu": 0.05},  # deviations between sweeps, seen by tests/aa.py on a shared machine
     "speedup": {"cpu": 0.03},
@@ -86,16 +86,6 @@ def wins(rows: pd.DataFrame) -> tuple[list[tuple[pd.Series, int]], int, int]:
                 row, count = won.get(best[0].backend, (best[0], 0))
                 won[best[0].backend] = row, count + 1
     return sorted(won.values(), key=lambda entry: -entry[1]), ties, total
-
-
-def saturated(batch_sizes: list[int], fps: list[float]) -> bool:
-    """Whether the last step to a larger batch gave under 5 % more; sizes and images/s, ascending."""
-    return len(fps) > 1 and gain(batch_sizes, fps, len(fps) - 2, len(fps) - 1) < SATURATED
-
-
-def gain(batch_sizes: list[int], fps: list[float], i: int, j: int) -> float:
-    """What a doubling of the batch gains between two measured sizes, spread evenly over the doublings."""
-    return (fps[j] / fps[i]) ** (1 / math.log2(batch_sizes[j] / batch_sizes[i])) - 1
 
 
 def saturation(rows: pd.DataFrame) -> int | None:

@@ -12,6 +12,7 @@ from utils.measure.schema import BASELINE, Record
 
 TARGET_PCT = 3.0  # half-width of an interval, where the sweep says no other
 SHARED_CORE = 1.3  # slowest tenth of a core's checks / quickest tenth: more means that others use the core
+HELD_BACK_S = 0.05  # by a limit on processor time, while a row was measured: less is not worth a word
 CPU_BOUND = 0.80  # time until the call returned / time on the GPU
 WARNINGS = {  # what makes a row less sure than the others, and what to do about it
     "noisy": "close other programs, or raise --budget",
@@ -22,6 +23,7 @@ WARNINGS = {  # what makes a row less sure than the others, and what to do about
     "CPU-bound": "launching takes over 80 % of the time on the GPU, take a larger batch or a CUDA graph",
     "device memory": "the driver tells only the whole device's memory, whose rise is given, "
     "close what else uses the GPU",
+    "CPU limit": "a limit on processor time (docker --cpus) held the measurement back, raise it",
     "one round": "a single round has no interval, use --rounds 3",
 }
 
@@ -265,6 +267,7 @@ def warnings_of(row: Row, results: list[dict], asked: int, target: float) -> lis
     on_gpu = np.concatenate([batch["gpu_ms"] for batch in results])
     core_ms = [ms for batch in results for ms in batch.get("core_ms") or []]  # what older records lack
     slower = np.quantile(core_ms, 0.9) / np.quantile(core_ms, 0.1) if core_ms else 1.0
+    held_back_s = sum(batch.get("held_back_s") or 0.0 for batch in results)
     several, short = len(results) > 1, row.runs < asked
     wide = several and width_pct(row) > target
     figure = "throughput" if row.backend == BASELINE or row.speedup is None else "speedup"
@@ -276,6 +279,7 @@ def warnings_of(row: Row, results: list[dict], asked: int, target: float) -> lis
         "shared core": wide and slower > SHARED_CORE and f"a core was {slower:.2g} times as slow at times",
         "CPU-bound": len(on_gpu) > 0 and np.median(enqueue) / np.median(on_gpu) > CPU_BOUND,
         "device memory": any(batch["memory_of"] == "device" for batch in results),
+        "CPU limit": held_back_s > HELD_BACK_S and f"for {held_back_s:.1f} s",
         "one round": not several,
     }
     figures = {name: f"{said}, " if isinstance(said, str) else "" for name, said in found.items() if said}

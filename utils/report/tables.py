@@ -71,7 +71,9 @@ def short(facts: dict) -> str:
     runtime = "onnxruntime-gpu" if "onnxruntime-gpu" in packages else "onnxruntime"
     names = "torch", runtime, "openvino", "torch-tensorrt", "tensorrt", "tensorrt-cu13", "tensorrt-cu12"
     shown = [f"{name} {packages[name]}" for name in names if name in packages]
-    machine = facts.get("gpu") or f"{facts.get('cpu')}, {facts.get('threads', facts.get('cores'))} threads"
+    limit = f" within {facts['cpu_quota']:g} cores' time" if facts.get("cpu_quota") else ""
+    threads = f"{facts.get('threads', facts.get('cores'))} threads{limit}"
+    machine = facts.get("gpu") or f"{facts.get('cpu')}, {threads}"
     driver = facts.get("driver") and f"driver {facts['driver']}"
     return ", ".join(filter(None, [machine, driver, *shown, facts.get("date")]))
 

@@ -150,9 +150,8 @@ def gate(before: "pd.DataFrame", after: "pd.DataFrame", both: "pd.DataFrame", sl
     """The exit code: 0 only if something could be judged, nothing is slower and nothing was lost."""
     from utils.report import analysis, words
 
-    judged, lost = both[analysis.can_judge(both)], analysis.lost(before, after)
-    missing = analysis.missing(before, after)
-    slower = analysis.slower_beyond(judged, slower_by)
+    judged = both[analysis.can_judge(both)]
+    slower, (lost, missing) = judged[judged.fps_ratio_high < 1 - slower_by], analysis.lost(before, after)
     beyond = f"slower by more than {slower_by:.1%} beyond their intervals"
     print(f"{len(slower)} of {len(judged)} configurations are {beyond}")
     if len(judged) < len(both):
@@ -184,7 +183,7 @@ def write_readmes(path: Path) -> None:
     for folder, (rows, environments) in found.items():
         plot_utils.draw_all(rows, environments, folder)
         readme.write_folder_readme(folder, rows, environments)
-    for *_, kind, folders in readme.marked(path):
+    for kind, folders in readme.marked(path):
         if kind == "machines":  # at the smallest image size that both have
             both, names = readme.machine_ratios(*(found[folder] for folder in folders))
             smallest = both[both.image_size == both.image_size.min()]

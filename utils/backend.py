@@ -35,7 +35,7 @@ class Unavailable(Exception):  # noqa: N818 (it is a finding like why_unavailabl
 
 
 class Backend(abc.ABC):
-    """A way to run ResNet-18.  To add one: a class, a line in backends.py, a colour in chart_style.py.
+    """A way to run ResNet-18.  To add one: a class, a line in backends.py, one in utils/report/names.py.
 
     Everything vendor-specific is imported inside the methods, so that --help works on every machine.
     """

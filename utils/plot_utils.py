@@ -12,30 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from utils.measure.schema import BASELINE
-from utils.report import analysis
-from utils.report.chart_style import (
-    GREY,
-    INK,
-    bar_look,
-    batching,
-    dress,
-    feet_of,
-    horizontal,
-    leader,
-    log_ticks,
-    look_of,
-    memory,
-    not_measured,
-    sheet,
-    style,
-    thousands,
-    write_png,
-)
+from utils.report import analysis, chart_style
+from utils.report.chart_style import GREY, INK, bar_look, dress, feet_of, leader, sheet, style, thousands
 from utils.report.names import FAMILIES, family
 from utils.report.tables import read_serving, short
 from utils.report.words import figure, times, with_labels, without_figures
@@ -49,7 +30,9 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
     """With `label`, without the figures of rows that are not ok, methods in the charts' order."""
     rows = with_labels(without_figures(rows.reset_index(drop=True)))
     families = [*FAMILIES, *rows.backend.map(family)]
-    rank = {backend: (families.index(family(backend)), look_of(backend)) for backend in rows.backend}
+    rank = {
+        backend: (families.index(family(backend)), chart_style.look_of(backend)) for backend in rows.backend
+    }
     return rows.sort_values("backend", key=lambda names: names.map(rank), kind="stable")
 
 
@@ -84,9 +67,11 @@ class Chart:
 
 CHARTS = {
     "fps_vs_image_size.png": Chart("fps", "images/s", "image_size", "batch_size", leader),
-    "fps_vs_batch_size.png": Chart("fps", "images/s", "batch_size", "image_size", batching),
+    "fps_vs_batch_size.png": Chart("fps", "images/s", "batch_size", "image_size", chart_style.batching),
     "speedup_vs_image_size.png": Chart("speedup", "speedup", "image_size", "batch_size", leader, bars=True),
-    "memory_vs_batch_size.png": Chart("gpu_memory_mb", "GPU memory (MB)", "batch_size", "image_size", memory),
+    "memory_vs_batch_size.png": Chart(
+        "gpu_memory_mb", "GPU memory (MB)", "batch_size", "image_size", chart_style.memory
+    ),
 }
 
 
@@ -154,7 +139,7 @@ def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Fig
     columns = 1 if chart.bars else max(1, min(len(panels), 4))
     lines = -(-len(panels) // columns)
     height = max(1, lines) * (2.9 if chart.bars else 2.7) + 0.22 * -(-len(looks) // 3)
-    missing = not_measured(rows, "fps" if chart.bars else chart.column)
+    missing = chart_style.not_measured(rows)
     crosses = not chart.bars and rows.loc[rows.label.isin(list(looks)), chart.column].isna().any()
     note = [f"Not measured{' (×)' if crosses else ''}: {missing}"] if missing else []
     title = chart.finding(rows, chart.column)
@@ -174,12 +159,7 @@ def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Fig
         thousands(ax.yaxis)
         below = k + columns >= len(panels)
         dress(ax, AXIS[chart.x] if below else "", chart.unit if k % columns == 0 else "")
-    handle = Patch if chart.bars else Line2D
-    handles = [
-        Patch(**bar_look(look), label=name) if handle is Patch else Line2D([], [], **look, label=name)
-        for name, look in looks.items()
-    ]
-    part.legend(handles=handles, loc="outside lower center", ncols=3, **LEGEND)
+    part.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, **LEGEND)
     return fig
 
 
@@ -208,7 +188,7 @@ def draw_methods(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure | 
         text = "wrong results" if row.status == "mismatch" else text
         end = np.nanmax([0, row.fps, row.fps_high])
         ax.annotate(text, (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-    horizontal(ax, names, "images/s", rows.fps.max() * 1.75)
+    chart_style.horizontal(ax, names, "images/s", rows.fps.max() * 1.75)
     return fig
 
 
@@ -263,16 +243,10 @@ def draw_roof(ax, rows: pd.DataFrame, limits: list[dict]) -> None:
     ax.set(xscale="log", yscale="log", xlim=(left, right))
     ax.set_ylim(rows.tflops.min() / 2, max(roofs.values()) * 2)
     dress(ax, "operations per byte (FLOP/B), every layer's input, output and weights moved once", "TFLOP/s")
-    log_ticks(ax.xaxis, ax.yaxis)
+    chart_style.log_ticks(ax.xaxis, ax.yaxis)
 
 
 # ---- serving: from files to labels (end_to_end.csv), and latency under load (load.csv)
-
-HALVES = {  # of a pipeline: column, what it is, and how its bar differs from the pipeline's
-    "images_per_s": ("files to labels", {}),
-    "decode_images_per_s": ("decoding alone", dict(facecolor="#bbbbbb", hatch=None)),
-    "infer_images_per_s": ("inference alone", dict(facecolor="#888888", hatch=None)),
-}
 
 
 def at_usual_size(table: pd.DataFrame, environments: dict) -> tuple[pd.DataFrame, list[str]]:
@@ -288,8 +262,7 @@ def at_usual_size(table: pd.DataFrame, environments: dict) -> tuple[pd.DataFrame
 
 
 def draw_end_to_end(table: pd.DataFrame, environments: dict[str, dict]) -> Figure:
-    """For each method and decoder the whole pipeline and its halves alone: three bars a row; a bar that would
-    dwarf the pipelines is cut off, its value written in it."""
+    """For each method and decoder a bar from files to labels; beside it the speed of its halves alone."""
     table, feet = at_usual_size(table, environments)
     ok = table[table.status == "ok"]
     title = "Nothing from files to labels was measured"
@@ -299,23 +272,22 @@ def draw_end_to_end(table: pd.DataFrame, environments: dict[str, dict]) -> Figur
     note = (
         f"{table.image_size.iloc[0]} px.  The percentages are of what decoding and inference allow together."
     )
-    fig, part = sheet(0.8 + 0.55 * len(table), title, [note, *feet])
-    ax, most = part.subplots(), 1.3 * table[["images_per_s", "decode_images_per_s"]].max().max()
+    fig, part = sheet(0.8 + 0.5 * len(table), title, [note, *feet])
+    ax, names = part.subplots(), []
     for y, row in enumerate(table.itertuples()):
-        for k, (column, (what, other)) in enumerate(HALVES.items()):
-            value, at = getattr(row, column), y + 0.27 * (1 - k)
-            text = f"{what} {figure(value)}"
-            if column == "images_per_s":
-                text += f", {row.overlap:.0%} of what its parts allow"
-                value, text = (value, text) if row.status == "ok" else (0, f"{row.status}: {row.reason}")
-            cut = value > most
-            ax.barh(at, min(value, most), 0.25, **bar_look(style(row.backend, row.precision)) | other)
-            side = dict(xytext=(-4, 0), ha="right", color="white") if cut else dict(xytext=(4, 0), color=INK)
-            where = dict(textcoords="offset points", va="center", fontsize=8)
-            ax.annotate(f"{text} →" if cut else text, (min(value, most), at), **where, **side)
-    rows = table.itertuples()
-    names = [f"{row.label}, batch {row.batch_size}\n{row.decoder}; bottleneck: {row.limit}" for row in rows]
-    horizontal(ax, names, "images/s", most * 1.25)
+        value = row.images_per_s if row.status == "ok" else 0
+        halves = (
+            f"alone: decoding {figure(row.decode_images_per_s)}, inference {figure(row.infer_images_per_s)}"
+        )
+        text = f"{figure(value)} images/s, {row.overlap:.0%} of what its parts allow\n{halves}"
+        text = text if row.status == "ok" else textwrap.fill(f"{row.status}: {row.reason}", 70)
+        ax.barh(y, value, 0.6, **bar_look(style(row.backend, row.precision)))
+        ends = np.clip([[value - row.images_per_s_low], [row.images_per_s_high - value]], 0, None)
+        ax.errorbar(value, y, xerr=ends if value else None, fmt="none", ecolor=INK, capsize=2)
+        end = np.nanmax([value, row.images_per_s_high * (value > 0)])
+        ax.annotate(text, (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+        names.append(f"{row.label}, batch {row.batch_size}\n{row.decoder}; bottleneck: {row.limit}")
+    chart_style.horizontal(ax, names, "images/s", max(1, ok.images_per_s.max() * 1.7))
     return fig
 
 
@@ -341,7 +313,7 @@ def draw_load(load: pd.DataFrame, environments: dict[str, dict]) -> Figure:
     ax.set_yscale("log")
     ax.set_xlim(0, load["rate"].max() * 1.05)
     thousands(ax.xaxis)
-    log_ticks(ax.yaxis)
+    chart_style.log_ticks(ax.yaxis)
     dress(ax, "images/s offered", "p99 latency (ms)")
     part.legend(loc="outside lower center", ncols=3, **LEGEND)
     return fig
@@ -368,7 +340,7 @@ def draw_all(rows: pd.DataFrame, environments: dict[str, dict], results: Path) -
         if fig is None:
             (results / name).unlink(missing_ok=True)
         else:
-            write_png(fig, results / name)
+            chart_style.write_png(fig, results / name)
     return [results / name for name, fig in figures.items() if fig]
 
 
@@ -387,4 +359,4 @@ def draw_comparison(both: pd.DataFrame, title: str, path: Path) -> None:
     ax.invert_yaxis()
     dress(ax, "throughput, second / first (right of 1: the second is faster)", "")
     ax.grid(axis="x", color="#dddddd", linewidth=0.7)
-    write_png(fig, path)
+    chart_style.write_png(fig, path)

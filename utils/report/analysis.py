@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pandas as pd
 
+from utils.measure import timing
 from utils.measure.schema import BASELINE
 from utils.measure.timing import SATURATED, gain
 from utils.utils import UserError
@@ -96,7 +97,7 @@ def saturation(rows: pd.DataFrame) -> int | None:
     ordered = measured(rows).sort_values("batch_size")
     sizes, fps = ordered.batch_size.to_list(), ordered.fps.to_list()
     for i in range(len(sizes) - 1):
-        if max(gain(sizes, fps, i, j) for j in range(i + 1, len(sizes))) < SATURATED:
+        if max(timing.gain(sizes, fps, i, j) for j in range(i + 1, len(sizes))) < timing.SATURATED:
             return sizes[i]
     return None
 
@@ -221,17 +222,11 @@ def agrees(both: pd.DataFrame, figure: str) -> pd.Series:
     return (both[f"{figure}_ratio_low"] <= 1) & (both[f"{figure}_ratio_high"] >= 1)
 
 
-def slower_beyond(both: pd.DataFrame, share: float) -> pd.DataFrame:
-    """The configurations that are slower by more than `share`, the whole interval over."""
-    return both[both.fps_ratio_high < 1 - share]
-
-
 # ---- what may be said at all
 
 
 def decided(rows: pd.DataFrame) -> pd.Series | None:
-    """The row that is beyond doubt faster than all others; None where it is indistinguishable from some, or
-    where any was measured in a single round and so has no interval."""
+    """The row that is beyond doubt faster than all others, or None; without intervals nothing is decided."""
     best = fastest(rows)
     return best[0] if len(best) == 1 and measured(rows).fps_low.notna().all() else None
 
@@ -246,17 +241,13 @@ def can_judge(both: pd.DataFrame) -> pd.Series:
     return both.fps_ratio_low.notna()
 
 
-def lost(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the second table that were tried and are not ok, while they are in the first."""
-    keys = ["sweep", *CONFIGURATION] if set(before.sweep) == set(after.sweep) else CONFIGURATION
-    return after[after.status != "ok"].merge(measured(before)[keys], on=keys)
-
-
-def missing(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the first table that were measured and are not in the second at all."""
+def lost(before: pd.DataFrame, after: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Of what the first table measured: the second's rows that were tried and are not ok, and the first's
+    rows that the second does not have at all."""
     keys = ["sweep", *CONFIGURATION] if set(before.sweep) == set(after.sweep) else CONFIGURATION
     was = measured(before)
-    return was[~was.set_index(keys).index.isin(after.set_index(keys).index)]
+    gone = was[~was.set_index(keys).index.isin(after.set_index(keys).index)]
+    return after[after.status != "ok"].merge(was[keys], on=keys), gone
 
 
 # ---- serving

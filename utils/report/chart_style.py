@@ -1,6 +1,7 @@
 """How charts look and what they say: a colour for each backend, a marker for each variant, titles."""
 
 import io
+import re
 import textwrap
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from utils.measure.schema import BASELINE
 from utils.report import analysis
 from utils.report.names import FAMILIES, family, label
-from utils.report.words import SAMPLE, figure, span, times
+from utils.report.words import SAMPLE, batches, figure, gaps, times
 from utils.utils import write_atomic
 
 WIDTH, DPI = 10.0, 150  # inches, dots per inch; shown about 850 pixels wide on GitHub
@@ -29,7 +30,6 @@ LOOKS = [  # marker, line style and hatch of a bar, and the variants that have t
     ("X", (0, (1, 1)), "oo", []),
 ]
 HATCH = {marker: hatch for marker, _, hatch, _ in LOOKS}
-REASON = {"out_of_memory": "out of memory", "mismatch": "wrong results", "ok": "no reading"}
 
 # ---- looks
 
@@ -90,7 +90,7 @@ def horizontal(ax, names: list[str], unit: str, right: float) -> None:
 def sheet(height: float, title: str, small_print: list[str]):
     """A figure and its part for panels, `height` inches high, under the title and over the small print."""
     lines = [line for text in small_print for line in textwrap.wrap(text, 140)]
-    title = title.replace(" px", "\u00a0px").replace(" images/s", "\u00a0images/s")
+    title = re.sub(r" (px|images/s)|(?<=batch) (?=\d)", "\u00a0\\1", title)  # no line breaks here
     size = WIDTH, height + 0.7 + 0.2 * len(lines)
     fig = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
     fig.supxlabel("\n".join(lines), fontsize=9, color=GREY, x=0.01, ha="left")
@@ -112,7 +112,7 @@ def feet_of(sweeps: list[str], environments: dict) -> list[str]:
     feet = [f"{sweep}: " * (len(known) > 1) + facts.get("short", "") for sweep, facts in known.items()]
     drawn = [sweep for sweep, facts in known.items() if facts.get("sample_data")]
     whose = "" if len(drawn) == len(known) else f" ({', '.join(drawn)})"
-    return feet + ([f"{SAMPLE}{whose}"] if drawn else [])
+    return feet + ([f"{SAMPLE.capitalize()}{whose}"] if drawn else [])
 
 
 # ---- titles: what was found, and the note on what is missing
@@ -145,50 +145,20 @@ def value_of(row, column: str) -> str:
 
 
 def batching(rows: pd.DataFrame, column: str) -> str:
-    """What the largest batch gains over the smallest at the usual image size."""
+    """What a larger batch gains."""
     ok = analysis.measured(rows)
-    gains = analysis.batch_gain(ok) if len(ok) else []
-    if not len(gains):
-        return leader(rows, column)
-    size = analysis.usual_size(ok)
-    own = ok[ok.image_size == size]
-    ends = f"batch {own.batch_size.min()} to {analysis.shared_batch(own)} at {size} px"
-    return f"From {ends}, throughput grows by a factor of {span(gains)}, depending on the method"
+    return (batches(ok) if len(ok) else "") or leader(rows)
 
 
 def memory(rows: pd.DataFrame, column: str) -> str:
-    """The least and the most memory at the largest configuration that most methods could hold."""
-    found, keys = rows[rows[column].notna()], ["image_size", "batch_size"]
-    if found.empty:
+    """Which method takes most memory, and where."""
+    if rows[column].isna().all():
         return "GPU memory was not read"
-    counts = found.groupby(keys).size().rename("count").reset_index()
-    most = counts.sort_values(["count", "batch_size", "image_size"]).iloc[-1]
-    same = analysis.at(found, most.image_size, most.batch_size).sort_values(column, kind="stable")
-    ends = [f"{figure(row[column])} MB ({row.label})" for _, row in same.iloc[[0, -1]].iterrows()]
-    return f"GPU memory at {most.image_size} px, batch {most.batch_size}: {' to '.join(dict.fromkeys(ends))}"
+    most = rows.loc[rows[column].idxmax()]
+    where = f"at {most.image_size} px, batch {most.batch_size}"
+    return f"{most.label} takes most GPU memory: {figure(most[column])} MB {where}"
 
 
-def place(pairs: set, grid: set) -> str:
-    """Which part of the grid: nothing for all, ": 512 px, batch 8, 16" for a rectangle, else how many."""
-    sizes, batches = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
-    if pairs == grid:
-        return ""
-    if len(pairs) < len(sizes) * len(batches):
-        return f": {len(pairs)} of {len(grid)} configurations"
-    parts = [f"{', '.join(map(str, sizes))} px"] if set(sizes) != {size for size, _ in grid} else []
-    if set(batches) != {batch for _, batch in grid}:
-        parts.append(f"batch {', '.join(map(str, batches))}")
-    return f": {', '.join(parts)}"
-
-
-def not_measured(rows: pd.DataFrame, column: str) -> str:
-    """ "TensorRT FP16 (unavailable), PyTorch FP32 (out of memory: 512 px, batch 16)" of what was tried."""
-    gaps = []
-    for name, own in rows.groupby("label", sort=False):
-        grid, parts = set(zip(own.image_size, own.batch_size, strict=True)), {}
-        for row in own[own[column].isna()].itertuples():
-            reason = REASON.get(row.status, row.status)
-            parts.setdefault(reason, set()).add((row.image_size, row.batch_size))
-        texts = [reason + place(pairs, grid) for reason, pairs in parts.items()]
-        gaps += [f"{name} ({'; '.join(texts)})"] if texts else []
-    return ", ".join(gaps)
+def not_measured(rows: pd.DataFrame) -> str:
+    """ "TensorRT FP16: unavailable, PyTorch FP32 (512 px batch 16): out of memory" of what was tried."""
+    return ", ".join(f"{called}: {status}" for called, status, _ in gaps(rows))

@@ -17,8 +17,12 @@ from utils.report.tables import read_serving, read_table
 from utils.report.words import figure, foot, markdown, name, sentence_name, times
 from utils.utils import UserError, write_atomic
 
-BEGIN = re.compile(r"<!-- begin (\w+) (\S+)(?: (\S+))? -->")
-END = "<!-- end -->"
+PART = re.compile(
+    r"^<!-- begin (?:(?P<kind>headline|summary|answers) (?P<folder>\S+)|machines (?P<a>\S+) (?P<b>\S+)) -->\n"
+    r"(?:(?!<!-- (?:begin|end)).*\n)*"
+    r"(?P<end><!-- end -->)$",
+    re.MULTILINE,
+)
 CHARTS = {  # files that plot_utils draws, and what they show
     "methods.png": "Every method at one image and batch size",
     "fps_vs_image_size.png": "Throughput against image size",
@@ -136,41 +140,31 @@ def machines(a: Table, b: Table) -> str:
     return f"**{second}**: median over {len(both)} configurations: {median}."
 
 
-PARTS = {"headline": headline, "summary": summary, "answers": answers, "machines": machines}
+PARTS = {"headline": headline, "summary": summary, "answers": answers}
 
 # ---- README.md
 
 
-def marked(path: Path) -> list[tuple[int, int, str, list[Path]]]:
-    """README.md's parts: lines of their markers, kind, folders.  Raises UserError at a broken marker."""
-    found, begun = [], None
-
-    def broken(line: int, why: str) -> UserError:
-        return UserError(f"{path}, line {line + 1}: {why}; mend it, then: python compare.py --write-readme")
-
-    for k, line in enumerate(map(str.strip, lines_in(path))):
-        match = BEGIN.fullmatch(line)
-        if begun and line == END:
-            found.append((begun[0], k, *begun[1:]))
-            begun = None
-        elif begun and match:
-            break
-        elif match and match[1] not in PARTS:
-            raise broken(k, f"{match[1]} is none of {', '.join(PARTS)}")
-        elif match and (match[3] is None) == (match[1] == "machines"):
-            raise broken(k, f"{match[1]} takes {'two folders' if match[3] is None else 'one folder'}")
-        elif match:
-            begun = k, match[1], [path.parent / folder for folder in match.groups()[1:] if folder]
-        elif line.startswith(("<!-- begin", "<!-- end")):
-            raise broken(k, f"{line} marks no generated part")
-    if begun:
-        raise broken(begun[0], f"the generated part has no {END}")
-    return found
+def marked(path: Path) -> list[tuple[str, list[Path]]]:
+    """README.md's parts: kind and folders.  Raises UserError at a marker that belongs to none."""
+    text = read_text(path)
+    found = list(PART.finditer(text))
+    whole = {start for match in found for start in (match.start(), match.start("end"))}
+    for mark in re.finditer(r"^<!-- (begin|end).*", text, re.MULTILINE):
+        if mark.start() not in whole:
+            line = text[: mark.start()].count("\n") + 1
+            says = (
+                f"{mark[0]} marks no generated part, such as <!-- begin summary results --> to <!-- end -->"
+            )
+            raise UserError(f"{path}, line {line}: {says}; mend it, then: python compare.py --write-readme")
+    names = "folder", "a", "b"
+    folders = [[path.parent / match[name] for name in names if match[name]] for match in found]
+    return [(match["kind"] or "machines", own) for match, own in zip(found, folders, strict=True)]
 
 
-def lines_in(path: Path) -> list[str]:
+def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         mend = "run compare.py in the repository's root, where README.md is, in UTF-8"
         raise UserError(f"{path} can't be read ({error}); {mend}") from None
@@ -182,19 +176,22 @@ def read_folders(path: Path, measuring: Path | None = None) -> dict[Path, Table]
     To be called before that one is measured: raises UserError at a broken marker, and at a folder that is
     missing or damaged.
     """
-    folders = sorted({folder for *_, folders in marked(path) for folder in folders})
+    folders = sorted({folder for _, folders in marked(path) for folder in folders})
     known = measuring and measuring.resolve()
     return {folder: read_table(folder) for folder in folders if folder.resolve() != known}
 
 
 def render(path: Path, tables: dict[Path, Table]) -> str:
     """README.md's text with every generated part made anew from the folder it names."""
-    lines = lines_in(path)
-    for start, end, kind, folders in reversed(marked(path)):
+    parts = iter(marked(path))
+
+    def anew(match: re.Match) -> str:
+        kind, folders = next(parts)
         found = [tables[folder] for folder in folders]
         made = machines(*found) if kind == "machines" else PARTS[kind](*found[0])
-        lines[start + 1 : end] = made.strip().splitlines()
-    return "\n".join(lines) + "\n"
+        return "\n".join([match[0].partition("\n")[0], made.strip(), match["end"]])
+
+    return PART.sub(anew, read_text(path))
 
 
 def write_readme(path: Path, tables: dict[Path, Table]) -> None:
@@ -208,7 +205,9 @@ def write_readme(path: Path, tables: dict[Path, Table]) -> None:
 def folder_readme(folder: Path, rows: pd.DataFrame, environments: dict) -> str:
     """All that is generated about a results folder: the summary, answers, charts, tables and environments."""
     made = "Made by `python benchmark.py`; renewed by `python compare.py --write-readme`."
-    parts = [f"# Results: {machine_of(environments)}", made, headline(rows, environments)]
+    known = next(iter(environments.values()), {})
+    machine = known.get("gpu") or known.get("cpu") or "an unknown machine"
+    parts = [f"# Results: {machine}", made, headline(rows, environments)]
     parts += [summary(rows, environments), answers(rows, environments)]
     parts += [f"![{text}]({file})" for file, text in CHARTS.items() if (folder / file).is_file()]
     parts += ["## Every row", *by_size(rows, results_table)]
@@ -226,11 +225,6 @@ def folder_readme(folder: Path, rows: pd.DataFrame, environments: dict) -> str:
     return "\n\n".join([*parts, "## Environment", environment_table(environments)]) + "\n"
 
 
-def machine_of(environments: dict) -> str:
-    known = next(iter(environments.values()), {})
-    return known.get("gpu") or known.get("cpu") or "an unknown machine"
-
-
 def write_folder_readme(folder: Path, rows: pd.DataFrame, environments: dict) -> None:
     write_atomic(folder / "README.md", folder_readme(folder, rows, environments))
 
@@ -246,14 +240,9 @@ def by_size(rows: pd.DataFrame, table: Callable) -> list[str]:
 
 def results_table(rows: pd.DataFrame) -> str:
     """TABLE in Markdown; the fastest row is bold where it is so beyond doubt at its batch size."""
-    lines, ok = words.results_lines(rows), analysis.measured(rows)
+    ok = analysis.measured(rows)
     best = analysis.decided(ok[ok.batch_size == ok.loc[ok.fps.idxmax()].batch_size]) if len(ok) else None
-    if best is not None:
-        fps, batch = lines[0].index("Images/s"), lines[0].index("Batch")
-        for line in lines[1:]:
-            if (line[0], line[batch], line[fps]) == (name(best), str(best.batch_size), figure(best.fps)):
-                line[0], line[fps] = f"**{line[0]}**", f"**{line[fps]}**"
-    return markdown(lines)
+    return markdown(words.results_lines(rows.assign(bold=rows.index == (-1 if best is None else best.name))))
 
 
 def limits_text(known: dict) -> str:

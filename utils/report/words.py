@@ -95,8 +95,12 @@ def warnings_text(row) -> str:
     return ", ".join(f"{name} {percent_width(row)}" if name in wide else name for name in warnings(row))
 
 
+def bold(text: str, row) -> str:
+    return f"**{text}**" if row.get("bold") else text
+
+
 HEAD = [
-    ("Method", name),
+    ("Method", lambda row: bold(name(row), row)),
     ("Environment", lambda row: row.get("environment", "")),
     ("Size", lambda row: str(row.image_size)),
     ("Batch", lambda row: str(row.batch_size)),
@@ -106,7 +110,7 @@ TABLE = [
     ("Mean ms", lambda row: figure(row.mean_ms) if row.status == "ok" else row.status.replace("_", " ")),
     ("Std ms", "std_ms"),
     ("p95 ms", "p95_ms"),
-    ("Images/s", "fps"),
+    ("Images/s", lambda row: bold(figure(row.fps), row)),
     ("Images/s, 95 % CI", lambda row: interval(row.fps_low, row.fps_high)),
     ("Speedup", lambda row: times(row).partition("x")[0]),
     ("Speedup, 95 % CI", lambda row: times(row).partition("(")[2].rstrip(")")),
@@ -206,16 +210,23 @@ def text_table(rows: pd.DataFrame) -> str:
     return "\n".join([aligned(results_lines(rows)), *reasons(rows)])
 
 
-def reasons(rows: pd.DataFrame) -> list[str]:
-    """A line for each reason why rows have no figures or can't win, each variant and each warning."""
-    lines, keys = [], ["backend", "precision", "status", "reason"]
+def gaps(rows: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """(method and, where it isn't all of its rows, where; status; reason) of the rows that are not ok."""
+    found, keys = [], ["backend", "precision", "status", "reason"]
     for (backend, precision, status, reason), group in rows[rows.status != "ok"].groupby(keys, sort=False):
         places = sorted(set(zip(group.image_size, group.batch_size, strict=True)))
         where = ", ".join(f"{size} px batch {batch}" for size, batch in places)
         scope = "" if len(places) == sum(rows.backend == backend) else f" ({where})"
-        lines.append(f"{label(backend, precision)}{scope}: {status.replace('_', ' ')}: {reason}")
-    variants = rows[rows.adds != ""].drop_duplicates("backend")
-    lines += [f"{name(row)}: {row.adds}" for row in variants.itertuples()]
+        found.append((label(backend, precision) + scope, status.replace("_", " "), reason))
+    return found
+
+
+def reasons(rows: pd.DataFrame) -> list[str]:
+    """A line for each reason why rows have no figures or can't win, each variant and each warning."""
+    lines = [": ".join(gap) for gap in gaps(rows)]
+    lines += [
+        f"{name(row)}: {row.adds}" for row in rows[rows.adds != ""].drop_duplicates("backend").itertuples()
+    ]
     named = {warning for row in rows.itertuples() for warning in warnings(row)}
     return lines + [f"{warning}: {remedy}" for warning, remedy in WARNINGS.items() if warning in named]
 

@@ -10,7 +10,6 @@ import pandas as pd
 
 from utils.measure import timing
 from utils.measure.schema import BASELINE
-from utils.measure.timing import SATURATED, gain
 from utils.utils import UserError
 
 DRIFT = {  # what 95 % of two sweeps of the same code differ by besides what their rounds tell: 2.8 standard

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import unicodedata
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_test_images, run_script
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 from test_run_main import start
 
 import datasets
@@ -203,8 +204,114 @@ def test_exif_rotation(tmp_path):
     )
 
 
+def test_odd_exif_turns_the_picture_and_is_left_alone(tmp_path):
+    image = Image.new("RGB", (16, 8), "black")
+    image.paste("white", (0, 0, 8, 8))
+    # A TIFF header; orientation 6, and XResolution as a BYTE, which Pillow reads but can't write again.
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x011A, 1, 1, 7)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    image.save(tmp_path / "r.jpg", exif=exif, quality=95)
+    turned = datasets.load_rgb(tmp_path / "r.jpg")
+    assert turned.size == (8, 16) and turned.getpixel((4, 1))[0] > 200 and turned.getpixel((4, 14))[0] < 50
+    image.save(tmp_path / "d.jpg", exif=b"Exif\0\0 no TIFF at all")
+    assert datasets.load_rgb(tmp_path / "d.jpg").size == (16, 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path, orientation):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "r.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "r.png"))
+    assert datasets.load_rgb(tmp_path / "r.png").tobytes() == expected.tobytes()
+
+
+def test_long_texts_and_profiles_in_a_png_are_no_hindrance(tmp_path):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("history", "edited " * 400_000, zip=True)
+    Image.new("RGB", (8, 8), (9, 8, 7)).save(tmp_path / "a.png", pnginfo=texts, icc_profile=bytes(3_000_000))
+    assert pixel(tmp_path / "a.png") == (9, 8, 7)
+
+
+def test_photos_of_an_iphone_are_read(data):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    path = data / "train" / "Пудж" / "IMG_0001.HEIC"
+    picture = Image.new("RGB", (64, 48), (200, 40, 40))
+    pillow_heif.from_pillow(picture).save(path, quality=95)
+    assert path in datasets.all_images(data)
+    assert np.abs(np.subtract(pixel(path, (20, 20)), (200, 40, 40))).max() < 8
+    renamed = path.rename(path.with_name("photo.jpg"))  # as some programs call it
+    assert datasets.image_size_of(renamed) == (64, 48)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # files of every kind
+
+
+def test_files_without_a_suffix_are_known_by_their_content(data):
+    folder = data / "train" / "Пудж"
+    paint(folder / "photo.png").rename(folder / "photo")
+    (folder / "notes").write_text("no picture")
+    listed = [path.name for path in datasets.all_images(data)]
+    assert "photo" in listed and "notes" not in listed
+
+
+def test_pictures_of_formats_that_are_not_read_are_named(data, capsys):
+    for name in ("a.CR2", "b.jxl", "c.txt"):
+        (data / "train" / "Пудж" / name).write_bytes(b"x")
+    datasets.check_images(data)
+    said = capsys.readouterr().err
+    assert "2 pictures are in formats that are not read" in said and "a.CR2" in said and "c.txt" not in said
+    (data / "train" / "Новый").mkdir()
+    (data / "train" / "Новый" / "x.nef").write_bytes(b"x")
+    with pytest.raises(
+        UserError, match="no images in .*Новый but 1 in formats that are not read, as .*x.nef"
+    ):
+        datasets.check_folders(data)
+
+
+@pytest.fixture
+def denied(data):
+    """A folder within a class that may not be listed; also root is kept out, by another effective user."""
+    folder = data / "train" / "Пудж" / "ещё"
+    paint(folder / "a.png")
+    for path in (data, *data.parents[:-1]):
+        path.chmod(0o755)
+    folder.chmod(0)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield folder
+    if root:
+        os.seteuid(0)
+    folder.chmod(0o755)
+
+
+@posix
+def test_a_folder_that_may_not_be_listed_is_named_and_not_skipped(data, denied):
+    for look in (datasets.list_images, datasets.check_folders, datasets.fingerprint):
+        with pytest.raises(UserError, match="ещё: access is denied; change its permissions"):
+            look(data)
+    found = []
+    assert len(images.files_below(data / "train", found)) == 6 and found == [str(denied)]
+
+
+def test_a_file_where_a_split_belongs_is_called_a_file(data):
+    shutil.rmtree(data / "test")
+    (data / "test").touch()
+    with pytest.raises(UserError, match="test: a file is where a folder belongs"):
+        datasets.ensure_data(data)
+
+
+def test_a_small_dev_shm_is_named_and_fewer_processes_read(data, monkeypatch, capsys):
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=64e6))
+    assert datasets.affordable_workers(4, 1, 8, 512) == 0  # 25 MB a batch
+    assert datasets.affordable_workers(4, 1, 8, 224) == 4
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "/dev/shm has 64 MB free, so 0 instead of 4 processes" in said
+    assert "--shm-size" in said
 
 
 @posix
@@ -349,6 +456,37 @@ def test_the_sample_never_touches_own_images(data):
     with pytest.raises(UserError):
         datasets.ensure_data(data)
     assert not (data / "test").exists()
+
+
+def test_an_unfinished_sample_is_never_finished_over_own_images(sample, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    (folder / "sample.part").mkdir(parents=True)
+    shutil.copytree(sample / "train", folder / "sample.part" / "train")
+    shutil.copy(sample / "SAMPLE.txt", folder)
+    for split in datasets.SPLITS:
+        for name in "AB":
+            paint(folder / split / name / "own.png", (90, 200, 10 if name == "A" else 90))
+    datasets.ensure_data(folder)
+    assert datasets.class_names(folder) == ["A", "B"] and "drawing" not in capsys.readouterr().out
+
+
+def test_what_cannot_be_drawn_is_not_begun(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="train: a file is where a folder belongs"):
+        datasets.ensure_data(Path("data"))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["train"]
+
+
+def test_hidden_classes_are_a_users_too(tmp_path, monkeypatch):
+    for split in datasets.SPLITS:
+        for name in (".a", ".b"):
+            paint(tmp_path / "data" / split / name / "x.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"train holds hidden folders only \(.a, .b\)"):
+        datasets.ensure_data(Path("data"))
+    assert not (tmp_path / "data" / "SAMPLE.txt").exists()
 
 
 def test_an_interrupted_drawing_leaves_no_half_data_set(tmp_path):

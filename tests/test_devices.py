@@ -1,11 +1,15 @@
 """The device every script takes: never silently the CPU where NVIDIA's driver knows a GPU; want of memory."""
 
 import argparse
+import os
+import shutil
+import subprocess
 import sys
 import types
 
 import pytest
 import torch
+from conftest import ROOT
 
 from utils import devices
 from utils.utils import UserError, is_out_of_memory, number
@@ -128,3 +132,76 @@ def test_a_number_out_of_range_is_one_sentence(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match="number from 1 to 9 is needed, not"):
         number(kind, 1, 9)(text)
     assert number(int, 1, 9)("9") == 9 and number(float, 1, 9)("1.5") == 1.5
+
+
+# ---- each script, beside a counterfeit driver that lists a GTX 1650 and a PyTorch without CUDA
+
+COUNTERFEIT = """
+import types
+class NVMLError(Exception):
+    pass
+def nvmlInit():
+    import torch
+    torch.version.cuda = None
+nvmlDeviceGetCount = lambda: 1
+nvmlDeviceGetHandleByIndex = lambda index: index
+nvmlDeviceGetName = lambda handle: "NVIDIA GeForce GTX 1650"
+nvmlSystemGetDriverVersion = lambda: "581.15"
+nvmlSystemGetCudaDriverVersion = lambda: 13000
+nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(total=2**32, used=2**28, free=2**32 - 2**28)
+def __getattr__(name):
+    def unsupported(*arguments):
+        raise NVMLError("not supported")
+    if name.startswith("nvmlDevice"):
+        return unsupported
+    raise AttributeError(name)
+"""
+MEASURE = ["benchmark.py", "--quick", "--backends", "pytorch", "--rounds", 1, "--runs", 4]
+
+
+@pytest.fixture
+def beside_counterfeit(project, tmp_path):
+    """Run a script in a copy of the project; returns its exit code and stderr."""
+    (tmp_path / "pynvml.py").write_text(COUNTERFEIT, encoding="utf-8")
+    shutil.copytree(project, tmp_path / "here", ignore=shutil.ignore_patterns("results"))
+
+    def run(*command) -> tuple[int, str]:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONUTF8": "1"}
+        started = [sys.executable, str(ROOT / command[0]), *map(str, command[1:])]
+        done = subprocess.run(
+            started, cwd=tmp_path / "here", env=environment, capture_output=True, encoding="utf-8"
+        )
+        return done.returncode, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train.py", "--quick"],
+        MEASURE,
+        ["predict.py", "data/test/Пудж"],
+        ["pytorch_inference.py", "--quick"],
+        ["onnx_inference.py", "--quick"],
+        ["tensorrt_inference.py", "--quick"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_no_script_runs_silently_on_the_cpu(command, beside_counterfeit):
+    code, said = beside_counterfeit(*command)
+    assert code == 2 and "Traceback" not in said
+    assert "GTX 1650" in said and "build for CPUs only" in said and "run: python install.py" in said
+
+
+def test_what_the_cpu_made_names_no_gpu(beside_counterfeit, tmp_path):
+    for command in (
+        ["train.py", "--quick", "--force", "--workers", 0],
+        MEASURE,
+        ["predict.py", "data/test/Пудж"],
+    ):
+        code, said = beside_counterfeit(*command, "--device", "cpu")
+        assert code == 0, said
+    written = [path for path in (tmp_path / "here").rglob("*") if path.is_file()]
+    assert any(path.name == "benchmark_results.csv" for path in written)
+    assert not [path for path in written if b"1650" in path.read_bytes()]

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 import backends
 from utils.backend import builds_ahead
-from utils.measure import jobs
+from utils.measure import jobs, records
 from utils.measure.schema import Job
-from utils.utils import in_fresh_process, number, read_dict, run_main, write_json
+from utils.utils import in_fresh_process, number, run_main, write_json
 
 CI_WIDTH_PCT = {"cuda": 1.0, "cpu": 5.0}
 BUDGET_MINUTES = {"cuda": 3.5, "cpu": 7.0}
@@ -73,11 +73,10 @@ def measure_roofline(job: Job) -> None:
     """Have a fresh process measure what this machine could do at most, unless it is known."""
     from utils.measure import roofline
 
-    path = job.record.with_name("ceilings.json")
-    known = read_dict(path)
-    if known.get("settings_key") != job.settings_key or not {"tflops", "gb_per_s"} <= known.keys():
+    folder = job.record.parent
+    if records.read_roofline(folder, job.settings_key) is None:
         found = in_fresh_process(roofline.measure, job.device)
-        write_json(path, {"settings_key": job.settings_key, **found})
+        write_json(folder / "ceilings.json", {"settings_key": job.settings_key, **found})
 
 
 def sweep(asked: list[Job], timeout: float, ci_width: float, budget_minutes: float) -> None:

@@ -291,20 +291,42 @@ def test_a_sweep_packed_into_one_file_gives_the_same_rows_and_can_be_gone_on_wit
 
 def test_a_packed_sweep_that_is_damaged_names_its_file_and_the_command_that_restores_it(tmp_path):
     path = tmp_path / "raw" / "main.zip"
-    path.parent.mkdir()
-    path.write_bytes(b"PK cut short")
-    with pytest.raises(UserError, match=f"{path.name} is damaged.*git checkout"):
-        rows.read_rows(tmp_path)
+    keep(path.with_suffix(""), record())
+    content = records.pack(path.with_suffix("")).read_bytes()
+    for damaged in (b"PK cut short", content[:-30], content[:90] + b"damage" + content[96:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{path.name} is damaged.*git checkout"):
+            rows.read_rows(tmp_path)
+        with pytest.raises(UserError, match=f"{path.name} is damaged.*git checkout"):
+            records.unpack(path.with_suffix(""))
 
 
-@pytest.mark.parametrize("content", [[1], {"s": 1}, {"s": {"environment": {}}}])
-def test_damaged_notes_of_a_sweep_are_as_good_as_none(tmp_path, content):
-    keep(tmp_path, record())
-    for name in ("sweep.json", "ceilings.json"):
-        write_json(tmp_path / name, content)
-    write_json(tmp_path / "ceilings.json", {"settings_key": "s", "tflopt": {}})
-    found, note, limits = records.read_sweep(tmp_path)
-    assert len(rows.rows_of(found, note, limits)) == 1 and limits is None
+def test_a_packed_sweep_replaces_nothing_in_a_folder_beside_it(tmp_path):
+    folder = tmp_path / "raw" / "main"
+    keep(folder, record(), record("onnx"))
+    records.pack(folder)
+    name = "pytorch_64_round0_k.json"
+    records.write_record(folder / name, record(runs=99))
+    assert rows.read_rows(tmp_path).backend.tolist() == ["pytorch"]  # the folder is newer
+    records.unpack(folder)
+    assert records.read_record(folder / name).runs == 99 and len(list(folder.glob("*_round*"))) == 2
+
+
+@pytest.mark.parametrize(
+    "note", [1, {"environment": {}}, {"keys": 3, "commands": "x", "spent_s": "1", "settings": []}]
+)
+def test_damaged_notes_of_a_sweep_are_as_good_as_none(tmp_path, note, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = job("k").record.parent
+    keep(folder, record())
+    for content in ([note], {"s": note, "last": [1]}):
+        write_json(folder / "sweep.json", content)
+        for limits in ({"tflopt": {}}, {"tflops": 3, "gb_per_s": 2.0}, {"tflops": {}, "gb_per_s": "2"}):
+            write_json(folder / "ceilings.json", {"settings_key": "s"} | limits)
+            found, known, roofline = records.read_sweep(folder)
+            assert len(rows.rows_of(found, known, roofline)) == 1 and roofline is None
+        assert records.note_sweep([job("k")], spent_s=2.5)["commands"] == ["python benchmark.py"]
+    assert records.note_sweep([job("k")])["spent_s"] == 2.5
 
 
 def test_the_csv_is_a_pure_function_of_the_raw_records(tmp_path):

@@ -14,6 +14,7 @@ import re
 import sys
 import typing
 import zipfile
+import zlib
 from pathlib import Path
 
 from utils.measure.schema import STATUSES, Job, Record
@@ -25,6 +26,8 @@ CHECK = {"images", "different", "correct", "max_abs_diff", "tolerance"}
 BATCH = {"batch_size", "status", "reason"}
 SAMPLES = ("host_ms", "enqueue_ms", "gpu_ms")
 TIMED = {*SAMPLES, "sustained", "memory_of", "gpu_memory_mb", "torch_memory_mb", "host_memory_mb"}
+NOTES = {"settings": dict, "environment": dict, "commands": list, "keys": dict, "spent_s": (int, float)}
+NOTES["precision_pct"] = (int, float)
 RENAMED = {"beside_ms": "baseline_ms", "turns": "block_runs"}  # in records made before 2026-11-28
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # of every file in a zip, so that equal records make equal zips
 
@@ -103,19 +106,28 @@ def note_sweep(asked: list[Job], **more) -> dict:
 
     `more` is added (precision_pct, spent_s); what is noted of these settings is returned.
     """
-    job = asked[0]
-    path = job.record.with_name("sweep.json")
+    job, path = asked[0], asked[0].record.with_name("sweep.json")
     notes = read_dict(path)
-    old = notes.get(job.settings_key)
-    old = old if isinstance(old, dict) else {}
-    commands = list(dict.fromkeys([*old.get("commands", []), job.environment["command"]]))
+    old = noted(notes, job.settings_key)
     note = old | {"settings": dataclasses.asdict(job.settings), "environment": job.environment} | more
-    note |= {
-        "commands": commands,
-        "keys": old.get("keys", {}) | {str(one.image_size): one.key for one in asked},
-    }
+    note["commands"] = list(dict.fromkeys([*old.get("commands", []), job.environment["command"]]))
+    note["keys"] = old.get("keys", {}) | {str(one.image_size): one.key for one in asked}
     write_json(path, notes | {"last": job.settings_key, job.settings_key: note})
     return note
+
+
+def noted(notes: dict, settings_key: str) -> dict:
+    """What sweep.json notes of some settings, without what is of another kind (it may be damaged)."""
+    note = notes.get(settings_key)
+    known = note.items() if isinstance(note, dict) else ()
+    return {name: value for name, value in known if isinstance(value, NOTES.get(name, object))}
+
+
+def read_roofline(folder, settings_key: str) -> dict | None:
+    """What was measured of the machine by these settings, or None."""
+    found = read_dict(folder / "ceilings.json")
+    whole = isinstance(found.get("tflops"), dict) and isinstance(found.get("gb_per_s"), int | float)
+    return found if whole and found.get("settings_key") == settings_key else None
 
 
 def read_sweep(folder) -> tuple[list[Record], dict, dict | None]:
@@ -130,22 +142,18 @@ def read_sweep(folder) -> tuple[list[Record], dict, dict | None]:
     found = sorted(filter(None, found), key=lambda record: record.time)
     if not found:
         return [], {}, None
-    notes, limits = read_dict(folder / "sweep.json"), read_dict(folder / "ceilings.json")
+    notes = read_dict(folder / "sweep.json")
     key = notes.get("last")
     if not any(record.settings_key == key for record in found):
         key = found[-1].settings_key
     found = [record for record in found if record.settings_key == key]
-    note = notes[key] if isinstance(notes.get(key), dict) else {}
+    note = noted(notes, key)
     last = {record.image_size: record.key for record in found}
     for record in found:
         if note.get("keys", {}).get(str(record.image_size)) == record.key:
             last[record.image_size] = record.key
-    known = limits.get("settings_key") == key and {"tflops", "gb_per_s"} <= limits.keys()
-    return (
-        [record for record in found if record.key == last[record.image_size]],
-        note,
-        limits if known else None,
-    )
+    found = [record for record in found if record.key == last[record.image_size]]
+    return found, note, read_roofline(folder, key)
 
 
 def archive_stale_records(asked: list[Job]) -> None:
@@ -188,12 +196,20 @@ def sweeps_of(results: Path) -> dict:
     found: dict = {path.name: path for path in raw if path.is_dir() and any(path.glob("*_round*.json"))}
     for path in raw:
         if path.suffix == ".zip" and path.stem not in found:
-            try:
-                found[path.stem] = zipfile.Path(path)
-            except zipfile.BadZipFile as error:
-                mend = f"restore it: git checkout {path}"
-                raise UserError(f"{path} is damaged ({error}); {mend}") from error
+            found[path.stem] = zipfile.Path(opened(path))
     return dict(sorted(found.items()))
+
+
+def opened(packed: Path) -> zipfile.ZipFile:
+    """A sweep's zip file.  Raises UserError where it is damaged."""
+    try:
+        file = zipfile.ZipFile(packed)
+        damaged = file.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        damaged = error
+    if damaged:
+        raise UserError(f"{packed} is damaged ({damaged}); restore it: git checkout {packed}")
+    return file
 
 
 def pack(folder: Path) -> Path:
@@ -215,11 +231,11 @@ def pack(folder: Path) -> Path:
 
 
 def unpack(folder: Path) -> None:
-    """Make a sweep's zip file the folder that it was, so that measuring can go on there."""
+    """Put a sweep's zip file back into its folder, to go on there; what lies there stays."""
     packed = folder.with_name(f"{folder.name}.zip")
     if packed.is_file():
-        with zipfile.ZipFile(packed) as file:
-            file.extractall(folder)
+        with opened(packed) as file:
+            file.extractall(folder, [name for name in file.namelist() if not (folder / name).exists()])
         packed.unlink()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_script, shared_copy
 from PIL import Image
 
 from utils import standalone
@@ -33,18 +33,20 @@ def noise(path: Path, seed: int, low: int) -> None:
     Image.fromarray(pixels).save(path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory) -> Path:
     """Two classes, three training and two test images each; trained at 64 px and measured."""
-    folder = tmp_path_factory.mktemp("whole")
-    for low, name in ((0, "тёмный"), (120, "светлый")):
-        for index in range(5):
-            split = "train" if index < 3 else "test"
-            noise(folder / "data" / split / name / f"{index}.png", index, low)
-    run_script("train.py", "--quick", "--workers", 0, "--device", "cpu", cwd=folder)
-    short = ["--backends", "pytorch", "--rounds", 1, "--runs", 4]
-    run_script("benchmark.py", "--quick", *short, "--device", "cpu", cwd=folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        for low, name in ((0, "тёмный"), (120, "светлый")):
+            for index in range(5):
+                split = "train" if index < 3 else "test"
+                noise(folder / "data" / split / name / f"{index}.png", index, low)
+        run_script("train.py", "--quick", "--workers", 0, "--device", "cpu", cwd=folder)
+        short = ["--backends", "pytorch", "--rounds", 1, "--runs", 4]
+        run_script("benchmark.py", "--quick", *short, "--device", "cpu", cwd=folder)
+
+    return shared_copy(tmp_path_factory, "whole", make)
 
 
 def link_or_copy(source: str, target: str) -> str:
@@ -205,7 +207,7 @@ ARGUMENTS = {  # script -> flags -> values, one case each
         "--no-such-flag": "1",
     },
 }
-MEASURING = {
+MEASURING = {  # all of benchmark.py; the scripts that share its parser try two
     "--image-sizes": "16, 0, -1, x, 96",
     "--batch-sizes": "0, -4, x, auto 4",
     "--runs": "0, -1, x",
@@ -215,7 +217,7 @@ MEASURING = {
     "--sustain-seconds": "nan, -1",
     "--device": "tpu",
     "--backends": "nonsense",
-    "--sweep": "a/b, ..",
+    "--sweep": "a/b, .., con, a.",
 }
 LAYOUTS = {  # damage, what is named; folders are looked at by every command that reads data/
     "no test": (remove("data/test"), "test"),
@@ -294,7 +296,9 @@ def argument_cases(script: str, flags: dict[str, str]) -> list[tuple]:
         for value in values.split(", "):
             named = flag.rpartition("--")[2]
             culprit = [named.replace("-", "."), named.replace("warmup", "warm-up")]
-            culprit += [re.escape(value)] if value in ("96", "nowhere", "..", "a/b", "yes") else []
+            culprit += (
+                [re.escape(value)] if value in ("96", "nowhere", "..", "a/b", "yes", "con", "a.") else []
+            )
             found.append(("argument", script, f"{flag} {value}", None, "|".join(culprit)))
     return found
 
@@ -303,16 +307,20 @@ def cases() -> list[tuple]:
     found = []
     for script, flags in ARGUMENTS.items():
         found += argument_cases(script, flags)
-    for script in ("benchmark", "pytorch_inference", "onnx_inference", "tensorrt_inference"):
-        found += argument_cases(script, MEASURING)
-    for script in ("train", "datasets", "benchmark", "pytorch_inference"):
+    found += argument_cases("benchmark", MEASURING)
+    for script in ("pytorch_inference", "onnx_inference", "tensorrt_inference"):
+        found += argument_cases(script, {"--image-sizes": "16", "--backends": "nonsense"})
+    # What shares a check is tried whole by one script, and by the others to see that they ask it.
+    for script in ("datasets", "train", "benchmark", "pytorch_inference"):
         found.append(("data", script, "--data nowhere", None, "nowhere"))
-        found += [("data", script, "", damage, culprit) for damage, culprit in LAYOUTS.values()]
-    for script in ("train", "datasets"):
-        found += [("image", script, "", damage, culprit) for damage, culprit in IMAGES.values()]
+        layouts = list(LAYOUTS.values())[: None if script == "datasets" else 3]
+        found += [("data", script, "", damage, culprit) for damage, culprit in layouts]
+    found += [("image", "datasets", "", damage, culprit) for damage, culprit in IMAGES.values()]
+    found.append(("image", "train", "", *IMAGES["cut short"]))
     found.append(("image", "benchmark", "", *IMAGES["a test image"]))  # of the training images it needs none
-    for script in ("train", "benchmark", "pytorch_inference", "end_to_end"):
-        found += [("checkpoint", script, "", damage, "best_resnet18_64") for damage in CHECKPOINTS.values()]
+    for script in ("benchmark", "train", "pytorch_inference", "end_to_end"):
+        damages = list(CHECKPOINTS.values())[: None if script == "benchmark" else 3]
+        found += [("checkpoint", script, "", damage, "best_resnet18_64") for damage in damages]
     found += [("folder", script, "", damage, culprit) for script, damage, culprit in FOLDERS]
     for script in ("compare", "end_to_end"):
         found += [("table", script, "", damage, "benchmark_results.csv") for damage in TABLES.values()]

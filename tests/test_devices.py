@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from utils import devices
+from utils import devices, environment
 from utils.utils import UserError, is_out_of_memory, number
 
 
@@ -34,9 +34,17 @@ def driver(monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", build)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built))
+        forget_driver()
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return listing
+    forget_driver()
+    yield listing
+    forget_driver()
+
+
+def forget_driver() -> None:
+    environment.nvml.cache_clear()
+    environment.gpu_handle.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 import backends
-from utils.utils import read_text
+from utils.report.readme import read_text
 
 # Import -> distributions, where the names differ; of several, any one brings it.
 DISTRIBUTIONS = {

@@ -1,6 +1,6 @@
 """Which device a script uses, and what training needs to run in one process or in several.
 
-`torch` is imported inside the functions, so that a script's --help need not wait for it.
+PyTorch is imported inside the functions, so that --help need not wait for it.
 """
 
 import os
@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from utils.environment import cpu_name, torch_is_at_least
+from utils.environment import cpu_name, nvml, read_driver, torch_is_at_least
 from utils.utils import UserError
 
 OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version: docs.nvidia.com/deploy/cuda-compatibility
@@ -28,50 +28,23 @@ def choose_device(wanted: str) -> str:
         raise UserError(f"--device {wanted} is none of auto, cuda and cpu; {on_purpose}")
     import torch
 
-    gpu = gpu_of_driver()
-    if torch.cuda.is_available() and not (gpu and lacks_kernels(gpu["capability"])):
+    listed, capability = count_by_driver(), read_driver("nvmlDeviceGetCudaComputeCapability")
+    if torch.cuda.is_available() and not (listed and lacks_kernels(capability)):
         return "cuda"
-    if gpu:
-        raise UserError(f"PyTorch can't use the {gpu['name']}: {why_not_usable(gpu)}; {on_purpose}")
+    if listed:
+        name = read_driver("nvmlDeviceGetName") or "NVIDIA GPU"
+        name = name.decode() if isinstance(name, bytes) else name  # from older bindings
+        raise UserError(f"PyTorch can't use the {name}: {why_not_usable(capability)}; {on_purpose}")
     if wanted == "cuda":
         mend = "install NVIDIA's driver, then: python install.py"
         raise UserError(f"--device cuda: no NVIDIA driver lists a GPU here; {mend}; {on_purpose}")
     return "cpu"
 
 
-def gpu_of_driver() -> dict | None:
-    """Name, compute capability and CUDA version of the GPU by NVIDIA's driver, or None where it lists none.
-
-    Of several it is the one that CUDA would use.  What an old driver doesn't tell is None.
-    """
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-    except Exception:  # no package, no driver, no permission: nobody lists a GPU
-        return None
-    if not count:
-        return None
-
-    def ask(function: str, *arguments):
-        try:
-            return getattr(pynvml, function)(*arguments)
-        except (pynvml.NVMLError, AttributeError):
-            return None
-
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(int(first) if first.isdigit() and int(first) < count else 0)
-    name = pynvml.nvmlDeviceGetName(handle)  # bytes from older bindings
-    capability, cuda = (
-        ask("nvmlDeviceGetCudaComputeCapability", handle),
-        ask("nvmlSystemGetCudaDriverVersion"),
-    )
-    return {
-        "name": name if isinstance(name, str) else name.decode(),
-        "capability": capability and tuple(capability),
-        "cuda": cuda and (cuda // 1000, cuda % 1000 // 10),  # 12020 is 12.2
-    }
+def count_by_driver() -> int:
+    """How many GPUs NVIDIA's driver lists; 0 where there is none."""
+    driver = nvml()
+    return driver.nvmlDeviceGetCount() if driver else 0
 
 
 def lacks_kernels(capability: tuple[int, int] | None) -> bool:
@@ -85,31 +58,30 @@ def lacks_kernels(capability: tuple[int, int] | None) -> bool:
     if capability is None or not all(known):  # AMD's are called gfx90a
         return False
     built = [(found[1], (int(found[2]), int(found[3]))) for found in known if found]
-    runs = [kind == "compute" or at[0] == capability[0] for kind, at in built if at <= capability]
+    runs = [kind == "compute" or at[0] == capability[0] for kind, at in built if at <= tuple(capability)]
     return not any(runs)
 
 
-def why_not_usable(gpu: dict) -> str:
-    """Why PyTorch can't use this GPU, and the command that cures it."""
+def why_not_usable(capability: tuple[int, int] | None) -> str:
+    """Why PyTorch can't use the GPU that the driver lists, and the command that cures it."""
     import torch
 
-    version, cuda, capability = torch.__version__, torch.version.cuda, gpu["capability"]
-    old = (gpu["cuda"] or (13, 0)) < (13, 0) or (capability or (7, 5)) < (7, 5)
+    version, cuda, driver = torch.__version__, torch.version.cuda, nvml()
+    number = getattr(driver, "nvmlSystemGetCudaDriverVersion", lambda: 0)()  # 12020 is CUDA 12.2; 0: unknown
     newest = "requirements-windows-cuda.txt" if sys.platform == "win32" else "requirements.txt"
+    old = 0 < number < 13000 or (capability and tuple(capability) < (7, 5))
     file = "requirements-cuda126.txt" if old else newest
     cure = f"run: python install.py (or, by hand: python -m pip install --force-reinstall -r {file})"
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if cuda is None:
         return f"torch {version} is a build for CPUs only; {cure}"
-    if gpu["cuda"] and gpu["cuda"][0] < (major := int(cuda.split(".")[0])):
-        driver, newer = ".".join(map(str, gpu["cuda"])), OLDEST_DRIVER.get(major, "the newest")
-        return (
-            f"its driver is for CUDA {driver}, torch {version} is for {cuda}; update it to {newer}, or {cure}"
-        )
+    if 0 < number // 1000 < (major := int(cuda.split(".")[0])):
+        supports = f"{number // 1000}.{number % 1000 // 10}"
+        update = f"update it to {OLDEST_DRIVER.get(major, 'the newest')}"
+        return f"its driver is for CUDA {supports}, torch {version} is for {cuda}; {update}, or {cure}"
     if lacks_kernels(capability):
         built = " ".join(torch.cuda.get_arch_list())
         return f"torch {version} is built for {built}, not for compute capability {capability}; {cure}"
-    if hidden is not None:
+    if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return f"CUDA_VISIBLE_DEVICES={hidden} hides it; unset this variable"
     try:
         torch.zeros(1, device="cuda")

@@ -41,23 +41,19 @@ class Terminated(KeyboardInterrupt):
 AGAIN = "then run the same command again"
 WINDOWS = sys.platform == "win32"
 MOST_WORKERS = 61 if WINDOWS else 256  # Windows lets a process wait for so many others
-HELD = "close it if another program, say Excel, holds it open, or " if WINDOWS else ""
-DENIED = f"access is denied; {HELD}change its permissions"
-FILE_THERE = "a file is where a folder belongs; move it away"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524}  # 524: Linux's ENOTSUPP, which NFS gives
+HELD = "close it if another program, say Excel, holds it open, or " if WINDOWS else ""
+LARGER = "name a folder on another disk" if WINDOWS else "raise the limit (ulimit -f)"
+FEWER = "use fewer --workers" if WINDOWS else "raise the limit (ulimit -n) or use fewer --workers"
 MENDS = {  # what the system says -> what is wrong with the file; what mends it
     errno.ENOSPC: "no room is left on the disk; free some",
-    errno.EFBIG: "the file would become larger than is allowed here; "
-    + ("name a folder on another disk" if WINDOWS else "raise the limit (ulimit -f)"),
-    errno.EACCES: DENIED,
-    errno.EPERM: DENIED,
+    errno.EFBIG: f"the file would become larger than is allowed here; {LARGER}",
+    **dict.fromkeys([errno.EACCES, errno.EPERM], f"access is denied; {HELD}change its permissions"),
     errno.EROFS: "the disk is read-only; name another folder",
     errno.ENOENT: "there is no such file or folder; put it there or name another one",
-    errno.ENOTDIR: FILE_THERE,
-    errno.EEXIST: FILE_THERE,
+    **dict.fromkeys([errno.ENOTDIR, errno.EEXIST], "a file is where a folder belongs; move it away"),
     errno.EISDIR: "a folder is where a file belongs; move it away",
-    errno.EMFILE: "too many files are open; use fewer --workers"
-    + ("" if WINDOWS else ", or raise the limit (ulimit -n)"),
+    errno.EMFILE: f"too many files are open; {FEWER}",
 }
 
 
@@ -83,11 +79,10 @@ def run_main(main: Callable) -> None:
         code = 143 if isinstance(signalled, Terminated) else 130
         leave(code, "interrupted: run the same command again")
     except MemoryError:
-        smaller = "use smaller --image-sizes, fewer --workers or smaller batches"
-        leave(2, f"error: this machine's memory does not suffice; {smaller}, {AGAIN}")
+        smaller = f"use smaller --image-sizes, fewer --workers or smaller batches, {AGAIN}"
+        leave(2, f"error: this machine's memory does not suffice; {smaller}")
     except BrokenExecutor:
-        why = "a worker process was killed, as systems do where memory runs out"
-        leave(2, f"error: {why}; free some, {AGAIN}")
+        leave(2, f"error: a worker process was killed, perhaps for want of memory; free some, {AGAIN}")
     except UnicodeDecodeError as error:
         near = error.object[max(error.start - 20, 0) : error.start + 9]
         leave(2, f"error: a file is not UTF-8 text, near {near!r}; save it as UTF-8, {AGAIN}")
@@ -253,12 +248,9 @@ def file_lock(lock: Path, doing: str, patience: float = 10) -> Iterator[None]:
 
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, holds in (
-        ("data", "train/<class>/ and test/<class>/"),
-        ("weights", "checkpoints, exports and engines"),
-        ("results", "records, tables and charts"),
-    ):
-        parser.add_argument(f"--{name}", type=Path, default=Path(name), help=f"folder of {holds}")
+    holds = {"data": "train/<class>/ and test/<class>/", "weights": "checkpoints, exports and engines"}
+    for name, what in {**holds, "results": "records, tables and charts"}.items():
+        parser.add_argument(f"--{name}", type=Path, default=Path(name), help=f"folder of {what}")
 
 
 def checkpoint_path(weights: Path, image_size: int, which: str = "best") -> Path:
@@ -306,16 +298,16 @@ def check_folder(folder: Path, room_mb: float = 0) -> None:
     """Raise UserError unless `folder`, made if need be, can take `room_mb` MB of files.  Touches nothing."""
     around = (path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not (there := next(around, None)):
-        missing = folder.absolute().anchor
-        raise UserError(
-            f"{folder}: there is no drive or share {missing}; connect it or name another, {AGAIN}"
-        )
-    if not there.is_dir():
-        raise UserError(sentence(NotADirectoryError(errno.ENOTDIR, "", str(there))))
-    if hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY:
-        raise UserError(sentence(OSError(errno.EROFS, "", str(there))))
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(sentence(PermissionError(errno.EACCES, "", str(there))))
+        missing = f"there is no drive or share {folder.absolute().anchor}"
+        raise UserError(f"{folder}: {missing}; connect it or name another, {AGAIN}")
+    read_only = hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY
+    for problem, code in (
+        (not there.is_dir(), errno.ENOTDIR),
+        (read_only, errno.EROFS),
+        (not os.access(there, os.W_OK | os.X_OK), errno.EACCES),
+    ):
+        if problem:
+            raise UserError(sentence(OSError(code, "", str(there))))
     free_mb = shutil.disk_usage(there).free / 1e6
     if free_mb < room_mb:
         raise UserError(f"{there}: {free_mb:.0f} MB are free, {room_mb:.0f} are needed; free some, {AGAIN}")
@@ -343,14 +335,6 @@ def rename_to_backup(path: Path) -> Path:
     """Rename `path` to the first free one of path.1, path.2, ..."""
     names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     return path.rename(next(name for name in names if not name.exists()))
-
-
-def read_text(path: Path) -> str:
-    """The text of a file; UserError where it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8, {AGAIN}") from error
 
 
 def read_json(path: Path):

@@ -159,6 +159,7 @@ def configure(tensorrt, config) -> None:
     config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, workspace_bytes())
     if is_strongly_typed(tensorrt):
         return
+    config.set_preview_feature(tensorrt.PreviewFeature.PROFILE_SHARING_0806, True)  # later ones always share
     config.set_flag(tensorrt.BuilderFlag.FP16)  # 8.6 takes a network's types for a wish: FP32 kernels without
     sources = config.get_tactic_sources()
     for gone in ("CUBLAS", "CUBLAS_LT", "CUDNN"):  # not in 10 any more
@@ -296,8 +297,8 @@ class Engine:
 
     def profile_for(self, batch: int) -> int:
         """The profile whose best batch is nearest above."""
-        fits = []
-        for index in range(self.engine.num_optimization_profiles):
+        fits, count = [], self.engine.num_optimization_profiles
+        for index in range(count if count > 1 else 0):
             smallest, best, largest = self.engine.get_tensor_profile_shape("input", index)
             if smallest[0] <= batch <= largest[0]:
                 fits.append((best[0], index))

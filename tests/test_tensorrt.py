@@ -292,6 +292,9 @@ class Config:
     def set_flag(self, flag):
         self.told["flag"] = flag
 
+    def set_preview_feature(self, feature, wanted):
+        self.told[feature] = wanted
+
     def get_tactic_sources(self):
         return self.sources
 
@@ -310,6 +313,7 @@ def fake_tensorrt(version):
         "MemoryPoolType": SimpleNamespace(WORKSPACE="workspace"),
     }
     if version < 11:
+        parts["PreviewFeature"] = SimpleNamespace(PROFILE_SHARING_0806="sharing")
         parts["BuilderFlag"] = SimpleNamespace(FP16="FP16")
         parts["TacticSource"] = SimpleNamespace(CUBLAS=0, CUBLAS_LT=1, CUDNN=2)
     return SimpleNamespace(**parts)
@@ -324,7 +328,7 @@ def test_each_tensorrt_is_told_the_precision_in_its_own_way(version, flags, prec
     assert trt.network_flags(tensorrt) == flags
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 30, 4 << 30))
     trt.configure(tensorrt, config)
-    assert config.told.get("flag") == precision
+    assert config.told.get("flag") == precision and config.told.get("sharing", False) == (version == 8)
     assert config.sources == sources
     assert config.told["workspace"] == 3 << 28  # a quarter of what is free
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (140 << 30, 141 << 30))

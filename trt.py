@@ -159,7 +159,9 @@ def configure(tensorrt, config) -> None:
     config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, workspace_bytes())
     if is_strongly_typed(tensorrt):
         return
-    config.set_preview_feature(tensorrt.PreviewFeature.PROFILE_SHARING_0806, True)  # later ones always share
+    sharing = getattr(tensorrt.PreviewFeature, "PROFILE_SHARING_0806", None)
+    if sharing is not None:  # two contexts may use one profile, as they always may from 10 on
+        config.set_preview_feature(sharing, True)
     config.set_flag(tensorrt.BuilderFlag.FP16)  # 8.6 takes a network's types for a wish: FP32 kernels without
     sources = config.get_tactic_sources()
     for gone in ("CUBLAS", "CUBLAS_LT", "CUDNN"):  # not in 10 any more

@@ -11,34 +11,39 @@ set "FLAGS="
 
 :next
 if "%~1"=="" goto install
-if /i "%~1"=="QUICK" (
-    set "FLAGS=--quick"
-    shift
-    shift
-    goto next
-)
-for %%w in (all test lint) do if /i "%~1"=="%%w" (
-    set "WHAT=%%w"
-    shift
-    goto next
-)
+if /i "%~1"=="QUICK" goto quick
+if /i "%~1"=="all" goto word
+if /i "%~1"=="test" goto word
+if /i "%~1"=="lint" goto word
 echo error: make knows all, test, lint and QUICK=1, not %~1 1>&2
 exit /b 2
 
+:quick
+set "FLAGS=--quick"
+shift
+shift
+goto next
+
+:word
+set "WHAT=%~1"
+shift
+goto next
+
 :install
-set "IS_RIGHT=import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))"
-for %%p in ("py -3.12" "py -3.11" "python" "python3") do (
-    if not defined PYTHON %%~p -c "%IS_RIGHT%" >nul 2>nul && set "PYTHON=%%~p"
-)
-if not defined PYTHON (
-    echo error: Python 3.11 or 3.12 is needed; install it from python.org, then run make again 1>&2
-    exit /b 2
-)
-%PYTHON% install.py || exit /b 2
+call :try py -3.12
+call :try py -3.11
+call :try python
+call :try python3
+if not defined PYTHON echo error: Python 3.11 or 3.12 is needed; install it from python.org, then run make again 1>&2
+if not defined PYTHON exit /b 2
+%PYTHON% install.py
+if errorlevel 1 exit /b 2
 goto %WHAT%
 
 :all
-"%PY%" train.py %FLAGS% && "%PY%" benchmark.py %FLAGS%
+"%PY%" train.py %FLAGS%
+if errorlevel 1 exit /b %errorlevel%
+"%PY%" benchmark.py %FLAGS%
 exit /b %errorlevel%
 
 :test
@@ -46,5 +51,15 @@ exit /b %errorlevel%
 exit /b %errorlevel%
 
 :lint
-"%PY%" -m ruff check . && "%PY%" -m ruff format --check . && "%PY%" -m pyright
+"%PY%" -m ruff check .
+if errorlevel 1 exit /b %errorlevel%
+"%PY%" -m ruff format --check .
+if errorlevel 1 exit /b %errorlevel%
+"%PY%" -m pyright
 exit /b %errorlevel%
+
+:try
+if defined PYTHON exit /b 0
+%* -c "import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))" >nul 2>nul
+if not errorlevel 1 set "PYTHON=%*"
+exit /b 0

@@ -108,7 +108,12 @@ def install(file: str, with_tensorrt: bool, gpu: dict | None) -> str:
         try:
             venv.create(VENV, with_pip=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            fail(f"{VENV} can't be made ({error}); on Debian and Ubuntu: sudo apt install python3-venv")
+            by = (
+                "sudo apt install python3-venv"
+                if sys.platform == "linux"
+                else "install Python from python.org"
+            )
+            fail(f"{VENV} can't be made with this Python ({error}); {by}, then: python install.py")
     print(f"installing {file} (PyTorch alone is about 3 GB) ...", flush=True)
     done = pip("-r", file)
     if done and gpu and torch_build() == "None":  # a CPU build counts as the same version

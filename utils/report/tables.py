@@ -143,7 +143,7 @@ def read_table(results: Path) -> tuple[pd.DataFrame, dict]:
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing; {mend}") from None
     if rows.empty:
-        raise UserError(f"{results} has no rows; {mend}")
+        raise UserError(f"{folder / 'benchmark_results.csv'} has no rows; {mend}")
     try:
         environments = json.loads(beside.read_text(encoding="utf-8"))
         whole = all(map(is_environment, environments.values()))

@@ -1,107 +1,119 @@
-"""ResNet-18: build it, save and load a checkpoint, fold batch normalisation for deployment.
-
-PyTorch and torchvision are imported inside the functions: what a checkpoint says of itself is read without.
-"""
+"""ResNet-18: build it, save and load a checkpoint, fold batch normalisation for deployment."""
 
 import copy
 import io
-import pickle
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from utils.utils import UserError, write_atomic
 
+IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"  # torchvision's IMAGENET1K_V1
 
-def build(num_classes: int, pretrained: bool = False):
-    """torchvision's ResNet-18 with `num_classes` outputs; random weights, or ImageNet's but for the last.
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions and the sum with the input, which a 1 x 1 convolution fits to another shape."""
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        residual = x if self.downsample is None else self.downsample(x)
+        x = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        x += residual
+        return self.relu(x)
+
+
+class ResNet18(nn.Module):
+    """torchvision's resnet18, number for number: images float32 (N, 3, S, S) -> logits (N, num_classes).
+
+    Written out, since importing torchvision brings torch._dynamo, which takes as long as PyTorch itself.
+    He, Zhang, Ren, Sun, Deep Residual Learning for Image Recognition, 2015.
+    """
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        self.layer1 = self.layer(64, 64, 1)
+        self.layer2 = self.layer(64, 128, 2)
+        self.layer3 = self.layer(128, 256, 2)
+        self.layer4 = self.layer(256, 512, 2)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(512, num_classes)
+
+    def layer(self, channels: int, width: int, stride: int) -> nn.Sequential:
+        downsample = None
+        if stride != 1:  # made first, as in torchvision, so that a seed gives the same weights
+            downsample = nn.Sequential(
+                nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+        first = BasicBlock(channels, width, stride)
+        first.downsample = downsample
+        return nn.Sequential(first, BasicBlock(width, width, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def build(num_classes: int, pretrained: bool = False) -> nn.Module:
+    """ResNet-18 with `num_classes` outputs; random weights, or ImageNet's but for the last layer.
 
     Raises UserError when the ImageNet weights can't be downloaded.
     """
-    import torch
-    import torchvision
-
     if not pretrained:
-        return torchvision.models.resnet18(weights=None, num_classes=num_classes)
-    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+        model = ResNet18(num_classes)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        return model
+    model = ResNet18(1000)
     try:
-        model = torchvision.models.resnet18(weights=weights)
+        model.load_state_dict(torch.hub.load_state_dict_from_url(IMAGENET, check_hash=True))
     except OSError as error:  # URLError, time-outs and refused connections are all OSError
         mend = "connect this machine to the internet, or train from random weights: python train.py"
         raise UserError(
-            f"ImageNet's weights can't be downloaded from {weights.url} ({error}); {mend}"
+            f"ImageNet's weights can't be downloaded from {IMAGENET} ({error}); {mend}"
         ) from error
-    model.fc = torch.nn.Linear(model.fc.in_features, num_classes)
+    model.fc = nn.Linear(512, num_classes)
     return model
 
 
-def save(path: Path, model, **facts) -> None:
+def save(path: Path, model: nn.Module, **facts) -> None:
     """Write weights and `facts` (plain values: classes, image_size, settings, ...), whole or not at all."""
-    import torch
-
     buffer = io.BytesIO()
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     torch.save({"model": weights, **facts}, buffer)
     write_atomic(path, buffer.getvalue())
 
 
-def read(path: Path) -> dict:
+def read(path: Path, **options) -> dict:
     """The checkpoint as a dict: `model` (the weights, on the CPU) and the facts that save() was given.
 
     No code in it is run.  Raises UserError where the file is missing, is no checkpoint, or was trained at
     another image size than its name says.
     """
-    import torch
-
-    return checked(path, lambda: torch.load(str(path), map_location="cpu", weights_only=True))
-
-
-def load_facts(path: Path) -> dict:
-    """The facts alone; neither PyTorch nor the weights are loaded.  Raises UserError like read()."""
-
-    def load() -> dict:
-        with zipfile.ZipFile(path) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            return FactsReader(io.BytesIO(archive.read(name))).load()
-
-    facts = checked(path, load)
-    del facts["model"]
-    return facts
-
-
-class FactsReader(pickle.Unpickler):
-    """Reads plain values that torch.save() wrote, and of tensors the shapes; runs no code."""
-
-    def find_class(self, module: str, name: str):
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, *others: Tensor(shape)
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and name.endswith("Storage"):
-            return name
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-
-    def persistent_load(self, saved) -> None:
-        """A tensor's numbers, which are left where they are."""
-
-
-class Tensor:
-    def __init__(self, shape: tuple):
-        self.shape = shape
-
-
-def checked(path: Path, load: Callable[[], dict]) -> dict:
-    """What `load` makes of a checkpoint; UserError as read() says."""
     size = path.stem.rpartition("_")[2]
     if not path.is_file():
         raise UserError(f"{path} is missing; train it first: python train.py --image-sizes {size}")
     again = f"train again: python train.py --force --image-sizes {size}"
     try:
-        checkpoint = load()
+        checkpoint = torch.load(str(path), map_location="cpu", weights_only=True, **options)
         trained_at, classes = checkpoint["image_size"], checkpoint["classes"]
-        shapes = {name: tuple(value.shape) for name, value in checkpoint["model"].items()}
+        shapes = {name: value.shape for name, value in checkpoint["model"].items()}
         whole = {*map(type, classes)} == {str} and shapes == shapes_of(len(classes))
-    except Exception as error:  # anything from EOFError to UnpicklingError comes of a damaged file
+    except Exception as error:  # torch raises anything from EOFError to UnpicklingError on a damaged file
         raise UserError(f"{path} is not a checkpoint of train.py; {again}") from error
     if not whole:
         raise UserError(f"{path} is no checkpoint of train.py: classes and weights do not fit; {again}")
@@ -110,25 +122,10 @@ def checked(path: Path, load: Callable[[], dict]) -> dict:
     return checkpoint
 
 
-def shapes_of(num_classes: int) -> dict[str, tuple]:
-    """The shape of every tensor in a checkpoint's `model`: the plan of torchvision's ResNet-18."""
-    shapes, channels = {}, 64
-
-    def add(convolution: str, norm: str, wide: int, deep: int, kernel: int) -> None:
-        shapes[f"{convolution}.weight"] = (wide, deep, kernel, kernel)
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{norm}.{name}"] = (wide,)
-        shapes[f"{norm}.num_batches_tracked"] = ()
-
-    add("conv1", "bn1", 64, 3, 7)
-    for layer, width in enumerate([64, 128, 256, 512], 1):
-        for block in (f"layer{layer}.0", f"layer{layer}.1"):
-            add(f"{block}.conv1", f"{block}.bn1", width, channels, 3)
-            add(f"{block}.conv2", f"{block}.bn2", width, width, 3)
-            if width != channels:
-                add(f"{block}.downsample.0", f"{block}.downsample.1", width, channels, 1)
-            channels = width
-    return shapes | {"fc.weight": (num_classes, 512), "fc.bias": (num_classes,)}
+def shapes_of(num_classes: int) -> dict[str, torch.Size]:
+    """The shape of every tensor in a checkpoint's `model`; nothing is computed."""
+    with torch.device("meta"):
+        return {name: value.shape for name, value in ResNet18(num_classes).state_dict().items()}
 
 
 def why_to_keep(path: Path, fingerprint: str) -> str | None:
@@ -143,15 +140,23 @@ def why_to_keep(path: Path, fingerprint: str) -> str | None:
     return None if known == fingerprint else "was trained on other images"
 
 
-def load(path: Path, device: str) -> tuple:
+def load_facts(path: Path) -> dict:
+    """The facts alone; the weights are not read.  Raises UserError like read()."""
+    facts = read(path, mmap=True)
+    del facts["model"]
+    return facts
+
+
+def load(path: Path, device: torch.device | str) -> tuple[nn.Module, dict]:
     """The checkpoint's network in FP32 and evaluation mode on `device`, and its facts.  Raises UserError."""
     facts = read(path)
-    model = build(len(facts["classes"]))
-    model.load_state_dict(facts.pop("model"))
+    with torch.device("meta"):
+        model = ResNet18(len(facts["classes"]))  # no time is spent on random weights
+    model.to_empty(device="cpu").load_state_dict(facts.pop("model"))
     return model.eval().to(device), facts
 
 
-def fold_batch_norm(model):
+def fold_batch_norm(model: nn.Module) -> nn.Module:
     """A copy with every batch normalisation folded into its convolution, in FP32.
 
     Do this before `.half()`: folding in half arithmetic is the least accurate order.
@@ -167,9 +172,7 @@ def count_work(image_size: int, num_classes: int = 1000) -> dict[str, int]:
     flops: of convolutions and matrix products, 2 per multiply-add; activations: numbers that layers read
     and write, batch norm, ReLU and residual sums being part of their convolution; weights: numbers.
     """
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
-    from torchvision.models.resnet import BasicBlock
 
     activations = []
 
@@ -177,7 +180,7 @@ def count_work(image_size: int, num_classes: int = 1000) -> dict[str, int]:
         read = 0 if isinstance(module, BasicBlock) else inputs[0].numel()
         activations.append(read + output.numel())  # of a block the residual, which its last convolution reads
 
-    nn, counter = torch.nn, FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False)
     counted = nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AdaptiveAvgPool2d, BasicBlock
     with torch.inference_mode(False), torch.no_grad(), torch.device("meta"), counter:
         network = build(num_classes).eval()

@@ -179,7 +179,8 @@ def fresh_processes(*modules: str, large=LARGE):
     own = [script.stem] if script.resolve().parent == ROOT else []
     context.set_forkserver_preload([*large, *own, *modules])
     # A process that is ended in the midst of an import leaves semaphores, which the tracker removes quietly.
-    sys.warnoptions.append("ignore:resource_tracker")
+    if (quiet := "ignore:resource_tracker") not in sys.warnoptions:
+        sys.warnoptions.append(quiet)
     resource_tracker.ensure_running()  # starting it would let signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
     here = Path.cwd()

@@ -15,14 +15,14 @@ IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"  # torchv
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions and the sum with the input, which a 1 x 1 convolution fits to another shape."""
 
-    def __init__(self, channels: int, width: int, stride: int):
+    def __init__(self, channels: int, width: int, stride: int, downsample: nn.Module | None = None):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = None
+        self.downsample = downsample
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         residual = x if self.downsample is None else self.downsample(x)
@@ -57,8 +57,7 @@ class ResNet18(nn.Module):
             downsample = nn.Sequential(
                 nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width)
             )
-        first = BasicBlock(channels, width, stride)
-        first.downsample = downsample
+        first = BasicBlock(channels, width, stride, downsample)
         return nn.Sequential(first, BasicBlock(width, width, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -109,11 +109,10 @@ def label(batches, network, part: Path, to_rows: Callable, progress: tqdm) -> di
     return {**told, "seconds": time.perf_counter() - STARTED}
 
 
-def summarise(told: list, paths: list[str], rows: dict, out: Path, timings: Path | None = None) -> int:
-    """Say how fast it was, what the bottleneck was and which images have no row; the exit code."""
-    print(f"written: {out}, {len(rows):,} rows")
-    told = [part for part in told if part]
-    if told:
+def summarise(told: list, rows: int, out: Path, timings: Path | None) -> None:
+    """Say how fast it was, where the time went and what the bottleneck was."""
+    print(f"written: {out}, {rows:,} rows")
+    if told := [part for part in told if part]:
         images, last = sum(part["images"] for part in told), max(told, key=lambda part: part["seconds"])
         seconds, spent = last["seconds"], last["spent"]
         rate = images / max(seconds - spent["start"], 0.001)
@@ -122,10 +121,12 @@ def summarise(told: list, paths: list[str], rows: dict, out: Path, timings: Path
         print(f"bottleneck: {max(STEPS, key=spent.get)}")
         if timings:
             write_json(timings, {"images": images, "seconds": seconds, **spent})
-    problems = {path: "its row is gone; run the same command again" for path in paths if path not in rows}
-    problems |= {path: why for part in told for path, why in part["problems"].items()}
+
+
+def report(problems: dict[str, str]) -> int:
+    """Name what has no row; the exit code."""
     if problems:
-        print(f"{len(problems):,} files can't be read and have no row:", file=sys.stderr)
+        print(f"{len(problems):,} files or folders can't be read and have no row:", file=sys.stderr)
     for path, why in sorted(problems.items()):
         print(f"  {path}: {why}", file=sys.stderr)
     return 1 if problems else 0
@@ -145,6 +146,8 @@ def parse() -> argparse.Namespace:
     sizes, accurate = number(int, 1, 1_000_000), "default: that of the most accurate checkpoint"
     parser.add_argument("--image-size", type=sizes, help=accurate)
     parser.add_argument("--probabilities", action="store_true", help="of every class, a column each")
+    excel = "begin the table with a byte order mark, by which Excel knows letters like Cyrillic"
+    parser.add_argument("--excel", action="store_true", help=excel)
     timings = "file for the seconds that starting, decoding and inference took, as JSON"
     parser.add_argument("--timings", type=Path, help=timings)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
@@ -170,7 +173,7 @@ class Run:
     device: str
     decoder: str
 
-    def classify(self, images: list[str], out: Path, progress: tqdm) -> int:
+    def classify(self, images: list[str], problems: dict, out: Path, progress: tqdm) -> int:
         """Classify what has no row yet and write the table; the exit code.  Raises Unavailable."""
         args, classes = self.args, self.facts["classes"]
         header = ["path", "class", "probability", *(classes if args.probabilities else [])]
@@ -196,7 +199,12 @@ class Run:
         everybody = gather(told)
         if RANK:
             return 0
-        return summarise(everybody, images, labels.merge(out, key, images, header), out, args.timings)
+        rows = labels.merge(out, key, images, header, args.excel)
+        summarise(everybody, len(rows), out, args.timings)
+        gone = {path: "its row is gone; run the same command again" for path in images if path not in rows}
+        for part in filter(None, everybody):
+            gone |= part["problems"]
+        return report(problems | gone)
 
     @contextlib.contextmanager
     def opened(self, paths: list[str]) -> Iterator[tuple]:
@@ -281,14 +289,16 @@ class Run:
 def main() -> None:
     args = parse()
     keep_to_share(LOCAL_RANK, LOCAL_WORLD_SIZE)
-    images, out = choices.find_images(args.source), labels.check_out(args.out)
+    (images, problems, others), out = choices.find_images(args.source), labels.check_out(args.out)
     alone = labels.alone_at(out) if RANK == 0 else contextlib.nullcontext()
     shown = tqdm(total=len(images), desc="starting", unit="image", disable=True if RANK else None)
     with alone, shown as progress:
-        sys.exit(classify_all(args, images, out, progress))
+        if others:
+            say(f"{others:,} files in {args.source} are no pictures")
+        sys.exit(classify_all(args, images, problems, out, progress))
 
 
-def classify_all(args: argparse.Namespace, images: list[str], out: Path, progress: tqdm) -> int:
+def classify_all(args: argparse.Namespace, images: list[str], problems: dict, out: Path, progress) -> int:
     """Choose what classifies, then have it done; the exit code."""
     if len(images) > decoder.FEW:
         decoder.start_server()
@@ -307,7 +317,7 @@ def classify_all(args: argparse.Namespace, images: list[str], out: Path, progres
         say(f"{len(images):,} images, {choice.backend}, batch {batch_size}, {decoder_name}, {device}")
         try:
             run = Run(args, checkpoint, facts, choice, batch_size, device, decoder_name)
-            return run.classify(images, out, progress)
+            return run.classify(images, problems, out, progress)
         except Unavailable as why:
             if not found:
                 raise UserError(f"{choice.backend} can't serve: {why}") from None

@@ -68,3 +68,13 @@ def test_a_generator_that_fails_ends_the_worker_too(network, monkeypatch):
     monkeypatch.setattr(load, "generate", fail)
     monkeypatch.setattr(load.threading, "excepthook", lambda _: None)  # its traceback is not the point
     assert load.server(network, pictures(), rate=300.0, max_latency_ms=1000.0, queries=90) == {}
+
+
+def test_the_generator_is_given_no_path_that_c_plus_plus_can_not_open(network, monkeypatch, tmp_path_factory):
+    import mlperf_loadgen
+
+    asked, settings = [], mlperf_loadgen.LogSettings
+    monkeypatch.setattr(mlperf_loadgen, "LogSettings", lambda: asked.append(settings()) or asked[-1])
+    monkeypatch.setattr(load.tempfile, "tempdir", str(tmp_path_factory.mktemp("Журнал")))
+    told = load.server(network, pictures(), rate=300.0, max_latency_ms=1000.0, queries=30)
+    assert told["result_query_count"] >= 30 and asked[0].log_output.outdir.isascii()

@@ -126,6 +126,30 @@ def test_pillow_gives_the_pixels_that_training_reads_in_order(files, odd, few):
     np.testing.assert_array_equal(pixels, [as_training_reads(path) for path in paths])
 
 
+def test_the_first_files_are_decoded_before_they_are_asked_for(files, monkeypatch):
+    begun, decode = threading.Event(), decoder.decode
+
+    def watched(*arguments):
+        begun.set()
+        return decode(*arguments)
+
+    monkeypatch.setattr(decoder, "decode", watched)
+    with contextlib.closing(opened("pillow")) as reader:
+        reader.batches(map(str, files))
+        assert begun.wait(timeout=30)
+
+
+def test_there_are_no_more_workers_than_the_files_need(monkeypatch):
+    monkeypatch.setattr(decoder, "cores", lambda: 64)
+    monkeypatch.setattr(decoder, "MOST_WORKERS", 61)  # as on Windows
+    wanted = []
+    monkeypatch.setattr(decoder, "ThreadPoolExecutor", lambda workers, **options: wanted.append(workers))
+    monkeypatch.setattr(decoder, "FEW", 10**9)  # threads, so that nothing is started
+    for count in (1, 20, 100, 10_000):
+        decoder.Pillow(SIZE, 16, count)
+    assert wanted == [1, 3, 13, 61]
+
+
 def test_every_broken_file_is_named_and_costs_no_other(files, broken):
     paths = [path for pair in zip(files, broken.values(), strict=False) for path in pair]
     pixels, problems = read("pillow", paths)

@@ -3,13 +3,18 @@
 import contextlib
 import csv
 import functools
+import importlib.util
+import io
 import itertools
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +29,25 @@ from test_pipeline import broken  # noqa: F401  (a fixture)
 import model
 import predict
 from utils import environment
+from utils.images import fingerprint
 from utils.serve import choices, labels
 from utils.utils import UserError, sha256
 
 
 def label(folder: Path, project: Path, *arguments, ok: bool = True, out: str = "labels.csv"):
-    """Run predict.py on a folder in the project; what it did and the rows it left."""
+    """Run predict.py's main() here on a folder; what it did and the rows it left."""
     out = folder.parent / out
-    weights = ["--weights", project / "weights", "--results", folder.parent / "no results", "--device", "cpu"]
-    done = run_script("predict.py", folder, "--out", out, *weights, *arguments, cwd=folder.parent, ok=ok)
-    assert "Traceback" not in done.stderr
+    options = {"weights": project / "weights", "results": folder.parent / "no results", "device": "cpu"}
+    for name, value in zip(arguments[::2], arguments[1::2], strict=False):
+        options.pop(str(name).removeprefix("--"), value)
+    given = [text for name, value in options.items() for text in (f"--{name}", value)]
+    said, wrong = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", list(map(str, ["predict.py", folder, "--out", out, *given, *arguments])))
+        with contextlib.redirect_stderr(wrong), pytest.raises(SystemExit) as left:
+            predict.main()
+    done = types.SimpleNamespace(returncode=left.value.code, stdout=said.getvalue(), stderr=wrong.getvalue())
+    assert not ok or done.returncode == 0, done
     return done, read(out)
 
 
@@ -82,7 +96,7 @@ def test_broken_files_are_named_and_the_exit_code_is_1(project, photos, expected
     assert done.returncode == 1 and len(rows) == 100
     assert [row["class"] for row in rows] == expected
     named = [line for line in done.stderr.splitlines() if line.startswith("  ") and ": " in line]
-    assert len(named) == 9 and "9 files can't be read" in done.stderr
+    assert len(named) == 9 and "9 files or folders can't be read" in done.stderr
 
 
 def test_interrupted_at_any_byte_it_goes_on(project, photos, expected):
@@ -172,7 +186,7 @@ def test_a_second_run_for_the_same_table_is_refused(project, photos, monkeypatch
     assert not out.exists()
 
 
-def test_a_row_that_is_gone_and_files_of_similar_names(tmp_path, capsys):
+def test_rows_are_merged_and_files_of_similar_names_stay(tmp_path):
     mine = [
         "labels.csv.old.part1",
         "labels.csv.0-1.partial",
@@ -185,8 +199,7 @@ def test_a_row_that_is_gone_and_files_of_similar_names(tmp_path, capsys):
     out = tmp_path / "labels.csv"
     (tmp_path / "labels.csv.0-1.part0").write_text("a.jpg,cat,0.5\n", encoding="utf-8")
     rows = labels.merge(out, "0-1", ["a.jpg", "b.jpg"], ["path", "class", "probability"])
-    assert predict.summarise([None], ["a.jpg", "b.jpg"], rows, out) == 1
-    assert "b.jpg: its row is gone; run the same command again" in capsys.readouterr().err
+    assert list(rows) == ["a.jpg"]
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == sorted([*mine, "labels.csv", "labels.csv.0-2.part0"])
 
@@ -195,8 +208,8 @@ def test_a_folder_that_is_named_is_looked_into_however_it_is_called(tmp_path, mo
     (tmp_path / ".hid" / "sub").mkdir(parents=True)
     Image.new("RGB", (9, 7), "red").save(tmp_path / ".hid" / "a.png")
     monkeypatch.chdir(tmp_path / ".hid" / "sub")
-    assert choices.find_images(Path("..")) == [str(Path("../a.png"))]
-    assert choices.find_images(tmp_path / ".hid") == [str(tmp_path / ".hid" / "a.png")]
+    assert choices.find_images(Path(".."))[0] == [str(Path("../a.png"))]
+    assert choices.find_images(tmp_path / ".hid")[0] == [str(tmp_path / ".hid" / "a.png")]
 
 
 def test_a_file_that_changed_meanwhile_is_read_anew(project, photos):
@@ -245,7 +258,7 @@ def test_images_are_listed_folder_by_folder_under_the_names_by_which_they_are_re
     monkeypatch.chdir(tmp_path)
     for folder in (Path(), Path("..", tmp_path.name), tmp_path):
         wanted = sorted(folder / path.relative_to(tmp_path) for path in images)
-        assert choices.find_images(folder) == [str(path) for path in wanted] and len(wanted) == 6
+        assert choices.find_images(folder)[0] == [str(path) for path in wanted] and len(wanted) == 6
 
 
 def test_processes_share_images_by_lot():
@@ -373,6 +386,207 @@ def test_the_backend_is_the_fastest_measured_on_this_machine_and_no_other(projec
     assert choices.measured_here(tmp_path, "cpu", 64) == []
 
 
+def test_help_imports_nothing_large():
+    code = """
+import runpy, sys
+for script in ("predict", "end_to_end"):
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script + ".py", run_name="__main__")
+    except SystemExit:
+        pass
+large = {"torch", "torchvision", "pandas", "matplotlib", "scipy", "onnx", "onnxruntime"}
+assert not large & set(sys.modules), large & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_last_line_says_where_the_time_went(project, photos):
+    timings = photos.parent / "timings.json"
+    done, _ = label(photos, project, "--timings", timings)
+    assert re.search(
+        r"100 images in [\d.]+ s: start [\d.]+ s, decoding [\d.]+ s, inference [\d.]+ s", done.stdout
+    )
+    assert re.search(r"\nbottleneck: (start|decoding|inference)\n", done.stdout)
+    told = json.loads(timings.read_text("utf-8"))
+    assert told["images"] == 100 and told["start"] + told["decoding"] + told["inference"] <= told["seconds"]
+
+
+def test_readings_of_a_clock_that_are_equal_are_no_division_by_zero(tmp_path, capsys):
+    told = {"images": 3, "problems": {}, "seconds": 1.0, "spent": dict.fromkeys(predict.STEPS, 1.0)}
+    predict.summarise([told, None], 3, tmp_path / "labels.csv", None)
+    assert "3 images in 1.0 s" in capsys.readouterr().out
+
+
+ROWS = [  # a table: what compiles is fastest, but only once it has compiled
+    {"sweep": "main", "backend": "torch-compile", "batch_size": 256, "fps": 40_000.0, "start_s": 9.0},
+    {"sweep": "main", "backend": "onnx", "batch_size": 256, "fps": 20_000.0, "start_s": 2.0},
+    {"sweep": "main", "backend": "pytorch", "batch_size": 256, "fps": 5_000.0, "start_s": 0.3},
+    {"sweep": "main", "backend": "pytorch", "batch_size": 16, "fps": 3_000.0, "start_s": 0.3},
+]
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "first", "batch_size"),
+    [
+        ("cpu", 10, "pytorch", 16),
+        ("cpu", 1_000, "pytorch", 256),
+        ("cpu", 100_000, "onnx", 256),
+        ("cpu", 10_000_000, "torch-compile", 256),
+        ("cuda", 10_000_000, "onnx", 256),  # DALI would not decode for more
+    ],
+)
+def test_the_backend_is_the_one_that_is_done_first(device, count, first, batch_size):
+    found = choices.choose_backends(None, ROWS, count, device)
+    assert (found[0].backend, found[0].batch_size) == (first, batch_size)
+    assert sorted(choice.backend for choice in found) == ["onnx", "pytorch", "torch-compile"]
+    (only,) = choices.choose_backends("torch-compile", ROWS, count, device)
+    assert only.backend == "torch-compile" and only.measured and only.batch_sizes == (16, 256)
+
+
+def test_without_a_table_batches_are_of_one_size():
+    (only,) = choices.choose_backends(None, [], 100, "cpu")
+    assert (only.backend, only.batch_size, only.measured) == ("pytorch", 15, False)
+
+
+def checkpoint(project: Path, folder: Path, size: int, classes: list[str], accuracy: float, trained_on: str):
+    """A checkpoint of random weights that says so of itself."""
+    facts = model.load_facts(project / "weights" / "best_resnet18_64.pth")
+    facts |= {"classes": classes, "image_size": size, "accuracy": accuracy}
+    facts["data"] = {**facts["data"], "fingerprint": trained_on}
+    path = folder / f"best_resnet18_{size}.pth"
+    model.save(path, model.build(len(classes)), **facts)
+    return path
+
+
+def test_a_checkpoint_is_chosen_among_those_of_one_data_set_only(project, tmp_path):
+    pets, fruit, data = ["cat", "dog"], ["apple", "pear"], tmp_path / "data"
+    checkpoint(project, tmp_path, 64, pets, 1.0, "pets")
+    newer = checkpoint(project, tmp_path, 96, fruit, 0.33, fingerprint(project / "data"))
+    assert choices.choose_checkpoint(tmp_path, None, project / "data")[0] == newer  # though less accurate
+    assert choices.choose_checkpoint(tmp_path, 64, project / "data")[1]["classes"] == pets
+    with pytest.raises(UserError, match="different classes.*--image-size SIZE") as error:
+        choices.choose_checkpoint(tmp_path, None, data)
+    assert "best_resnet18_64.pth: classes cat, dog; trained 20" in str(error.value)
+    newer = checkpoint(project, tmp_path, 96, pets, 0.33, "more pets")
+    os.utime(newer, (time.time() + 9, time.time() + 9))
+    assert choices.choose_checkpoint(tmp_path, None, data)[0] == newer
+
+
+def test_facts_are_read_without_pytorch_and_what_is_odd_is_said(project, tmp_path):
+    path = project / "weights" / "best_resnet18_64.pth"
+    expected = model.load_facts(path)
+    assert choices.load_facts(path) == expected
+    code = f"from utils.serve import choices; import sys; choices.load_facts(choices.Path({str(path)!r}))"
+    code += "; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    for name, content in {"64": path.read_bytes()[:9000], "96": path.read_bytes(), "32": b"no zip"}.items():
+        odd = tmp_path / f"best_resnet18_{name}.pth"
+        odd.write_bytes(content)
+        with pytest.raises(UserError, match="python train.py --force"):
+            choices.load_facts(odd)
+
+
+def test_where_int8_has_no_images_to_be_made_of_the_next_fastest_serves(project, photos, tmp_path):
+    results, weights = tmp_path / "results", Path(shutil.copytree(project / "weights", tmp_path / "weights"))
+    results.mkdir()
+    names = [
+        "sweep",
+        "backend",
+        "device",
+        "image_size",
+        "batch_size",
+        "status",
+        "fps",
+        "load_s",
+        "first_call_ms",
+    ]
+    rows = [
+        ["main", name, "cpu", 64, 4, "ok", fps, 0.1, 9]
+        for name, fps in (("onnx-int8", 9e9), ("pytorch", 9.0))
+    ]
+    labels.write_rows(results / "benchmark_results.csv", [names, *([str(x) for x in row] for row in rows)])
+    here = {"main": environment.environment("cpu")}
+    (results / "environment.json").write_text(json.dumps(here), encoding="utf-8")
+    done, rows = label(
+        photos, project, "--results", results, "--weights", weights, "--data", tmp_path / "none"
+    )
+    assert "onnx-int8 can't serve: " in done.stdout and "the next one by the table is pytorch" in done.stdout
+    assert len(rows) == 100
+
+
+def test_what_is_no_picture_or_can_not_be_read_is_said(project, photos, monkeypatch):
+    for name in ("a.CR2", "b.jxl", "notes.txt", ".hidden.jpg"):
+        (photos / name).write_bytes(b"something")
+    shutil.copy(next(photos.rglob("*.jpg")), photos / "without suffix")
+    done, rows = label(photos, project, ok=False)
+    assert done.returncode == 1 and len(rows) == 101
+    assert "1 files in" in done.stdout and "are no pictures" in done.stdout
+    assert "a.CR2: pictures of this format are not read here" in done.stderr and "b.jxl: " in done.stderr
+    denied = photos / "closed"
+    denied.mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == denied:  # root may list any folder
+            raise PermissionError(13, "Permission denied", str(denied))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert choices.find_images(photos)[1][str(denied)].startswith("this folder can't be listed")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("pillow_heif"), reason="pillow-heif is not installed")
+def test_an_iphones_photos_are_labelled(project, photos, expected):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    folder = photos.parent / "iphone"
+    folder.mkdir()
+    with Image.open(next(photos.rglob("*.png"))) as image:
+        image.convert("RGB").save(folder / "IMG_1.HEIC", quality=-1)
+    _, rows = label(folder, project)
+    assert [Path(row["path"]).name for row in rows] == ["IMG_1.HEIC"]
+
+
+def test_a_table_to_which_somebody_added_a_column_is_kept(tmp_path):
+    out = tmp_path / "labels.csv"
+    ours = ["path,class,probability\na.jpg,cat,0.500000\n", "", "\ufeffpath,class,probability\n"]
+    ours += ["path,class,probability,cat,dog\na.jpg,cat,0.500000,0.500000,0.500000\n"]
+    for text in ours:
+        out.write_text(text, encoding="utf-8")
+        assert labels.check_out(out) == out
+    theirs = [
+        "path,class,probability,note\na.jpg,cat,0.500000,see!\n",
+        "path,class,probability\na.jpg,cat,mine\n",
+    ]
+    theirs += ["path,class\n", "path,class,probability\na.jpg,cat,0.500000,note\n"]
+    for content in [*(text.encode() for text in theirs), b"\xff\xfe\0p", b"\0"]:
+        out.write_bytes(content)
+        with pytest.raises(UserError, match="no table of this script; name another file"):
+            labels.check_out(out)
+        assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_any_field_and_any_name_is_read_back_as_it_was_written(tmp_path, monkeypatch, windows):
+    monkeypatch.setattr(labels, "TEXT", labels.encoding(windows))
+    monkeypatch.setattr(labels.os, "fsdecode", lambda name: name.decode(**decoding))
+    decoding = {"encoding": "utf-8", "errors": labels.TEXT["errors"]}
+    name = "\ud83d half.jpg" if windows else "\udcff byte.jpg"
+    row, part = [name, 'a "class"\rof\r\ntwo, or\nmore', "0.500000"], tmp_path / "part"
+    labels.write_rows(part, [["path", "cl\rass", "probability"], row])
+    assert labels.read_rows(part, 3)[name] == row
+
+
+def test_a_byte_order_mark_for_excel_is_there_if_asked_for(project, photos):
+    label(photos, project, "--excel")
+    table = (photos.parent / "labels.csv").read_bytes()
+    assert table.startswith(b"\xef\xbb\xbfpath,class,probability\n")
+    label(photos, project)  # over it, since it is a table of this script
+    assert (photos.parent / "labels.csv").read_bytes() == table[3:]
+
+
 @pytest.mark.slow
 def test_ten_thousand_files_of_which_a_hundred_are_broken(project, tmp_path, broken):  # noqa: F811
     folder, random = tmp_path / "photos 1", np.random.default_rng(0)
@@ -408,7 +622,7 @@ def peak_mb(folder: Path, project: Path, out: Path, right: int, wrong: int) -> f
             time.sleep(0.2)
     said = out.with_suffix(".stderr").read_text("utf-8")
     assert started.returncode == 1 and "Traceback" not in said
-    assert f"{wrong:,} files can't be read" in said
+    assert f"{wrong:,} files or folders can't be read" in said
     rows = read(out)
     assert len(rows) == right and not [row for row in rows if "broken" in row["path"]]
     return peak

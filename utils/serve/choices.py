@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import importlib.util
 import io
+import os
 import pickle
 import re
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import backends
 from utils.environment import PACKAGES, cpu_name, describe, package_version
-from utils.images import files_below, fingerprint, is_image
+from utils.images import HEIF, files_below, fingerprint, is_image, unread_pictures
 from utils.utils import UserError, checkpoint_path, read_dict
 
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
@@ -25,16 +26,28 @@ DALI_RATE = 14_000  # images/s that it decodes: no backend need be faster (H200)
 # ---- the images
 
 
-def find_images(source: Path) -> list[str]:
-    """All images of a folder in order, or the one file.  Raises UserError."""
+def find_images(source: Path) -> tuple[list[str], dict[str, str], int]:
+    """(all images of a folder in order, or the one file; what can't be read and why; how many other files).
+
+    Raises UserError where there are none.
+    """
     if not source.exists():
         raise UserError(f"{source} is not there; name a folder of images: python predict.py FOLDER")
     if source.is_file():
-        return [str(source)]
-    found = files_below(source)
-    if images := list(filter(is_image, found)):
-        return images
-    raise UserError(f"{source} holds no images, by the names of its {len(found)} files; name another folder")
+        return [str(source)], {}, 0
+    denied = []
+    found = files_below(source, denied)
+    images = list(filter(is_image, found))
+    problems = dict.fromkeys(denied, "this folder can't be listed; change its permissions")
+    for path in unread_pictures(found):
+        heif = "; pip install pillow-heif, or" if path.lower().endswith(tuple(HEIF)) else ";"
+        problems[path] = f"pictures of this format are not read here{heif} convert it to JPEG"
+    if not images:
+        some = "".join(f"\n  {path}: {why}" for path, why in sorted(problems.items())[:20])
+        what = f"{source} holds no images, by the names of its {len(found)} files; name another folder"
+        raise UserError(what + some)
+    hidden = sum(os.path.basename(path).startswith(".") for path in found)  # noqa: PTH119 (there may be a million)
+    return images, problems, len(found) - len(images) - len(set(problems) & set(found)) - hidden
 
 
 # ---- the checkpoint

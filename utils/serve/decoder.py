@@ -23,7 +23,7 @@ import psutil
 from PIL import Image
 
 from utils.environment import cores
-from utils.images import load_rgb, open_image
+from utils.images import ORIENTATION, load_rgb, open_image
 from utils.utils import MOST_WORKERS, end_with_parent, fresh_processes, uninterrupted
 
 FEW = 256  # images that threads have decoded before processes have started
@@ -31,7 +31,6 @@ CHUNK = {False: 8, True: 32}  # files that a worker takes at a time: to decode, 
 IN_FLIGHT = 2  # batches that wait for the network while the decoder goes on
 HUGE = 16_000_000  # pixels beyond which workers decode one picture at a time, to bound their memory
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
-ORIENTATION = 0x0112  # EXIF's tag
 PLAIN = None  # outcome of a file that is left to DALI
 
 
@@ -138,28 +137,29 @@ class Pillow:
         self.ahead = max(2, -(-2 * workers * self.chunk // batch_size))  # two chunks for every worker
         self.slots, self.pinned = self.ahead + hold + 1, False
         shape = self.slots * batch_size, image_size, image_size, 3
+        memory: typing.Any = None
         if threads:
-            context, memory, self.broken_off = threading, bytearray(int(np.prod(shape))), ctypes.c_bool()
+            memory, self.broken_off = bytearray(int(np.prod(shape))), ctypes.c_bool()
+            arguments = memory, image_size, threading.Lock(), self.broken_off, False
+            self.pool = ThreadPoolExecutor(workers, initializer=start_worker, initargs=arguments)
         else:
             context = fresh_processes(__name__, large=())
             # Shared, or in a file where /dev/shm is small.
             memory = context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
             self.broken_off = context.RawValue(ctypes.c_bool)
-        self.pixels = np.frombuffer(memory, np.uint8).reshape(shape)
-        arguments = memory, image_size, context.Lock(), self.broken_off, not threads
-        options = {} if threads else {"mp_context": context}
-        options |= {"initializer": start_worker, "initargs": arguments}
-        self.pool = (ThreadPoolExecutor if threads else ProcessPoolExecutor)(workers, **options)
-        if not threads:
+            arguments = memory, image_size, context.Lock(), self.broken_off, True
+            self.pool = ProcessPoolExecutor(workers, context, start_worker, arguments)
             with uninterrupted():  # processes that are on their way when this one ends would complain
                 wait([self.pool.submit(int) for _ in range(workers)])
+        self.pixels = np.frombuffer(memory, np.uint8).reshape(shape)
 
     def pin(self) -> None:
         """Lock the memory, where that is possible: copies to the GPU then run beside all else."""
         if not self.pinned:
             import torch
 
-            error = torch.cuda.cudart().cudaHostRegister(self.pixels.ctypes.data, self.pixels.nbytes, 0)
+            cuda: typing.Any = torch.cuda.cudart()
+            error = cuda.cudaHostRegister(self.pixels.ctypes.data, self.pixels.nbytes, 0)
             self.pinned = int(error) == 0
 
     def close(self) -> None:
@@ -168,7 +168,8 @@ class Pillow:
         if self.pinned:
             import torch
 
-            torch.cuda.cudart().cudaHostUnregister(self.pixels.ctypes.data)
+            cuda: typing.Any = torch.cuda.cudart()
+            cuda.cudaHostUnregister(self.pixels.ctypes.data)
 
     def batches(self, paths: Iterable[str]) -> Iterator[Batch]:
         """The batches of all paths, in order, the next ones decoded meanwhile.  `paths` may be endless.

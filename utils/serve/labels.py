@@ -6,19 +6,26 @@ and of the settings.
 
 import contextlib
 import csv
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from utils.utils import UserError, check_folder, file_lock, named, write_whole
+from utils.utils import WINDOWS, UserError, check_folder, file_lock, named, write_whole
 
-TEXT: dict = {
-    "encoding": "utf-8",
-    "errors": "surrogateescape",
-    "newline": "",
-}  # whatever bytes a file name has
-BEGINS = b"path,class,probability"  # a table
+
+def encoding(windows: bool) -> dict:
+    """How to open a table, so that file names stay: any bytes on Linux, halves of surrogates on Windows."""
+    errors = "surrogatepass" if windows else "surrogateescape"
+    return {"encoding": "utf-8", "errors": errors, "newline": ""}
+
+
+TEXT = encoding(WINDOWS)
+COLUMNS = ["path", "class", "probability"]  # then, if asked for, a probability for each class
+BOM = "\ufeff"  # by which Excel knows UTF-8
+SHARE = re.compile(r"[01]\.\d{6}")
+LOOKED_AT = 1000  # rows of a table that is there
 
 
 def check_out(out: Path) -> Path:
@@ -27,11 +34,25 @@ def check_out(out: Path) -> Path:
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file in it: --out {out / 'labels.csv'}")
     check_folder(out.parent)
-    if out.exists():
-        begins = out.read_bytes()[: len(BEGINS)] if out.is_file() else None
-        if begins not in (b"", BEGINS):
-            raise UserError(f"{out} is there and no table of this script; name another file: --out FILE")
+    if out.exists() and not (out.is_file() and is_ours(out)):
+        raise UserError(f"{out} is there and no table of this script; name another file: --out FILE")
     return out
+
+
+def is_ours(out: Path) -> bool:
+    """Whether a file is empty or exactly a table as written here: a column that somebody added is kept."""
+    mode = "r+" if WINDOWS else "r"  # what is open in Excel can't be replaced, which is to be said at once
+    try:
+        with named(out), out.open(mode, **TEXT) as file:
+            header, *rows = itertools.islice(csv.reader(file), LOOKED_AT)
+    except ValueError:  # nothing in it; or no text
+        return out.stat().st_size == 0
+    except csv.Error:
+        return False
+    header[0] = header[0].removeprefix(BOM)
+    shares = [row[2:] for row in rows if row]
+    whole = all(len(row) == len(header) - 2 and all(map(SHARE.fullmatch, row)) for row in shares)
+    return header[:3] == COLUMNS and whole
 
 
 @contextlib.contextmanager
@@ -63,8 +84,8 @@ def write_rows(path: Path, rows: Iterable[list[str]], mode: str = "w") -> None:
     kinds = csv.QUOTE_MINIMAL, csv.QUOTE_ALL
     with named(path), path.open(mode, **TEXT) as file:
         usual, quoted = (csv.writer(file, lineterminator="\n", quoting=kind) for kind in kinds)
-        for row in rows:  # a name's "\r" is not quoted of itself, and would end the row when read
-            (quoted if "\r" in row[0] else usual).writerow(row)
+        for row in rows:  # "\r" in a name is not quoted of itself, and would end the row when read
+            (quoted if any("\r" in field for field in row) else usual).writerow(row)
 
 
 def parts_of(out: Path, key: str) -> list[Path]:
@@ -98,13 +119,14 @@ def resume(out: Path, key: str, columns: int, rank: int) -> tuple[Path, dict]:
     return own, done
 
 
-def merge(out: Path, key: str, images: list[str], header: list[str]) -> dict:
+def merge(out: Path, key: str, images: list[str], header: list[str], bom: bool = False) -> dict:
     """Write the rows of all parts to `out` in the order of the images, whole or not at all; path -> row."""
     rows = {}
     for part in sorted(parts_of(out, key), key=lambda part: part.stat().st_mtime):  # the newest counts
         rows |= read_rows(part, len(header))
     kept = {path: rows[path] for path in images if path in rows}
-    write_whole(out, lambda path: write_rows(path, [header, *kept.values()]))
+    first = [BOM * bom + header[0], *header[1:]]
+    write_whole(out, lambda path: write_rows(path, [first, *kept.values()]))
     source = key.partition("-")[0]
     for part in parts_of(out, f"{source}-[0-9a-f]+"):  # also those of this folder by other settings
         part.unlink()

@@ -9,15 +9,17 @@ Its Offline scenario is a check of this project's clock: both time the same runs
 device in the backend's own form.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import queue
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -82,14 +84,25 @@ def generate(scenario: str, images: int, issue: Callable, **settings) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         log = mlperf_loadgen.LogSettings()
         log.enable_trace = False
-        log.log_output.outdir, log.log_output.copy_summary_to_stdout = folder, False
-        audit = str(Path(folder, "audit.config"))
-        mlperf_loadgen.StartTestWithLogSettings(system, library, asked, log, audit)
+        log.log_output.outdir, log.log_output.copy_summary_to_stdout = ".", False
+        with within(Path(folder)):  # its C++ can't open a path with Cyrillic letters on Windows
+            mlperf_loadgen.StartTestWithLogSettings(system, library, asked, log, "audit.config")
         lines = Path(folder, "mlperf_log_detail.txt").read_text(encoding="utf-8").splitlines()
     mlperf_loadgen.DestroyQSL(library)
     mlperf_loadgen.DestroyFastSUT(system)
     entries = [json.loads(line.partition(" ")[2]) for line in lines if line.startswith(":::MLLOG")]
     return {entry["key"]: entry["value"] for entry in entries}
+
+
+@contextlib.contextmanager
+def within(folder: Path) -> Iterator[None]:
+    """With `folder` as the current one."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def answer(numbers) -> None:

@@ -62,7 +62,7 @@ def measure_here(asked: Asked, parity: bool) -> list[dict]:
     """Figures of every decoder, in one process; with `parity` also agreement and accuracy."""
     found = []
     loader, files, truth = read_test_set(asked)
-    files = choices.find_images(asked.photos) if asked.photos else files
+    files = choices.find_images(asked.photos)[0] if asked.photos else files
     with inference(asked.device):
         backend, _ = load_backend(asked)
         network = Network(backend, [asked.batch_size], asked.image_size, asked.device)
@@ -153,8 +153,8 @@ def load_here(asked: Asked, max_latency_ms: float) -> list:
 # ---- how fast: endless iterators of the images that each step has finished
 
 
-def rate(served: Iterator[int], warm_up: int, seconds: float) -> float:
-    """Images/s of an endless iterator of image counts, after `warm_up` batches and a second."""
+def rate(served, warm_up: int, seconds: float) -> float:
+    """Images/s of an endless generator of image counts, after `warm_up` batches and a second."""
     with contextlib.closing(served):
         begin, start, images = time.perf_counter(), None, 0
         for number, count in enumerate(served):

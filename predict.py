@@ -22,9 +22,10 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,12 @@ from tqdm import tqdm
 import backends
 from utils.backend import Unavailable, inference
 from utils.devices import choose_device
-from utils.environment import describe, keep_to_share
+from utils.environment import keep_to_share
 from utils.serve import choices, decoder, labels
 from utils.utils import UserError, add_path_arguments, is_out_of_memory, number, run_main, sha256, write_json
 
 # PyTorch is imported only once the first files are being decoded, then DALI and the backend.
-STARTED = time.perf_counter()
+STARTED = utils.STARTED
 STEPS = ["start", "decoding", "inference"]  # what the time went to
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # by torchrun
 WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -208,13 +209,9 @@ class Run:
 
     @contextlib.contextmanager
     def opened(self, paths: list[str]) -> Iterator[tuple]:
-        """(batches of all paths, network); the first files are decoded while all else is imported."""
-        size, opening = self.facts["image_size"], None
+        """(batches of all paths, network); decoding begins while all else is imported."""
         with contextlib.ExitStack() as stack:
-            if paths and self.decoder == "pillow":
-                files = decoder.Pillow(size, self.batch_size, len(paths))
-                stack.enter_context(contextlib.closing(files))
-                batches = files.batches(paths)
+            opening = self.open_files(paths, stack.enter_context(ThreadPoolExecutor(1))) if paths else None
             import torch
 
             from utils.serve.pipeline import Network
@@ -223,38 +220,44 @@ class Run:
             if self.device == "cuda":
                 torch.cuda.set_device(LOCAL_RANK)
             stack.enter_context(inference(self.device))
-            if paths and self.decoder == "dali":  # which starts beside the backend
-                opening = stack.enter_context(ThreadPoolExecutor(1)).submit(self.open_dali, paths)
             try:
                 backend = self.load_in_turn()
             finally:
                 if opening:
-                    files = stack.enter_context(contextlib.closing(opening.result()))
-            if not paths:
+                    files, batches = opening.result()
+                    stack.enter_context(contextlib.closing(files))
+            if not opening:
                 yield None, None
                 return
-            network = Network(backend, [self.batch_size], size, self.device)
-            if opening:
-                batches = files.batches(paths)
-            elif self.device == "cuda":
+            network = Network(backend, [self.batch_size], self.facts["image_size"], self.device)
+            if self.device == "cuda" and files.name == "pillow":
                 files.pin()
-            yield batches, network
+            yield batches or files.batches(paths), network
 
-    def open_dali(self, paths: list[str]):
-        """DALI for these files, or Pillow where DALI does not load and was not asked for."""
-        import torch
+    def open_files(self, paths: list[str], helper: ThreadPoolExecutor) -> Future:
+        """(decoder, batches of all paths that it is decoding already, or None), sooner or later."""
+        size, count, opening = self.facts["image_size"], len(paths), Future()
+        if self.decoder == "dali":
+            from utils.serve import dali
 
-        from utils.serve.dali import open_decoder, why_no_dali
+            pillow, pipelines = dali.make_pillow(size, self.batch_size, count, paths)
+            return helper.submit(self.start_dali, pillow, pipelines)
+        files = decoder.Pillow(size, self.batch_size, count)
+        opening.set_result((files, files.batches(paths)))
+        return opening
 
-        reason = why_no_dali()
-        if reason and self.args.decoder == "dali":
+    def start_dali(self, pillow: decoder.Pillow, pipelines: int) -> tuple:
+        """(DALI, None), after seconds; or Pillow where DALI does not load and was not asked for."""
+        from utils.serve import dali
+
+        if not (reason := dali.why_no_dali()):
+            return dali.Dali(pillow, self.device, pipelines, LOCAL_RANK), None
+        if self.args.decoder == "dali":
+            pillow.close()
             raise UserError(reason)
-        if reason:
-            say(f"Pillow decodes: {reason}")
-        if self.device == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)  # for this thread
-        name = "pillow" if reason else "dali"
-        return open_decoder(name, self.facts["image_size"], self.batch_size, self.device, paths)
+        say(f"Pillow decodes: {reason}")
+        pillow.leave_plain = False
+        return pillow, None
 
     def load_in_turn(self):
         """The backend, loaded by the first process before the others, since it builds what they load."""
@@ -291,11 +294,17 @@ def main() -> None:
     keep_to_share(LOCAL_RANK, LOCAL_WORLD_SIZE)
     (images, problems, others), out = choices.find_images(args.source), labels.check_out(args.out)
     alone = labels.alone_at(out) if RANK == 0 else contextlib.nullcontext()
+    tqdm.set_lock(threading.RLock())  # its own is made for several processes, which takes a while
     shown = tqdm(total=len(images), desc="starting", unit="image", disable=True if RANK else None)
     with alone, shown as progress:
         if others:
             say(f"{others:,} files in {args.source} are no pictures")
-        sys.exit(classify_all(args, images, problems, out, progress))
+        code = classify_all(args, images, problems, out, progress)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if args.device != "cpu" and WORLD_SIZE == 1:
+        os._exit(code)  # all is written; CUDA would take another second to end
+    sys.exit(code)
 
 
 def classify_all(args: argparse.Namespace, images: list[str], problems: dict, out: Path, progress) -> int:
@@ -304,7 +313,8 @@ def classify_all(args: argparse.Namespace, images: list[str], problems: dict, ou
         decoder.start_server()
     checkpoint, facts = choices.choose_checkpoint(args.weights, args.image_size, args.data)
     # By the driver, since asking PyTorch takes seconds; where it can't use that GPU, choose_device() says so.
-    device = "cuda" if args.device == "cuda" or (args.device == "auto" and describe()) else "cpu"
+    gpu = args.device == "auto" and choices.gpu_name()
+    device = "cuda" if gpu or args.device == "cuda" else "cpu"
     decoder_name = choices.choose_decoder(args.decoder, device, len(images))
     rows = choices.measured_here(args.results, device, facts["image_size"])
     found = choices.choose_backends(args.backend, rows, len(images), device)

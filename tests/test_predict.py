@@ -418,11 +418,16 @@ def test_readings_of_a_clock_that_are_equal_are_no_division_by_zero(tmp_path, ca
     assert "3 images in 1.0 s" in capsys.readouterr().out
 
 
-ROWS = [  # a table: what compiles is fastest, but only once it has compiled
-    {"sweep": "main", "backend": "torch-compile", "batch_size": 256, "fps": 40_000.0, "start_s": 9.0},
-    {"sweep": "main", "backend": "onnx", "batch_size": 256, "fps": 20_000.0, "start_s": 2.0},
-    {"sweep": "main", "backend": "pytorch", "batch_size": 256, "fps": 5_000.0, "start_s": 0.3},
-    {"sweep": "main", "backend": "pytorch", "batch_size": 16, "fps": 3_000.0, "start_s": 0.3},
+def row(backend: str, batch_size: int, fps: float, load_s: float, first_call_ms: float) -> dict:
+    figures = {"batch_size": batch_size, "fps": fps, "load_s": load_s, "first_call_ms": first_call_ms}
+    return {"sweep": "main", "backend": backend, **figures}
+
+
+ROWS = [  # what compiles is fastest, but only once it has compiled
+    row("torch-compile", 256, 40_000.0, 3.0, 6_000.0),
+    row("onnx", 256, 20_000.0, 1.0, 900.0),
+    row("pytorch", 256, 5_000.0, 0.2, 100.0),
+    row("pytorch", 16, 3_000.0, 0.2, 100.0),
 ]
 
 
@@ -442,6 +447,11 @@ def test_the_backend_is_the_one_that_is_done_first(device, count, first, batch_s
     assert sorted(choice.backend for choice in found) == ["onnx", "pytorch", "torch-compile"]
     (only,) = choices.choose_backends("torch-compile", ROWS, count, device)
     assert only.backend == "torch-compile" and only.measured and only.batch_sizes == (16, 256)
+
+
+def test_what_is_not_known_of_a_start_is_not_taken_for_nothing():
+    rows = [row("onnx", 256, 5_001.0, float("nan"), float("nan")), *ROWS]
+    assert choices.choose_backends(None, rows, 1_000, "cpu")[0].backend == "pytorch"
 
 
 def test_without_a_table_batches_are_of_one_size():

@@ -3,6 +3,9 @@
 import os
 import signal
 import sys
+import time
+
+STARTED = time.perf_counter()  # this process's imports come after it
 
 
 def interrupt(number, frame) -> None:

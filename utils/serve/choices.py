@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import backends
-from utils.environment import PACKAGES, cpu_name, describe, package_version
+from utils.environment import PACKAGES, cpu_name, package_version, read_driver
 from utils.images import HEIF, files_below, fingerprint, is_image, unread_pictures
 from utils.utils import UserError, checkpoint_path, read_dict
 
@@ -46,7 +46,7 @@ def find_images(source: Path) -> tuple[list[str], dict[str, str], int]:
         some = "".join(f"\n  {path}: {why}" for path, why in sorted(problems.items())[:20])
         what = f"{source} holds no images, by the names of its {len(found)} files; name another folder"
         raise UserError(what + some)
-    hidden = sum(os.path.basename(path).startswith(".") for path in found)  # noqa: PTH119 (there may be a million)
+    hidden = sum(f"{os.sep}{path}".rpartition(os.sep)[2].startswith(".") for path in found)
     return images, problems, len(found) - len(images) - len(set(problems) & set(found)) - hidden
 
 
@@ -134,14 +134,20 @@ class Choice:
     measured: bool = True
 
 
+def gpu_name() -> str | None:
+    """By the driver, which is asked in no time; None where it has no GPU."""
+    name = read_driver("nvmlDeviceGetName")
+    return name.decode() if isinstance(name, bytes) else name
+
+
 def measured_here(results: Path, device: str, image_size: int) -> list[dict]:
     """The rows of the table with figures of this machine with these packages.  Raises UserError.
 
-    Each has backend, sweep, batch_size, fps (images/s) and start_s, the seconds until its first call is over.
+    Each has backend, sweep, batch_size, fps (images/s), load_s and first_call_ms (NaN: not known).
     """
     path = results / "benchmark_results.csv"
     packages = {name: version for name in PACKAGES if (version := package_version(name))}
-    gpu = describe().get("gpu") if device == "cuda" else None
+    gpu = gpu_name() if device == "cuda" else None
     here = {"gpu": gpu, "cpu": cpu_name(), "packages": packages}
     environments, rows = read_dict(results / "environment.json"), []
     try:
@@ -151,10 +157,9 @@ def measured_here(results: Path, device: str, image_size: int) -> list[dict]:
                 same = all(facts.get(name) == value for name, value in here.items())
                 asked = row["status"], row["device"], row["image_size"]
                 if same and asked == ("ok", device, str(image_size)):
-                    start_s = float(row["load_s"] or 0) + float(row["first_call_ms"] or 0) / 1000
-                    figures = {"batch_size": int(row["batch_size"]), "fps": float(row["fps"])}
-                    where = {name: row[name] for name in ("backend", "sweep")}
-                    rows.append({**where, **figures, "start_s": start_s})
+                    rows.append({name: row[name] for name in ("backend", "sweep")})
+                    rows[-1] |= {"batch_size": int(row["batch_size"]), "fps": float(row["fps"])}
+                    rows[-1] |= {name: float(row[name] or "nan") for name in ("load_s", "first_call_ms")}
     except FileNotFoundError:
         return []
     except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
@@ -164,25 +169,36 @@ def measured_here(results: Path, device: str, image_size: int) -> list[dict]:
     return rows
 
 
-def expected_seconds(row: dict, count: int, device: str) -> float:
-    """Until the last of `count` images has its label: loading, the first call, then whole batches."""
-    inference = -(-count // row["batch_size"]) * row["batch_size"] / row["fps"]
-    return row["start_s"] + (max(inference, count / DALI_RATE) if device == "cuda" else inference)
-
-
 def choose_backends(name: str | None, rows: list[dict], count: int, device: str) -> list[Choice]:
     """By the table what is done first with `count` images, then the next ones; PyTorch where it has none.
 
-    `name` is the backend that the user wants, or None.
+    Of a backend the batch size is the one that classifies them fastest; to that come loading and the first
+    calls.  `name` is the backend that the user wants, or None.
     """
-    choices = {}
-    for row in sorted(rows, key=lambda row: expected_seconds(row, count, device)):
-        if row["backend"] in ([name] if name else backends.SCRIPTS):
-            sizes = sorted({other["batch_size"] for other in rows if other["sweep"] == row["sweep"]})
-            choices.setdefault(row["backend"], Choice(row["backend"], row["batch_size"], tuple(sizes)))
+    known = [row for row in rows if row["backend"] in ([name] if name else backends.SCRIPTS)]
+    # Where it is not known how long a backend takes to load, it is taken for the slowest one.
+    slowest = max((row["load_s"] for row in rows if row["load_s"] >= 0), default=0.0)
+    found = []
+    for backend in dict.fromkeys(row["backend"] for row in known):
+        own = [row for row in known if row["backend"] == backend]
+        seconds, row = min(((inference_seconds(row, count), row) for row in own), key=lambda pair: pair[0])
+        seconds = max(seconds, count / DALI_RATE) if device == "cuda" else seconds
+        loading = min(
+            (row["load_s"] for row in own if row["load_s"] >= 0), default=slowest
+        )  # not known: slow
+        first = max((row["first_call_ms"] for row in own if row["first_call_ms"] >= 0), default=0.0) / 1000
+        sizes = {other["batch_size"] for other in rows if other["sweep"] == row["sweep"]}
+        choice = Choice(backend, row["batch_size"], tuple(sorted(sizes)))
+        found.append((loading + first + seconds, choice))
     batches = -(-count // BATCH_SIZE[device])
     size = -(-count // batches)  # so that the last batch is as large as the others
-    return [*choices.values()] or [Choice(name or "pytorch", size, (size,), measured=False)]
+    default = [Choice(name or "pytorch", size, (size,), measured=False)]
+    return [choice for _, choice in sorted(found, key=lambda pair: pair[0])] or default
+
+
+def inference_seconds(row: dict, count: int) -> float:
+    """What the network needs for whole batches of `count` images."""
+    return -(-count // row["batch_size"]) * row["batch_size"] / row["fps"]
 
 
 # ---- the decoder

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from utils.environment import cores
@@ -35,12 +34,11 @@ class Dali:
 
     name = "dali"
 
-    def __init__(self, pillow: Pillow, device: str, pipelines: int = 2):
+    def __init__(self, pillow: Pillow, device: str, pipelines: int = 2, index: int = 0):
+        """`index` is the GPU's.  PyTorch is not needed yet, so that it can be imported meanwhile."""
         self.pillow, self.device, self.batch_size, self.count = pillow, device, pillow.batch_size, pipelines
-        self.slots = pillow.slots
-        shape = IN_FLIGHT + 1, self.batch_size, pillow.image_size, pillow.image_size, 3
-        self.targets = itertools.cycle(torch.empty(shape, dtype=torch.uint8, device=device))
-        self.stream = torch.cuda.Stream() if device == "cuda" else None
+        self.index = index if device == "cuda" else None
+        self.slots, self.targets = pillow.slots, None
         self.folder = tempfile.TemporaryDirectory()
         names = ("filler.png", "filler.jpg")[: self.batch_size] if pipelines > 1 else ("filler.jpg",)
         self.fillers = [str(Path(self.folder.name, name)) for name in names]
@@ -48,6 +46,15 @@ class Dali:
             Image.new("RGB", (64, 64)).save(path)
         self.looked_at, self.fed = iter(()), deque()
         self.start()
+
+    def take_memory(self) -> None:
+        import torch
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        self.feed, size = feed_ndarray, self.pillow.image_size
+        shape = IN_FLIGHT + 1, self.batch_size, size, size, 3
+        self.targets = itertools.cycle(torch.empty(shape, dtype=torch.uint8, device=self.device))
+        self.stream = torch.cuda.Stream() if self.device == "cuda" else None
 
     def start(self) -> None:
         """Make the pipelines, which takes seconds on a GPU, and have each decode fillers.
@@ -75,6 +82,8 @@ class Dali:
 
     def batches(self, paths: Iterable[str]) -> Iterator[Batch]:
         """The batches of all paths, in order; where DALI fails, what it had is decoded by Pillow."""
+        if self.targets is None:
+            self.take_memory()
         self.pillow.leave_plain, self.looked_at = True, self.pillow.batches(paths)
         with contextlib.closing(self.looked_at):
             for starts_left in reversed(range(STARTS)):
@@ -141,7 +150,7 @@ class Dali:
         @pipeline_def(
             batch_size=self.batch_size,
             num_threads=cores(),
-            device_id=torch.cuda.current_device() if on_gpu else None,
+            device_id=self.index,
             prefetch_queue_depth=PREFETCH,
         )
         def from_files():
@@ -160,19 +169,21 @@ class Dali:
         pipeline.build()
         return pipeline
 
-    def on_device(self, batch: Batch, images) -> Batch:
-        """The batch with all pixels on the device: DALI's `images` and, between them, Pillow's."""
-        from nvidia.dali.plugin.pytorch import feed_ndarray
+    def on_device(self, batch: Batch, images=None) -> Batch:
+        """The batch with all pixels on the device: DALI's `images` and, between or without them, Pillow's."""
+        import torch
 
-        pixels, plain = next(self.targets)[: len(batch.paths)], batch.plain
+        pixels, plain = next(self.targets)[: len(batch.paths)], batch.plain if images is not None else []
         with torch.cuda.stream(self.stream):
             if len(plain) == len(pixels):
-                feed_ndarray(images, pixels, cuda_stream=self.stream)
+                self.feed(images, pixels, cuda_stream=self.stream)
             else:
-                self.copy(batch, pixels)
+                if self.device == "cuda":
+                    self.pillow.pin()  # here, since folders of JPEGs alone never need it
+                pixels.copy_(torch.from_numpy(batch.pixels), non_blocking=True)
                 if plain:
                     part = torch.empty_like(pixels[: len(plain)])
-                    feed_ndarray(images, part, cuda_stream=self.stream)
+                    self.feed(images, part, cuda_stream=self.stream)
                     pixels[torch.tensor(plain, device=pixels.device)] = part
         if self.stream:
             self.stream.synchronize()  # then DALI may have its memory back
@@ -180,31 +191,26 @@ class Dali:
 
     def by_pillow(self, batch: Batch) -> Batch:
         """The same, all decoded by Pillow."""
-        batch, pixels = self.pillow.decode_again(batch), next(self.targets)[: len(batch.paths)]
-        with torch.cuda.stream(self.stream):
-            self.copy(batch, pixels)
-        if self.stream:
-            self.stream.synchronize()
-        return Batch(batch.paths, pixels, batch.problems)
-
-    def copy(self, batch: Batch, pixels: torch.Tensor) -> None:
-        if self.device == "cuda":
-            self.pillow.pin()  # here, since folders of JPEGs alone never need it
-        pixels.copy_(torch.from_numpy(batch.pixels), non_blocking=True)
+        return self.on_device(self.pillow.decode_again(batch))
 
 
-def open_decoder(name: str, image_size: int, batch_size: int, device: str, paths: list[str], endless=False):
-    """The decoder of this name for `paths`, which come once, or `endless` in number."""
-    count = None if endless else len(paths)
-    if name == "pillow":
-        decoder = Pillow(image_size, batch_size, count)
-        if device == "cuda":
-            decoder.pin()
-        return decoder
+def make_pillow(image_size: int, batch_size: int, count: int | None, paths: list[str]) -> tuple[Pillow, int]:
+    """The Pillow decoder that DALI has, and how many pipelines it takes: files other than JPEG want two."""
     only_jpegs = all(path.lower().endswith((".jpg", ".jpeg")) for path in paths)
     pipelines = 1 if only_jpegs else 2
-    pillow = Pillow(image_size, batch_size, count, for_dali=True, hold=pipelines * PREFETCH + 1)
-    return Dali(pillow, device, pipelines)
+    hold = pipelines * PREFETCH + 1
+    return Pillow(image_size, batch_size, count, for_dali=True, hold=hold), pipelines
+
+
+def open_decoder(name: str, image_size: int, batch_size: int, device: str, paths: list[str]):
+    """The decoder of this name for files like `paths`, any number of them."""
+    if name == "dali":
+        pillow, pipelines = make_pillow(image_size, batch_size, None, paths)
+        return Dali(pillow, device, pipelines)
+    decoder = Pillow(image_size, batch_size)
+    if device == "cuda":
+        decoder.pin()
+    return decoder
 
 
 def why_no_dali() -> str | None:
@@ -212,7 +218,7 @@ def why_no_dali() -> str | None:
     if reason := why_not_installed():
         return reason
     try:
-        from nvidia.dali.plugin import pytorch  # noqa: F401
+        import nvidia.dali  # noqa: F401
     except Exception as error:  # a library that is missing or of another version: each fails in its own way
         return f"NVIDIA DALI is installed but does not load: {' '.join(str(error).split())}"
     return None

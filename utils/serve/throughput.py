@@ -73,7 +73,7 @@ def measure_here(asked: Asked, parity: bool) -> list[dict]:
                 figures |= {"status": "unavailable", "reason": reason}
                 continue
             what = asked.image_size, asked.batch_size, asked.device, files
-            decoder = open_decoder(name, *what, endless=True)
+            decoder = open_decoder(name, *what)
             with contextlib.closing(decoder):
                 figures |= throughput(decoder, network, files, asked)
                 if parity and not asked.photos:

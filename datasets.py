@@ -16,6 +16,7 @@ import itertools
 import shutil
 import signal
 import sys
+import typing
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,7 +192,8 @@ class EpochSampler:
     def __init__(self, dataset: Pictures, world_size: int, rank: int, seed: int):
         from torch.utils.data.distributed import DistributedSampler
 
-        self.indices = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed)
+        options: dict = {"shuffle": True, "seed": seed}
+        self.indices = DistributedSampler(typing.cast(typing.Any, dataset), world_size, rank, **options)
         self.set_epoch, self.images = self.indices.set_epoch, len(dataset)
 
     def __len__(self) -> int:

@@ -94,7 +94,7 @@ class OnnxRuntime(Backend):
                 "prefer_nhwc": str(int(self.nhwc)),
                 "enable_cuda_graph": str(int(self.graph)),
             }
-        session = onnxruntime.InferenceSession(self.artefact, options, providers=[(provider, settings)])
+        session = onnxruntime.InferenceSession(str(self.artefact), options, providers=[(provider, settings)])
         if session.get_providers()[0] != provider:
             raise RuntimeError(f"ONNX Runtime fell back from {provider} to {session.get_providers()}")
         return session

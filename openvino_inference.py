@@ -6,6 +6,7 @@ in results/raw/ and prints their table.
     python openvino_inference.py --image-sizes 224 --batch-sizes 1 8 16
 """
 
+import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 from pathlib import Path
 
 import torch

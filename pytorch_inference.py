@@ -10,6 +10,7 @@ import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 import os
 import shutil
 import sys
+import typing
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ class PyTorch(Backend):
         network, _ = model.load(checkpoint, "cpu")
         if self.tuned:
             network = model.fold_batch_norm(network).to(memory_format=torch.channels_last)
-        self.network = network.to(device, DTYPES[self.precision])
+        self.network: typing.Any = network.to(device, DTYPES[self.precision])
         if self.compiled:  # once for each batch size; beyond its limit, 8, it would run uncompiled
             torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
             self.network = Compiled(self.network)

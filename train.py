@@ -130,7 +130,7 @@ class Training:
 
         torch.manual_seed(settings["seed"])
         network = model.build(len(classes), settings["pretrained"])
-        self.network = network.to(device, memory_format=torch.channels_last)
+        self.network = network.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         for module in self.network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = MOMENTUM
@@ -141,7 +141,7 @@ class Training:
         self.scaler = make_scaler(enabled=precision == torch.float16)
         self.settings, self.images = settings, images
         size = settings["image_size"]
-        self.facts = dict(classes=classes, image_size=size, settings=settings, data=images)
+        self.facts: dict = dict(classes=classes, image_size=size, settings=settings, data=images)
         self.history, self.best = [], {}
 
     def resume(self, path: Path) -> None:
@@ -276,14 +276,14 @@ def arguments() -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    sizes = dict(type=number(int, 32, 4096), help=f"pixels, square (default: {IMAGE_SIZES})")
+    sizes: dict = dict(type=number(int, 32, 4096), help=f"pixels, square (default: {IMAGE_SIZES})")
     add("--image-sizes", nargs="+", **sizes)
     add("--epochs", type=number(int, 1, 10_000), help=f"per size (default: {EPOCHS})")
-    batch = dict(type=number(int, 2, 65_536), default=BATCH_SIZE)  # batch norm needs two images
+    batch: dict = dict(type=number(int, 2, 65_536), default=BATCH_SIZE)  # batch norm needs two images
     add("--batch-size", help="images per step, of all processes together", **batch)
     add("--learning-rate", type=number(float, 1e-9, 10.0), default=LEARNING_RATE, help="its peak")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    readers = dict(type=number(int, 0, MOST_WORKERS), default=4)
+    readers: dict = dict(type=number(int, 0, MOST_WORKERS), default=4)
     add("--workers", help="processes that read images; 0: none but the training's", **readers)
     add("--seed", type=number(int, 0, 2**32 - 1), default=0)
     add("--pretrained", help="start from ImageNet's weights (a download)", action="store_true")

@@ -82,7 +82,7 @@ class NativeEngine(EngineFile):
         path = self.checkpoint.with_name(f"resnet18_{self.image_size}_int8.calibration")
         facts = {name: value for name, value in self.facts().items() if name != "profiles"}
         if not is_fresh(path, facts):
-            print(f"calibrating {path} on {self.data / 'train'}", file=sys.stderr, flush=True)
+            print(f"calibrating {path} on training images", file=sys.stderr, flush=True)
             calibrator = calibrator_of(onnx_export.calibration_batches(self.data, self.image_size))
             model, profile = onnx_for(tensorrt.__version__, source, None), [onnx_export.BATCH] * 3
             _, timings = build_plan(model, [profile], self.image_size, timings, True, calibrator)
@@ -274,7 +274,8 @@ class Bound:
     """An execution context for one shape, its logits, and the address of the input that it reads."""
 
     def __init__(self, context, logits: torch.Tensor):
-        self.context, self.logits, self.address = context, logits, None
+        self.context, self.logits = context, logits
+        self.address = 0  # none yet
 
 
 class Engine:

@@ -117,8 +117,8 @@ def start_processes(name: str):
             raise UserError(f"--device {device}: there is no such GPU here, {mend}")
         torch.cuda.set_device(device)
     if several and device.type == "cuda":
-        known = {"device_id": device} if torch_is_at_least(2, 3) else {}  # NCCL guesses where it isn't told
-        dist.init_process_group("nccl", **known)
+        known: dict = {"device_id": device} if torch_is_at_least(2, 3) else {}
+        dist.init_process_group("nccl", **known)  # NCCL guesses the device where it isn't told
     elif several:
         dist.init_process_group("gloo")
     return device

@@ -297,7 +297,7 @@ def load_known(path: Path) -> Image.Image:
 # ---- sample heroes
 
 
-def has_data(data: Path, drawn: set[str] = frozenset()) -> bool:
+def has_data(data: Path, drawn: frozenset[str] | set[str] = frozenset()) -> bool:
     """Whether the user has begun to put anything there: any file, or a folder of a class not the sample's.
 
     Files of the names in `drawn` (train/<class>/<file>) are not the user's.

@@ -10,6 +10,7 @@ import functools
 import itertools
 import tempfile
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,10 +91,10 @@ def calibration_files(data: Path | None) -> list[Path]:
     return files[:: -(-len(files) // MAX_IMAGES)]
 
 
-def calibration_batches(data: Path, image_size: int) -> Iterator[torch.Tensor]:
+def calibration_batches(data: Path | None, image_size: int) -> Iterator[torch.Tensor]:
     """float32 (BATCH, 3, S, S), normalised as for testing; the last is filled up from the beginning.
 
-    Raises UserError with the path of an image that can't be read.
+    Raises UserError with the path of an image that can't be read, and as calibration_files() does.
     """
     files, transform = calibration_files(data), datasets.test_transform(image_size)
     endless = itertools.cycle(files)
@@ -159,7 +160,7 @@ def write_for_cpu(source: Path, batches: Iterator[torch.Tensor], reduce_range: b
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     feed = ({"input": batch.numpy()} for batch in batches)
-    reader = SimpleNamespace(get_next=lambda: next(feed, None))
+    reader: typing.Any = SimpleNamespace(get_next=lambda: next(feed, None))
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
@@ -186,7 +187,7 @@ def saturates() -> bool:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     feed = {"a": np.full((16, 64), 255, np.uint8), "b": np.full((64, 16), 127, np.int8)}
-    return bool((session.run(None, feed)[0] != 64 * 255 * 127).any())
+    return bool(np.any(session.run(None, feed)[0] != 64 * 255 * 127))
 
 
 # ---- for TensorRT
@@ -284,7 +285,7 @@ class Rounding:
 
     def of_values(self, name: str) -> str:
         """The name of the rounded tensor; one scale, from the largest value that was observed."""
-        return self.rounded.get(name) or self.add(name, np.float32(self.largest[name]))
+        return self.rounded.get(name) or self.add(name, np.array(self.largest[name], np.float32))
 
     def of_weights(self, name: str) -> str:
         """The name of the rounded weights; a scale for each output channel."""

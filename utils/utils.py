@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import threading
+import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -195,7 +196,7 @@ def fresh_processes(*modules: str, large=LARGE):
 
 def end_with_parent() -> None:
     """In a worker process: end when the process that started it has ended, however that ended."""
-    sentinel = multiprocessing.parent_process().sentinel
+    sentinel = typing.cast(typing.Any, multiprocessing.parent_process()).sentinel
 
     def watch() -> None:
         multiprocessing.connection.wait([sentinel])

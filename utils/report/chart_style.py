@@ -3,6 +3,7 @@
 import io
 import re
 import textwrap
+import typing
 from pathlib import Path
 
 import pandas as pd
@@ -94,7 +95,7 @@ def sheet(height: float, title: str, small_print: list[str]):
     size = WIDTH, height + 0.7 + 0.2 * len(lines)
     fig = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
     fig.supxlabel("\n".join(lines), fontsize=9, color=GREY, x=0.01, ha="left")
-    part = fig.subfigures(1, 1)
+    part: typing.Any = fig.subfigures(1, 1)
     part.suptitle(textwrap.fill(title, 84), fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left")
     return fig, part
 

@@ -268,7 +268,7 @@ def warnings_of(row: Row, results: list[dict], asked: int, target: float) -> lis
     core_ms = [ms for batch in results for ms in batch.get("core_ms") or []]  # what older records lack
     slower = np.quantile(core_ms, 0.9) / np.quantile(core_ms, 0.1) if core_ms else 1.0
     held_back_s = sum(batch.get("held_back_s") or 0.0 for batch in results)
-    several, short = len(results) > 1, row.runs < asked
+    several, short = len(results) > 1, (row.runs or 0) < asked
     wide = several and width_pct(row) > target
     figure = "throughput" if row.backend == BASELINE or row.speedup is None else "speedup"
     reached = f"{figure} {percent_width(row)}, target {target:g} %"

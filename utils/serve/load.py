@@ -228,7 +228,7 @@ def describe(rows: list[Row]) -> str:
     for row in rows:
         says = "VALID" if row.valid else "INVALID"
         if row.scenario == "offline":
-            more = row.achieved / (row.fps or math.nan) - 1
+            more = (row.achieved or math.nan) / (row.fps or math.nan) - 1
             said = f"{row.achieved:,.0f} images/s, {says}; {more:+.1%} of our measurement"
         else:
             times = f"p50 {row.p50_ms:.2f}, p90 {row.p90_ms:.2f}, p99 {row.p99_ms:.2f} ms"

@@ -130,7 +130,8 @@ class Training:
 
         torch.manual_seed(settings["seed"])
         network = model.build(len(classes), settings["pretrained"])
-        self.network = network.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        options: dict = {"memory_format": torch.channels_last}
+        self.network = network.to(device, **options)
         for module in self.network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = MOMENTUM

@@ -31,6 +31,7 @@ from utils.utils import in_fresh_process, number, run_main, write_json
 
 CI_WIDTH_PCT = {"cuda": 1.0, "cpu": 5.0}
 BUDGET_MINUTES = {"cuda": 3.5, "cpu": 7.0}
+TIMEOUT_S = 1800.0  # after which a step is taken to hang
 BUSY_PCT = 20  # of all cores, by other programs
 ROOT = Path(__file__).resolve().parent
 
@@ -181,6 +182,38 @@ def write_all(args: argparse.Namespace, asked: list[Job], results: Path, others:
     return served or int(bool(failed) or not (rows.status == "ok").any())
 
 
+def measure_script(description: str, script: str, makers: dict) -> None:
+    """What a backend's script does when it is run itself: measure its first backend, or those asked for, in
+    one round, and print their table; with --profile trace instead.
+
+    `makers` is its BACKENDS; `script` is the module's name.
+    """
+    from utils.measure.worker import trace
+    from utils.report import words
+    from utils.report.rows import read_rows
+
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    jobs.add_arguments(parser, list(makers))
+    tracing = "not time but trace the first size and last batch size"
+    parser.add_argument("--profile", action="store_true", help=tracing)
+    args = parser.parse_args()
+    usual = {device: [next(iter(makers))] for device in ("cpu", "cuda")}
+    asked = jobs.make_jobs(args, dict.fromkeys(makers, script), usual, rounds=1)
+    if args.profile:
+        for job in asked:
+            if job.image_size == asked[0].image_size:
+                trace(job, makers[job.backend]())
+        return
+    with jobs.lock_results(asked[0].results):
+        sweep(asked, TIMEOUT_S, CI_WIDTH_PCT[asked[0].device], budget_minutes=0)
+    rows = read_rows(asked[0].results)
+    wanted = {(args.sweep, job.backend, job.image_size) for job in asked}
+    shown = [which in wanted for which in zip(rows.sweep, rows.backend, rows.image_size, strict=True)]
+    print(words.text_table(rows.loc[shown]))
+
+
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -193,8 +226,8 @@ def main() -> None:
     parser.add_argument("--budget", type=number(float, 0, 1_000_000), metavar="MINUTES", help=spend)
     serve = "also measure from files to labels: see end_to_end.py"
     parser.add_argument("--end-to-end", action="store_true", help=serve)
-    hangs = "seconds after which a step is taken to hang; default 1800"
-    parser.add_argument("--timeout", type=number(float, 0.001, 1_000_000), default=1800, help=hangs)
+    hangs = f"seconds after which a step is taken to hang; default {TIMEOUT_S:g}"
+    parser.add_argument("--timeout", type=number(float, 0.001, 1_000_000), default=TIMEOUT_S, help=hangs)
     args = parser.parse_args()
     asked = jobs.make_jobs(args, backends.SCRIPTS, backends.DEFAULT)
     device = asked[0].device

@@ -149,6 +149,6 @@ BACKENDS = {
 }
 
 if __name__ == "__main__":
-    from utils.standalone import main
+    from benchmark import measure_script
 
-    run_main(lambda: main(__doc__, "onnx_inference", BACKENDS))
+    run_main(lambda: measure_script(__doc__, "onnx_inference", BACKENDS))

@@ -21,7 +21,7 @@ import torch
 from conftest import run_script, shared_copy
 from PIL import Image
 
-from utils import standalone
+from benchmark import measure_script
 from utils.utils import run_main
 
 LARGE = 1 << 20  # bytes; what is larger is linked instead of copied, and known by its inode instead of a hash
@@ -341,7 +341,7 @@ FIRST = {
 def run_here(script: str, arguments: list[str], monkeypatch, capsys) -> tuple[int, str]:
     module = importlib.import_module(script)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-    main = getattr(module, "main", lambda: standalone.main(module.__doc__, script, module.BACKENDS))
+    main = getattr(module, "main", lambda: measure_script(module.__doc__, script, module.BACKENDS))
     with pytest.raises(SystemExit) as stopped:
         run_main(main)
     return stopped.value.code, capsys.readouterr().err

@@ -12,7 +12,6 @@ from conftest import ROOT
 # the backends and what builds engines for them; measuring; serving; reporting; the scripts.
 BASE, BACKENDS, MEASURE, SERVE, REPORT, SCRIPT = range(6)
 FLOORS = {"model": BASE, "datasets": BASE, "utils": BASE, "utils.plot_utils": REPORT}
-FLOORS |= {"utils.standalone": SCRIPT}
 FLOORS |= {"utils.measure": MEASURE, "utils.serve": SERVE, "utils.report": REPORT}
 FLOORS |= dict.fromkeys(["train", "benchmark", "compare", "predict", "end_to_end", "install"], SCRIPT)
 LONGEST_CHAIN = 9  # files

@@ -17,7 +17,7 @@ from pathlib import Path
 from utils.environment import throttled_s
 from utils.measure import records, timing
 from utils.measure.schema import BASELINE, Job, Problem, Record, Settings
-from utils.measure.worker import LONGEST_REASON, Measurement, problem_of, serve
+from utils.measure.worker import LONGEST_REASON, problem_of, serve
 from utils.utils import UserError, fresh_processes
 
 # Of a block at least: below, what the others left in the caches shows.  A core that shares its hardware with
@@ -83,24 +83,6 @@ class Remote:
         self.process.join()
 
 
-class Local:
-    """A Measurement in this process."""
-
-    seconds = None
-
-    def __init__(self, job: Job, backend):
-        self.measurement = Measurement(job, backend)
-
-    def ask(self, step: str, *arguments):
-        return getattr(self.measurement, step)(*arguments)
-
-    def is_gone(self) -> bool:
-        return False
-
-    def stop(self) -> None:
-        pass
-
-
 class Member:
     """A backend in a round: where its steps happen, and the record that grows by what they return.
 
@@ -108,7 +90,7 @@ class Member:
     others, whose figures are not wanted.
     """
 
-    def __init__(self, job: Job, steps: Remote | Local, record: Record | None):
+    def __init__(self, job: Job, steps: Remote, record: Record | None):
         self.job, self.steps, self.recorded = job, steps, record is not None
         self.record = record or records.start(job)
         self.record.wall = steps.seconds

@@ -116,14 +116,14 @@ def note_sweep(asked: list[Job], **more) -> dict:
     return note
 
 
-def noted(notes: dict, settings_key: str) -> dict:
+def noted(notes: dict, settings_key) -> dict:
     """What sweep.json notes of some settings, without what is of another kind (it may be damaged)."""
     note = notes.get(settings_key)
     known = note.items() if isinstance(note, dict) else ()
     return {name: value for name, value in known if isinstance(value, NOTES.get(name, object))}
 
 
-def read_roofline(folder, settings_key: str) -> dict | None:
+def read_roofline(folder, settings_key) -> dict | None:
     """What was measured of the machine by these settings, or None."""
     found = read_dict(folder / "ceilings.json")
     whole = isinstance(found.get("tflops"), dict) and isinstance(found.get("gb_per_s"), int | float)

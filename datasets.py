@@ -52,6 +52,9 @@ def check_folders(data: Path) -> None:
     """Raise UserError unless every class has images and every test class was trained; decodes nothing."""
     listed = list_images(data)
     again = "then: python datasets.py"
+    lost = [str(path) for split in SPLITS for path in visible(data / split) if not path.exists()]
+    if lost:
+        raise UserError(f"{', '.join(lost)} is a link that leads nowhere; mend or remove it, {again}")
     for split, classes in listed.items():
         if not classes:
             hidden = ", ".join(path.name for path in visible(data / split) if path.is_dir())

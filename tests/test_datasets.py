@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import unicodedata
@@ -326,6 +327,16 @@ def test_links_are_followed_once_and_never_round(data, tmp_path_factory):
 
 
 @posix
+def test_links_that_lead_nowhere_are_named_and_not_skipped(data):
+    (data / "train" / "Ушедший").symlink_to(data / "gone")
+    with pytest.raises(UserError, match="Ушедший is a link that leads nowhere"):
+        datasets.ensure_data(data)
+    (data / "train" / "Ушедший").rename(data / "train" / "Пудж" / "album")  # of a disk that is not mounted
+    with pytest.raises(UserError, match="1 of 9 images can't be read.*\n.*album"):
+        datasets.check_images(data)
+
+
+@posix
 def test_pipes_and_hidden_files_are_no_images_and_nothing_waits_for_them(data):
     before = datasets.all_images(data)
     os.mkfifo(data / "train" / "Пудж" / "pipe.png")
@@ -468,6 +479,14 @@ def test_an_unfinished_sample_is_never_finished_over_own_images(sample, tmp_path
             paint(folder / split / name / "own.png", (90, 200, 10 if name == "A" else 90))
     datasets.ensure_data(folder)
     assert datasets.class_names(folder) == ["A", "B"] and "drawing" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="a second disk is needed")
+def test_the_sample_is_drawn_onto_another_disk_too(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        (tmp_path / "train").symlink_to(elsewhere)
+        datasets.draw_sample(tmp_path, seed=3, counts=FEW)
+        assert len(datasets.all_images(tmp_path)) == 12 and not (tmp_path / "sample.part").exists()
 
 
 def test_what_cannot_be_drawn_is_not_begun(tmp_path, monkeypatch):

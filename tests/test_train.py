@@ -176,6 +176,16 @@ def test_a_damaged_or_foreign_state_is_kept_and_not_gone_on_from(folder, run):
     assert last.with_name(f"{last.name}.1").read_bytes() == b"cut short"
 
 
+def test_a_checkpoint_of_other_classes_is_trained_again(folder, run):
+    request = ["--image-sizes", 32, "--epochs", 1]
+    run(*request)
+    path = checkpoint_path(folder / "weights", 32)
+    known = torch.load(path, weights_only=True)
+    torch.save({**known, "classes": ["a", "b"]}, path)
+    assert "epoch 1/1" in run(*request)
+    assert model.load_facts(path)["classes"] == ["светлый", "тёмный"]
+
+
 @pytest.mark.parametrize("batch_size", [9, 3, 1000])
 def test_any_batch_size_works(run, batch_size):
     assert "best epoch 1" in run("--image-sizes", 32, "--epochs", 1, "--batch-size", batch_size)

@@ -72,7 +72,7 @@ def is_image(path: str | Path) -> bool:
         return False
     if os.path.isfile(path):
         return bool(suffix) or has_image_content(path)
-    return bool(suffix) and not os.path.exists(path)
+    return not os.path.exists(path)
 
 
 def has_image_content(path: str | Path) -> bool:
@@ -355,7 +355,7 @@ def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = SAMPLE_IMAGE
     for path in visible_files(part):
         target = data / path.relative_to(part)
         target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
+        shutil.move(path, target)  # train/ may be a mount or a link to another disk
     shutil.rmtree(part)
 
 

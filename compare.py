@@ -98,7 +98,7 @@ def comparison(both: "pd.DataFrame") -> list[str]:
         ),
         ("Verdict", lambda row: "can't judge: one round" if row.verdict == "can't judge" else row.verdict),
     ]
-    judged = both[analysis.can_judge(both)]
+    judged = both[both.verdict != "can't judge"]
     lines = [words.aligned(words.lines_of(columns, both))]
     count = int(analysis.agrees(judged, "fps").sum())
     lines.append(f"Throughput agrees within the 95 % intervals in {count} of {len(judged)} configurations.")
@@ -150,7 +150,7 @@ def gate(before: "pd.DataFrame", after: "pd.DataFrame", both: "pd.DataFrame", sl
     """The exit code: 0 only if something could be judged, nothing is slower and nothing was lost."""
     from utils.report import analysis, words
 
-    judged = both[analysis.can_judge(both)]
+    judged = both[both.verdict != "can't judge"]
     slower, (lost, missing) = judged[judged.fps_ratio_high < 1 - slower_by], analysis.lost(before, after)
     beyond = f"slower by more than {slower_by:.1%} beyond their intervals"
     print(f"{len(slower)} of {len(judged)} configurations are {beyond}")

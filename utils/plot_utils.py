@@ -30,9 +30,7 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
     """With `label`, without the figures of rows that are not ok, methods in the charts' order."""
     rows = with_labels(without_figures(rows.reset_index(drop=True)))
     families = [*FAMILIES, *rows.backend.map(family)]
-    rank = {
-        backend: (families.index(family(backend)), chart_style.look_of(backend)) for backend in rows.backend
-    }
+    rank = {name: (families.index(family(name)), chart_style.look_of(name)) for name in rows.backend}
     return rows.sort_values("backend", key=lambda names: names.map(rank), kind="stable")
 
 
@@ -70,7 +68,7 @@ CHARTS = {
     "fps_vs_batch_size.png": Chart("fps", "images/s", "batch_size", "image_size", chart_style.batching),
     "speedup_vs_image_size.png": Chart("speedup", "speedup", "image_size", "batch_size", leader, bars=True),
     "memory_vs_batch_size.png": Chart(
-        "gpu_memory_mb", "GPU memory (MB)", "batch_size", "image_size", chart_style.memory
+        "gpu_memory_mb", "GPU MB", "batch_size", "image_size", chart_style.memory
     ),
 }
 
@@ -82,13 +80,11 @@ def panels_of(chart: Chart, rows: pd.DataFrame) -> list[tuple[int, pd.DataFrame]
     return several or panels
 
 
-def series(panel: pd.DataFrame, label: str, chart: Chart, ticks: list[int]) -> tuple[pd.DataFrame, object]:
-    """One method's rows, one for each tick, and the distances to the ends of their intervals, if any."""
+def series(panel: pd.DataFrame, label: str, chart: Chart, ticks: list[int]) -> tuple:
+    """One method's rows, one for each tick, and the distances to the ends of their intervals: 0 without."""
     own = panel[panel.label == label].drop_duplicates(chart.x).set_index(chart.x).reindex(ticks)
-    low, high = f"{chart.column}_low", f"{chart.column}_high"
-    if low not in own:
-        return own, None
-    return own, np.clip(np.array([own[chart.column] - own[low], own[high] - own[chart.column]]), 0, None)
+    value, ends = own[chart.column], (own.get(f"{chart.column}_{end}", np.nan) for end in ("low", "high"))
+    return own, np.nan_to_num([np.abs(value - end) for end in ends])
 
 
 def draw_lines(ax, chart: Chart, panel: pd.DataFrame, looks: dict, ticks: list[int]) -> None:
@@ -97,8 +93,9 @@ def draw_lines(ax, chart: Chart, panel: pd.DataFrame, looks: dict, ticks: list[i
     for name, look in looks.items():
         own, error = series(panel, name, chart, ticks)
         tried, values = own.status.notna().to_numpy(), own[chart.column]
-        ends = None if error is None else error[:, tried]
-        ax.errorbar(places[tried], values[tried], yerr=ends, elinewidth=1, capsize=2, label=name, **look)
+        ax.errorbar(
+            places[tried], values[tried], yerr=error[:, tried], elinewidth=1, capsize=2, label=name, **look
+        )
         for i in np.flatnonzero(tried & values.isna()):
             height = 0.05 + 0.08 * crosses[ticks[i]]
             crosses[ticks[i]] += 1
@@ -125,9 +122,8 @@ def draw_bars(ax, chart: Chart, panel: pd.DataFrame, looks: dict, ticks: list[in
             if isinstance(text, str):  # no text where nothing was tried
                 ax.annotate(text if upright else text.replace(" (", "\n("), (x, top), **where)
     ax.set_xlim(-0.5, len(ticks) - 0.5)
-    ax.set_ylim(
-        0, ax.get_ylim()[1] * (1 + 0.085 * size if upright else 1.25)
-    )  # above bars stand their values
+    room = 1 + 0.085 * size if upright else 1.25  # above bars stand their values
+    ax.set_ylim(0, ax.get_ylim()[1] * room)
 
 
 def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Figure:
@@ -166,30 +162,43 @@ def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Fig
 # ---- every method at one size
 
 
+def draw_horizontal(title: str, small_print: list[str], bars: list[tuple]) -> Figure:
+    """Horizontal bars in images/s, the first at the foot: of each its row, its name, value, the ends of the
+    interval, and what stands at its end."""
+    fig, part = sheet(0.4 + 0.48 * len(bars), title, small_print)
+    ax = part.subplots()
+    for y, (row, _, value, low, high, text) in enumerate(bars):
+        ax.barh(y, value, 0.7, **bar_look(style(row.backend, row.precision)))
+        ends = np.nan_to_num([[value - low], [high - value]])
+        ax.errorbar(value, y, xerr=ends, fmt="none", ecolor=INK, capsize=2)
+        end = np.nanmax([0, value, high])
+        ax.annotate(text, (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
+    dress(ax, "images/s", "")
+    ax.grid(visible=False, axis="y")
+    ax.set_yticks(range(len(bars)), [name for _, name, *_ in bars], fontsize=8.5)
+    ax.set_ylim(-0.6, len(bars) - 0.4)
+    ax.set_xlim(0, np.nanmax([1, *(value for _, _, value, *_ in bars)]) * 1.75)
+    thousands(ax.xaxis)
+    return fig
+
+
 def draw_methods(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure | None:
-    """Every method at one image and batch size as horizontal bars, the slowest at the foot; under its name
-    what a variant adds and its environment, at its end images/s and speedup with its interval."""
-    rows = analysis.all_methods(in_order(rows))
+    """Every method at one image and batch size, the slowest at the foot; under its name what a variant adds
+    and its environment, at its end images/s and speedup with its interval."""
+    rows, bars = analysis.all_methods(in_order(rows)), []
     if len(rows) < 2:
         return None
     sweeps = sweeps_of(rows)
-    at = f"{rows.image_size.iloc[0]} px, batch {rows.batch_size.iloc[0]}: every method"
-    note = f"{at}; x: speedup over PyTorch FP32 in the same environment, with its 95 % interval"
-    fig, part = sheet(0.4 + 0.46 * len(rows), leader(rows), [note, *feet_of(sweeps, environments)])
-    ax, names = part.subplots(), []
-    for y, row in enumerate(rows.itertuples()):
-        ax.barh(y, row.fps, 0.7, **bar_look(style(row.backend, row.precision)))
-        ends = np.clip([[row.fps - row.fps_low], [row.fps_high - row.fps]], 0, None)
-        ax.errorbar(row.fps, y, xerr=ends, fmt="none", ecolor=INK, capsize=2)
+    for row in rows.itertuples():
         about = ["the baseline" if row.backend == BASELINE else row.adds, row.sweep * (len(sweeps) > 1)]
-        called = row.label.removesuffix(f" ({row.sweep})")
-        names.append(f"{called}\n{textwrap.fill('; '.join(filter(None, about)), 60)}".strip())
+        about = textwrap.fill("; ".join(filter(None, about)), 60)
+        name = f"{row.label.removesuffix(f' ({row.sweep})')}\n{about}"
         text = ", ".join(filter(None, [f"{figure(row.fps)} images/s", times(row)]))
         text = "wrong results" if row.status == "mismatch" else text
-        end = np.nanmax([0, row.fps, row.fps_high])
-        ax.annotate(text, (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-    chart_style.horizontal(ax, names, "images/s", rows.fps.max() * 1.75)
-    return fig
+        bars.append((row, name.strip(), row.fps, row.fps_low, row.fps_high, text))
+    where = f"{rows.image_size.iloc[0]} px, batch {rows.batch_size.iloc[0]}: every method"
+    note = f"{where}; x: speedup over PyTorch FP32 in the same environment, with its 95 % interval"
+    return draw_horizontal(leader(rows), [note, *feet_of(sweeps, environments)], bars)
 
 
 # ---- the roofline
@@ -203,16 +212,14 @@ def draw_roofline(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure |
     if rows.empty:
         return None
     best, counts = rows.loc[rows.pct_measured_peak.idxmax()], rows["limit"].value_counts()
-    kinds = [
-        f"{counts[kind]} {kind}" for kind in ("launch", "latency", "memory", "compute") if kind in counts
-    ]
+    kinds = [kind for kind in ("launch", "latency", "memory", "compute") if kind in counts]
     share = f"{figure(best.pct_measured_peak)} % of the rate of a matrix product"
     title = f"{best.label} reaches {share} at {best.image_size} px, batch {best.batch_size}"
-    note = f"Larger marks: larger batches.  Rows by bottleneck: {', '.join(kinds)}"
+    bottlenecks = ", ".join(f"{counts[kind]} {kind}" for kind in kinds)
+    note = f"Larger marks: larger batches.  Rows by bottleneck: {bottlenecks}"
     sweeps = sweeps_of(rows)
-    fig, part = sheet(
-        4.4 + 0.2 * -(-rows.label.nunique() // 3), title, [note, *feet_of(sweeps, environments)]
-    )
+    height = 4.4 + 0.2 * -(-rows.label.nunique() // 3)
+    fig, part = sheet(height, title, [note, *feet_of(sweeps, environments)])
     draw_roof(part.subplots(), rows, [limits[sweep] for sweep in sweeps])
     part.legend(loc="outside lower center", ncols=3, **LEGEND)
     return fig
@@ -228,12 +235,9 @@ def draw_roof(ax, rows: pd.DataFrame, limits: list[dict]) -> None:
     for name, peak in roofs.items():
         line = [left * bandwidth, peak, peak]
         ax.plot([left, peak / bandwidth, right], line, color=GREY, linewidth=1.2, zorder=1)
-        at, side, shift = (left, "left", 3) if peak / bandwidth < left else (right, "right", -3)
-        where = dict(xytext=(shift, 3), textcoords="offset points", ha=side, fontsize=9)
-        ax.annotate(f"{name} matrix product: {figure(peak)} TFLOP/s", (at, peak), **where)
-    ax.text(
-        0.02, 0.94, f"slope: copy at {figure(copied)} GB/s", transform=ax.transAxes, fontsize=9, color=INK
-    )
+        where = dict(xytext=(-3, 3), textcoords="offset points", ha="right", fontsize=9)
+        ax.annotate(f"{name} matrix product: {figure(peak)} TFLOP/s", (right, peak), **where)
+    ax.text(0.02, 0.94, f"slope: copy at {figure(copied)} GB/s", transform=ax.transAxes, fontsize=9)
     for name, look in looks_of(rows, "tflops").items():
         look = look | {"linestyle": "none", "alpha": 0.85}
         for row in rows[rows.label == name].itertuples():
@@ -264,31 +268,23 @@ def at_usual_size(table: pd.DataFrame, environments: dict) -> tuple[pd.DataFrame
 def draw_end_to_end(table: pd.DataFrame, environments: dict[str, dict]) -> Figure:
     """For each method and decoder a bar from files to labels; beside it the speed of its halves alone."""
     table, feet = at_usual_size(table, environments)
-    ok = table[table.status == "ok"]
+    ok, bars = table[table.status == "ok"], []
     title = "Nothing from files to labels was measured"
     if len(ok):
         best = ok.loc[ok.images_per_s.idxmax()]
         title = f"From files to labels: {best.label} reaches {figure(best.images_per_s)} images/s"
-    note = (
-        f"{table.image_size.iloc[0]} px.  The percentages are of what decoding and inference allow together."
-    )
-    fig, part = sheet(0.8 + 0.5 * len(table), title, [note, *feet])
-    ax, names = part.subplots(), []
-    for y, row in enumerate(table.itertuples()):
-        value = row.images_per_s if row.status == "ok" else 0
-        halves = (
-            f"alone: decoding {figure(row.decode_images_per_s)}, inference {figure(row.infer_images_per_s)}"
-        )
-        text = f"{figure(value)} images/s, {row.overlap:.0%} of what its parts allow\n{halves}"
-        text = text if row.status == "ok" else textwrap.fill(f"{row.status}: {row.reason}", 70)
-        ax.barh(y, value, 0.6, **bar_look(style(row.backend, row.precision)))
-        ends = np.clip([[value - row.images_per_s_low], [row.images_per_s_high - value]], 0, None)
-        ax.errorbar(value, y, xerr=ends if value else None, fmt="none", ecolor=INK, capsize=2)
-        end = np.nanmax([value, row.images_per_s_high * (value > 0)])
-        ax.annotate(text, (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
-        names.append(f"{row.label}, batch {row.batch_size}\n{row.decoder}; bottleneck: {row.limit}")
-    chart_style.horizontal(ax, names, "images/s", max(1, ok.images_per_s.max() * 1.7))
-    return fig
+    for row in table.itertuples():
+        decoding, inference = figure(row.decode_images_per_s), figure(row.infer_images_per_s)
+        text = f"{figure(row.images_per_s)} images/s, {row.overlap:.0%} of what its parts allow"
+        text += f"\nalone: decoding {decoding}, inference {inference}"
+        figures = (row.images_per_s, row.images_per_s_low, row.images_per_s_high, text)
+        if row.status != "ok":
+            figures = (0, 0, 0, textwrap.fill(f"{row.status}: {row.reason}", 70))
+        name = f"{row.label}, batch {row.batch_size}\n{row.decoder}; bottleneck: {row.limit}"
+        bars.append((row, name, *figures))
+    size = f"{table.image_size.iloc[0]} px"
+    note = f"{size}.  The percentages are of what decoding and inference allow together."
+    return draw_horizontal(title, [note, *feet], bars)
 
 
 def draw_load(load: pd.DataFrame, environments: dict[str, dict]) -> Figure:

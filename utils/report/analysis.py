@@ -230,16 +230,6 @@ def decided(rows: pd.DataFrame) -> pd.Series | None:
     return best[0] if len(best) == 1 and measured(rows).fps_low.notna().all() else None
 
 
-def beats_baseline(row) -> bool:
-    """Whether a row is beyond doubt faster than PyTorch FP32 at its size and batch."""
-    return bool(row.speedup_low > 1)
-
-
-def can_judge(both: pd.DataFrame) -> pd.Series:
-    """Which of ratios()'s rows have intervals; a single round, before or after, has none."""
-    return both.fps_ratio_low.notna()
-
-
 def lost(before: pd.DataFrame, after: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Of what the first table measured: the second's rows that were tried and are not ok, and the first's
     rows that the second does not have at all."""

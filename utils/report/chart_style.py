@@ -78,16 +78,6 @@ def log_ticks(*axes) -> None:
         axis.set_minor_formatter("")
 
 
-def horizontal(ax, names: list[str], unit: str, right: float) -> None:
-    """What horizontal bars have: a name for each, and thousands apart."""
-    dress(ax, unit, "")
-    ax.grid(visible=False, axis="y")
-    ax.set_yticks(range(len(names)), names, fontsize=8.5)
-    ax.set_ylim(-0.6, len(names) - 0.4)
-    ax.set_xlim(0, right)
-    thousands(ax.xaxis)
-
-
 def sheet(height: float, title: str, small_print: list[str]):
     """A figure and its part for panels, `height` inches high, under the title and over the small print."""
     lines = [line for text in small_print for line in textwrap.wrap(text, 140)]
@@ -122,13 +112,10 @@ def feet_of(sweeps: list[str], environments: dict) -> list[str]:
 def leader(rows: pd.DataFrame, column: str = "fps") -> str:
     """The fastest (or the largest speedup) and where; no winner where the first are indistinguishable."""
     lead, ok = analysis.leaders(rows, column), analysis.measured(rows)
-    if ok.empty:
-        return "Nothing was measured"
     if not lead:
-        return "No speedups: PyTorch FP32 was not measured"
+        return "Nothing was measured" if ok.empty else "No speedups: PyTorch FP32 was not measured"
     best, last = lead[0], lead[-1]
     where = f"at {best.image_size} px, batch {best.batch_size}"
-    value = value_of(best, column)
     if ok.label.nunique() == 1:
         return f"Only {best.label} was measured: {value_of(best, 'fps')} {where}"
     if analysis.at(ok, best.image_size, best.batch_size).fps_low.isna().any():
@@ -136,9 +123,11 @@ def leader(rows: pd.DataFrame, column: str = "fps") -> str:
     if column == "speedup" and BASELINE in [row.backend for row in lead]:
         return f"Nothing is clearly faster than PyTorch FP32 {where}"
     if len(lead) == 1:
-        return f"{best.label} {'reaches' if column == 'speedup' else 'is fastest:'} {value} {where}"
+        verb = "reaches" if column == "speedup" else "is fastest:"
+        return f"{best.label} {verb} {value_of(best, column)} {where}"
     others = last.label if len(lead) == 2 else f"{len(lead) - 1} others"
-    return f"{best.label} and {others} are indistinguishable: {value} and {value_of(last, column)} {where}"
+    both = f"{value_of(best, column)} and {value_of(last, column)}"
+    return f"{best.label} and {others} are indistinguishable: {both} {where}"
 
 
 def value_of(row, column: str) -> str:

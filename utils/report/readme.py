@@ -51,7 +51,7 @@ def headline(rows: pd.DataFrame, environments: dict) -> str:
         return "Nothing to compare with PyTorch FP32 has been measured here yet."
     best = ok.loc[ok.fps.idxmax()]
     lines = [f"**Best: {sentence_name(best)}, {times(best)} PyTorch FP32**: {deed(best)}."]
-    if not analysis.beats_baseline(best):
+    if not best.speedup_low > 1:  # nor NaN
         why = "one round has no interval" if pd.isna(best.speedup_low) else "the intervals overlap"
         lines = [f"No verdict ({why}); the most images/s: {sentence_name(best)}, {deed(best)}."]
     half = ok[(ok.precision == "FP16") & (ok.image_size == best.image_size)]
@@ -215,8 +215,6 @@ def folder_readme(folder: Path, rows: pd.DataFrame, environments: dict) -> str:
     if len(ok := analysis.measured(rows)):
         parts += ["## What the device was doing"]
         parts += by_size(ok, lambda group: markdown(words.lines_of(words.DEVICE, group)))
-        limits = {sweep: limits_text(environments.get(sweep, {})) for sweep in rows.sweep.unique()}
-        parts += [f"<sub>{sweep}: {text}</sub>" for sweep, text in limits.items() if text]
     for file, (title, table) in SERVING.items():
         if (folder / file).is_file():
             found = read_serving(folder / file)
@@ -283,6 +281,7 @@ def facts_of(known: dict) -> dict[str, str | None]:
         "System": f"{known.get('os')}, Python {known.get('python')}",
         "CUDA": known.get("cuda") and f"{known['cuda']}, cuDNN {known.get('cudnn')}",
         "Packages": ", ".join(packages),
+        "Measured limits": limits_text(known),
         "Data": f"{known.get('data')}{' (the drawn sample)' if known.get('sample_data') else ''}",
         "Time": time_spent(known.get("sweep")),
         "Command": f"`{known.get('command')}`",

@@ -214,9 +214,11 @@ def gaps(rows: pd.DataFrame) -> list[tuple[str, str, str]]:
     """(method and, where it isn't all of its rows, where; status; reason) of the rows that are not ok."""
     found, keys = [], ["backend", "precision", "status", "reason"]
     for (backend, precision, status, reason), group in rows[rows.status != "ok"].groupby(keys, sort=False):
-        places = sorted(set(zip(group.image_size, group.batch_size, strict=True)))
-        where = ", ".join(f"{size} px batch {batch}" for size, batch in places)
-        scope = "" if len(places) == sum(rows.backend == backend) else f" ({where})"
+        own, places = rows[rows.backend == backend], []
+        for size, part in group.groupby("image_size"):
+            batches = ", ".join(map(str, sorted(set(part.batch_size))))
+            places.append(f"{size} px" + f" batch {batches}" * (len(part) < sum(own.image_size == size)))
+        scope = f" ({', '.join(places)})" if len(group) < len(own) else ""
         found.append((label(backend, precision) + scope, status.replace("_", " "), reason))
     return found
 

@@ -132,7 +132,7 @@ def test_busy_time_lies_within_the_time_of_a_call(call):
     assert 0.2 < gpu.busy_ms(run) / timing.trimmed_mean(samples.gpu_ms) < 1.1
 
 
-def test_measured_ceilings_stay_under_the_theoretical_peaks():
+def test_measured_rates_stay_under_the_theoretical_peaks():
     found, known = roofline.measure("cuda"), environment.describe()
     for precision, tflops in found["tflops"].items():
         peak = roofline.peak_tflops(known, precision)

@@ -92,7 +92,7 @@ def test_what_the_device_did_against_hand_worked_figures():
     )
     rounds[0].batches[0]["busy_ms"] = 4.0  # of 10 ms
     assert rows_of(rounds, limits, **gpu)[0].limit == "launch"
-    assert rows_of(rounds, **gpu)[0].limit is None  # no ceilings measured
+    assert rows_of(rounds, **gpu)[0].limit is None  # no roofline measured
 
 
 def test_the_baseline_beside_a_row_gives_its_speedup_whatever_the_baselines_own_row_says():

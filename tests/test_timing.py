@@ -63,10 +63,10 @@ def test_warm_up_makes_the_calls_and_lasts_the_time_but_not_longer_than_the_limi
     assert len(timing.warm_up(wait, wait, calls=100, seconds=0, at_most=0.05)) <= 3
 
 
-def test_a_speedup_is_formed_turn_by_turn():
-    own, turns = [1.0] * 4 + [2.0] * 4 + [4.0] * 2, [4, 4, 2]  # the machine halves its speed twice
-    assert timing.speedup([3.0, 6.0, 12.0], own, turns) == pytest.approx(3)
-    assert timing.speedup([3.0, 6.0, 12.0, 900.0], [*own, 4.0], [*turns, 1]) == pytest.approx(3)  # a hiccup
+def test_a_speedup_is_formed_block_by_block():
+    own, runs = [1.0] * 4 + [2.0] * 4 + [4.0] * 2, [4, 4, 2]  # the machine halves its speed twice
+    assert timing.speedup([3.0, 6.0, 12.0], own, runs) == pytest.approx(3)
+    assert timing.speedup([3.0, 6.0, 12.0, 900.0], [*own, 4.0], [*runs, 1]) == pytest.approx(3)  # a hiccup
     assert timing.speedup([5.0], [2.0, 2.0], [2]) == pytest.approx(2.5)
 
 
@@ -76,13 +76,13 @@ def test_an_interval_is_students_on_logarithms():
         high / 2.0 == pytest.approx(2.0 / low) == pytest.approx(np.exp(4.3027 * np.log(2) / 3**0.5), rel=1e-4)
     )
     assert timing.half_width_pct(low, high) == pytest.approx((high / 2 - 1) * 100)
-    assert timing.interval(2.0, [2.0]) == (None, None)  # one round supports no verdict
+    assert timing.interval(2.0, [2.0]) == (None, None)  # one round has no interval
     assert timing.half_width_pct(None, None) == timing.half_width_pct(float("nan"), 1.0) == np.inf
 
 
 @pytest.mark.parametrize("rounds", [3, 5, 8])
 def test_the_interval_on_the_speedup_covers_the_truth(rounds):
-    """Processes differ by 2 %, turns by 3 %, the machine drifts by 20 % for both: 93 to 97 % of the intervals
+    """Processes differ by 2 %, blocks by 3 %, the machine drifts by 20 % for both: 93 to 97 % of intervals
     hold the true speedup of 2."""
     rng, covered, simulations = np.random.default_rng(1), 0, 1000
     for _ in range(simulations):

@@ -1,11 +1,12 @@
 """What this machine could do at most, in theory and as measured, and which of it limits a row."""
 
-import contextlib
 import functools
 import re
 import time
 import timeit
 from collections.abc import Callable
+
+from utils.utils import is_out_of_memory
 
 # Per SM and clock, by compute capability: FP32 lanes, then the tensor cores' dense multiply-adds in TF32,
 # FP16 (with FP16 sums, the faster way) and INT8.  CUDA C++ Programming Guide, table "Throughput of Native
@@ -29,7 +30,7 @@ NO_TENSOR_CORES = re.compile(r"GTX 16\d\d|MX[45]50|CMP 30HX|\bT(400|500|550|600|
 BYTES = {"FP16": 2, "BF16": 2, "INT8": 1}  # of a number; 4 in FP32 and TF32
 LAUNCH_BOUND = 0.5  # share of a call in which the GPU idles: above, launching and waiting take most of it
 LATENCY_BOUND = 0.1  # share of the roof: below, a busy GPU waits neither for arithmetic nor for memory
-SECONDS = 0.25  # of products or copies, at least, for each ceiling
+SECONDS = 0.25  # of products or copies, at least, for each figure
 
 
 def peak_tflops(environment: dict, precision: str) -> float | None:
@@ -66,9 +67,11 @@ def measure(device: str) -> dict:
         rates = []
         for n in (2048, 4096, 8192, 16384) if cuda else (1024, 2048):
             if 4 * n * n * 4 < free:
-                # vars(torch)["_int_mm"] refuses GPUs before Turing: then there is no such ceiling
-                with contextlib.suppress(RuntimeError) if precision == "INT8" else contextlib.nullcontext():
+                try:
                     rates.append(2 * n**3 / 1e12 / _seconds(_product(precision, n, device), cuda))
+                except RuntimeError as error:  # GPUs before Turing have no INT8 product: no such figure
+                    if precision != "INT8" and not is_out_of_memory(error):
+                        raise
         if rates:
             tflops[precision] = round(max(rates), 3)
     source = torch.ones(min(2**30, free // 8), dtype=torch.uint8, device=device)
@@ -102,7 +105,7 @@ def _seconds(call, cuda: bool) -> float:
     timer = timeit.Timer(call, timer=clock)
     timer.timeit(2)
     calls = max(1, int(SECONDS / 5 / max(timer.timeit(1), 1e-6)))
-    return min(timer.repeat(5, calls)) / calls
+    return max(min(timer.repeat(5, calls)), 1e-9) / calls  # a clock may give the same reading twice
 
 
 def bytes_per_image(work: dict, precision: str, batch_size: int) -> float:
@@ -111,7 +114,7 @@ def bytes_per_image(work: dict, precision: str, batch_size: int) -> float:
 
 
 def limit(idle: float | None, rate: float, flops_per_byte: float, tflops: float, gb_per_s: float) -> str:
-    """What limits a call that reaches `rate` TFLOP/s, given the measured ceilings of products and copies.
+    """What limits a call that reaches `rate` TFLOP/s, given the measured rates of products and copies.
 
     The roof is the lower of the two (Williams, Waterman and Patterson, Roofline, 2009).  "launch": the GPU
     idles for most of the time.  "latency": it is busy, but far below the roof, as with kernels too small to

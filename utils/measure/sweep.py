@@ -39,7 +39,7 @@ def without_a_gpu(asked: list[Job]) -> dict[str, str]:
 
 
 def room_for(job: Job) -> int:
-    """How many processes may be alive together by the memory that is free now; 1: each is measured alone."""
+    """How many processes may be alive together by the memory that is free now; 1: one after the other."""
     if job.device == "cpu":
         return max(2, int(psutil.virtual_memory().available / environment.MB // CPU_MB))
     memory = environment.read_driver("nvmlDeviceGetMemoryInfo")
@@ -109,7 +109,7 @@ class Sweep:
                 tqdm.write(line)
 
     def measure_together(self, able: list[Job], room: int) -> None:
-        """Measure these beside the baseline, `room` processes at once; each alone where there is but one."""
+        """Measure these beside the baseline, `room` processes at once, or one by one."""
         if room < 2:
             for job in able:
                 self.play([job], with_baseline=False, sequential=True)

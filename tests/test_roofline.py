@@ -130,7 +130,7 @@ def test_the_limit_is_the_lower_roof_unless_the_gpu_idles_or_stays_far_below(
     )  # the roofs meet at 200 FLOP/B
 
 
-def test_the_ceilings_of_this_cpu_are_of_its_order():
+def test_the_rates_of_this_cpu_are_of_its_order():
     found = roofline.measure("cpu")
     assert list(found["tflops"]) == ["FP32"]
     assert 0.001 < found["tflops"]["FP32"] < 50 and 0.5 < found["gb_per_s"] < 5000
@@ -187,3 +187,13 @@ def test_the_drivers_own_count_comes_first(device, monkeypatch):
     with gpu.own_phase():
         device.used += 300
     assert gpu.memory_mb() == (7, "process")
+
+
+def test_a_product_that_finds_no_memory_or_no_kernel_costs_its_own_figure(monkeypatch):
+    def product(precision, n, device):
+        if n > 1024:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return lambda: None
+
+    monkeypatch.setattr(roofline, "_product", product)
+    assert roofline.measure("cpu")["tflops"]["FP32"] > 0

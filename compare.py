@@ -117,7 +117,7 @@ def environment_changes(before: dict, after: dict) -> list[str]:
 def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | None) -> int:
     """Print how the second table differs from the first and draw it; the exit code."""
     from utils import plot_utils
-    from utils.report import analysis, tables
+    from utils.report import analysis, tables, words
 
     (before, old), (after, new) = (tables.read_table(path) for path in paths)
     first, second = (sweeps[0], sweeps[-1]) if sweeps else (before.sweep.iloc[0], after.sweep.iloc[0])
@@ -130,6 +130,9 @@ def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | 
         raise UserError(f"{paths[0]} and {paths[1]} have no measured configuration in common; {see}")
     print(f"throughput, {paths[1]} / {paths[0]}, with 95 % intervals")
     print("\n".join(comparison(both)))
+    median, ends = words.figure(both.fps_ratio.median()), (both.fps_ratio.min(), both.fps_ratio.max())
+    grid = f"Median over {len(both)} configurations: {median}x {paths[0]}"
+    print(f"{grid} (range {words.interval(*ends) or median}).")
     changes = environment_changes(old.get(first, {}), new.get(second, {}))
     print("\n".join(["Environment: " + ("no difference" if not changes else ""), *changes]))
     chart = (paths[1].parent if paths[1].suffix == ".csv" else paths[1]) / "comparison.png"
@@ -175,19 +178,14 @@ def write_readmes(path: Path) -> None:
     from utils import plot_utils
     from utils.report import readme
 
-    found = readme.read_folders(path)
-    if not found:
+    if not readme.marked(path):
         mend = "put <!-- begin summary results --> and <!-- end --> on lines of their own where one shall be"
         raise UserError(f"{path} has no generated parts; {mend}")
+    found = readme.read_folders(path)
     readme.write_readme(path, found)
     for folder, (rows, environments) in found.items():
         plot_utils.draw_all(rows, environments, folder)
         readme.write_folder_readme(folder, rows, environments)
-    for kind, folders in readme.marked(path):
-        if kind == "machines":  # at the smallest image size that both have
-            both, names = readme.machine_ratios(*(found[folder] for folder in folders))
-            smallest = both[both.image_size == both.image_size.min()]
-            plot_utils.draw_comparison(smallest, " → ".join(names), folders[1] / "machines.png")
     print(f"written: {path}; README.md and charts in {', '.join(map(str, found))}")
 
 

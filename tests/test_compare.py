@@ -274,7 +274,8 @@ def test_saturation_is_told_of_the_plain_methods_and_the_fastest():
 
 def test_the_readme_is_what_the_committed_results_render_to():
     path = ROOT / "README.md"
-    assert [kind for kind, _ in readme.marked(path)].count("summary") == 2
+    shown = ["results", "results/published/h200"]
+    assert {folder.relative_to(ROOT).as_posix() for folder in readme.marked(path)} == set(shown)
     text = path.read_text(encoding="utf-8")
     found = readme.read_folders(path)
     assert readme.render(path, found) == text, "stale: python compare.py --write-readme"
@@ -462,21 +463,23 @@ def test_a_readme_without_generated_parts_is_one_sentence(tmp_path, monkeypatch,
     assert "README.md has no generated parts; put <!-- begin" in refused(capsys, "--write-readme")
 
 
-def test_two_machines_are_a_sentence_and_a_chart(tmp_path, monkeypatch, capsys):
+def test_two_machines_are_a_sentence_and_every_published_folder_is_renewed(tmp_path, monkeypatch, capsys):
+    published = tmp_path / "results" / "published"
+    published.mkdir(parents=True)
     slow = table(("pytorch", 224, 1, 100.0), ("onnx", 224, 1, 150.0), ("onnx", 512, 1, 50.0))
     fast = table(("pytorch", 224, 1, 110.0), ("onnx", 224, 1, 180.0), ("onnx", 512, 1, 75.0))
-    fast = pd.concat([fast, fast.assign(sweep="only here")])
     for name, rows in (("h100", slow), ("h200", fast)):
-        write(tmp_path / name, rows.assign(device="cuda"), gpu=name.upper())
+        write(published / name, rows.assign(device="cuda"), gpu=name.upper())
     path = tmp_path / "README.md"
-    path.write_text("# Mine\n<!-- begin machines h100 h200 -->\n<!-- end -->\n", encoding="utf-8")
+    path.write_text("<!-- begin answers results/published/h200 -->\n<!-- end -->\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plot_utils, "CHARTS", {})
     compare.write_readmes(path)
-    said = "**H200**: median over 3 configurations: 1.2x the images/s of the H100 (range 1.1-1.5)."
-    assert said in path.read_text(encoding="utf-8")
-    assert (tmp_path / "h200" / "machines.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "h100" / "README.md").is_file()
+    assert "- **Which is fastest?** In 1 of 1 combinations" in path.read_text(encoding="utf-8")
+    assert (published / "h100" / "README.md").read_text("utf-8").startswith("# Results: H100\n")
+    said = say(capsys, published / "h100", published / "h200")[1]
+    assert f"Median over 3 configurations: 1.2x {published / 'h100'} (range 1.1-1.5)." in said
+    assert "gpu: H100 -> H200" in said
 
 
 def test_warnings_are_told_with_the_width_reached():
@@ -551,7 +554,6 @@ def test_a_figure_made_on_the_cpu_names_no_gpu_that_stood_beside(tmp_path):
     read, environments = tables.read_table(folder)
     assert environments["main"]["short"] == "an i5, 8 threads, torch 2.14.1+cpu, 2026-11-28"
     made = readme.folder_readme(folder, read, environments)
-    made += readme.machines((read, environments), (read, environments))
     feet = plot_utils.draw(
         plot_utils.CHARTS["fps_vs_image_size.png"], read, environments
     )._supxlabel.get_text()

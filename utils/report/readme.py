@@ -1,7 +1,6 @@
 """README.md's generated parts, and the READMEs of results folders, which are generated as a whole.
 
-A part stands in README.md between `<!-- begin PART FOLDER -->` and `<!-- end -->`; the part `machines` takes
-two folders.
+A part stands in README.md between `<!-- begin PART FOLDER -->` and `<!-- end -->`.
 """
 
 import re
@@ -18,7 +17,7 @@ from utils.report.words import figure, foot, markdown, name, sentence_name, time
 from utils.utils import UserError, write_atomic
 
 PART = re.compile(
-    r"^<!-- begin (?:(?P<kind>headline|summary|answers) (?P<folder>\S+)|machines (?P<a>\S+) (?P<b>\S+)) -->\n"
+    r"^<!-- begin (?P<kind>headline|summary|answers) (?P<folder>\S+) -->\n"
     r"(?:(?!<!-- (?:begin|end)).*\n)*"
     r"(?P<end><!-- end -->)$",
     re.MULTILINE,
@@ -120,33 +119,13 @@ def answers(rows: pd.DataFrame, environments: dict) -> str:
     return "\n".join(f"- {sentence}" for sentence in words.answers_of(rows))
 
 
-def machine_ratios(a: Table, b: Table) -> tuple[pd.DataFrame, list[str]]:
-    """The second machine's figures over the first's (analysis.ratios()), in the sweeps that both have, and
-    the names of the two machines."""
-    (before, old), (after, new) = a, b
-    if shared := set(before.sweep) & set(after.sweep):
-        before, after = (rows[rows.sweep.isin(shared)] for rows in (before, after))
-    first = [next(iter(known.values()), {}) for known in (old, new)]
-    return analysis.ratios(before, after), [known.get("gpu") or known.get("cpu", "?") for known in first]
-
-
-def machines(a: Table, b: Table) -> str:
-    """Two machines in a sentence: throughput of the second over the first's."""
-    both, (first, second) = machine_ratios(a, b)
-    if both.empty:
-        return f"{second} and {first} have no measured configuration in common."
-    ends = f"range {words.interval(both.fps_ratio.min(), both.fps_ratio.max())}"
-    median = f"{figure(both.fps_ratio.median())}x the images/s of the {first} ({ends})"
-    return f"**{second}**: median over {len(both)} configurations: {median}."
-
-
 PARTS = {"headline": headline, "summary": summary, "answers": answers}
 
 # ---- README.md
 
 
-def marked(path: Path) -> list[tuple[str, list[Path]]]:
-    """README.md's parts: kind and folders.  Raises UserError at a marker that belongs to none."""
+def marked(path: Path) -> list[Path]:
+    """The folders that README.md shows parts of.  Raises UserError at a marker that belongs to no part."""
     text = read_text(path)
     found = list(PART.finditer(text))
     whole = {start for match in found for start in (match.start(), match.start("end"))}
@@ -157,9 +136,7 @@ def marked(path: Path) -> list[tuple[str, list[Path]]]:
                 f"{mark[0]} marks no generated part, such as <!-- begin summary results --> to <!-- end -->"
             )
             raise UserError(f"{path}, line {line}: {says}; mend it, then: python compare.py --write-readme")
-    names = "folder", "a", "b"
-    folders = [[path.parent / match[name] for name in names if match[name]] for match in found]
-    return [(match["kind"] or "machines", own) for match, own in zip(found, folders, strict=True)]
+    return [path.parent / match["folder"] for match in found]
 
 
 def read_text(path: Path) -> str:
@@ -171,24 +148,23 @@ def read_text(path: Path) -> str:
 
 
 def read_folders(path: Path, measuring: Path | None = None) -> dict[Path, Table]:
-    """What lies in the results folders that README.md shows parts of, each read once, but for `measuring`.
+    """What lies in the results folders that README.md shows parts of, and in results/published/, each read
+    once, but for `measuring`.
 
     To be called before that one is measured: raises UserError at a broken marker, and at a folder that is
     missing or damaged.
     """
-    folders = sorted({folder for _, folders in marked(path) for folder in folders})
+    published = (path.parent / "results" / "published").glob("*/benchmark_results.csv")
+    folders = sorted({*marked(path), *(table.parent for table in published)})
     known = measuring and measuring.resolve()
     return {folder: read_table(folder) for folder in folders if folder.resolve() != known}
 
 
 def render(path: Path, tables: dict[Path, Table]) -> str:
     """README.md's text with every generated part made anew from the folder it names."""
-    parts = iter(marked(path))
 
     def anew(match: re.Match) -> str:
-        kind, folders = next(parts)
-        found = [tables[folder] for folder in folders]
-        made = machines(*found) if kind == "machines" else PARTS[kind](*found[0])
+        made = PARTS[match["kind"]](*tables[path.parent / match["folder"]])
         return "\n".join([match[0].partition("\n")[0], made.strip(), match["end"]])
 
     return PART.sub(anew, read_text(path))

@@ -25,6 +25,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils import environment
+from utils.images import fingerprint
+from utils.serve import choices
 from utils.utils import (
     ROOT,
     UserError,
@@ -92,6 +94,15 @@ def make_asked(args: argparse.Namespace) -> list:
         how = sizes, tuple(decoders), args.data, args.weights, args.results, args.seconds
         asked += [Asked(*what, *how, photos) for photos in dict.fromkeys([None, args.images])]
     return asked
+
+
+def warn_of_other_data(asked: list) -> None:
+    """Say where a network was trained on other images than those beside the test set."""
+    here = fingerprint(asked[0].data)
+    for path in dict.fromkeys(one.checkpoint for one in asked):
+        if (trained_on := choices.data_of(choices.load_facts(path))) and trained_on != here:
+            what = f"{path} was trained on other images than those in {asked[0].data}"
+            print(f"{what}: accuracy is of images it was not made for", file=sys.stderr)
 
 
 def measure_rounds(asked: list, rounds: int) -> list[Row]:
@@ -245,6 +256,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     asked = make_asked(args)
+    warn_of_other_data(asked)
     if args.load:
         test_set = [one for one in asked if not one.photos]
         measure_load(test_set, args.max_latency_ms, args.results / "load.csv")

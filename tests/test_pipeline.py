@@ -295,11 +295,29 @@ def test_end_to_end_writes_a_row_for_every_backend_and_decoder(project, tmp_path
     assert row.agreement == 1 and row.max_abs_diff < 1e-4 and 0 < row.accuracy <= 1
     assert row.images_per_s_low < row.images_per_s < row.images_per_s_high
     assert row.limit in ("decode", "inference")
+    table.drop(columns=["images", "files", "start_s", "whole_s"]).to_csv(  # as an earlier version wrote it
+        tmp_path / "quick" / "end_to_end.csv", index=False
+    )
     again = [*short[:2], "--rounds", 1, "--seconds", 0.2, "--backends", "pytorch"]
-    run_script("end_to_end.py", *again, cwd=project)
+    photos = project / "data" / "test"
+    said = run_script("end_to_end.py", *again, "--images", photos, cwd=project)
+    assert "; predict.py: 100 files in " in said.stdout and "was trained on other images" not in said.stderr
     table = pd.read_csv(tmp_path / "quick" / "end_to_end.csv")
-    assert sorted(set(table.backend)) == ["onnx", "pytorch"]
+    assert sorted(table.backend + table.images) == [
+        *(["onnxtest set"] * len(decoders)),
+        "pytorchphotos",
+        "pytorchtest set",
+    ]
     assert table[table.backend == "pytorch"].images_per_s_low.isna().all()  # one round has no interval
+    row = table[table.images == "photos"].iloc[0]
+    assert row.files == 100 and 0 < row.start_s < row.whole_s and row.images_per_s > 0
+
+
+def test_where_the_network_was_trained_on_other_images_end_to_end_says_so(project, tmp_path, capsys):
+    what = "main", "onnx", "FP32", 64, 4, "cpu", (4,), ("pillow",)
+    asked = throughput.Asked(*what, tmp_path, project / "weights", tmp_path, 1.0)
+    end_to_end.warn_of_other_data([asked])
+    assert "best_resnet18_64.pth was trained on other images" in capsys.readouterr().err
 
 
 def test_rates_and_overlap_are_put_together_by_round():

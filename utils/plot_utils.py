@@ -19,7 +19,7 @@ from utils.report import analysis, chart_style
 from utils.report.chart_style import GREY, INK, bar_look, dress, feet_of, leader, sheet, style, thousands
 from utils.report.names import FAMILIES, family
 from utils.report.tables import read_serving, short
-from utils.report.words import figure, times, with_labels, without_figures
+from utils.report.words import figure, is_of_photos, times, with_labels, without_figures
 
 AXIS = {"image_size": "image size (px)", "batch_size": "batch size (images)"}
 MARK = {"out_of_memory": "OOM", "mismatch": "wrong", "ok": "no baseline"}
@@ -280,7 +280,8 @@ def draw_end_to_end(table: pd.DataFrame, environments: dict[str, dict]) -> Figur
         figures = (row.images_per_s, row.images_per_s_low, row.images_per_s_high, text)
         if row.status != "ok":
             figures = (0, 0, 0, textwrap.fill(f"{row.status}: {row.reason}", 70))
-        name = f"{row.label}, batch {row.batch_size}\n{row.decoder}; bottleneck: {row.limit}"
+        decoder = f"{row.decoder}{', photos' * is_of_photos(row)}"
+        name = f"{row.label}, batch {row.batch_size}\n{decoder}; bottleneck: {row.limit}"
         bars.append((row, name, *figures))
     size = f"{table.image_size.iloc[0]} px"
     note = f"{size}.  The percentages are of what decoding and inference allow together."

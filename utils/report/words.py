@@ -99,6 +99,15 @@ def bold(text: str, row) -> str:
     return f"**{text}**" if row.get("bold") else text
 
 
+def is_of_photos(row) -> bool:
+    """Whether a row of end_to_end.csv is of the user's photos, not of the test set."""
+    return getattr(row, "images", "") == "photos"
+
+
+def whole_command(row) -> str:
+    return f"{figure(row.files)} files in {row.whole_s:.1f} s, of which {row.start_s:.1f} s to start"
+
+
 HEAD = [
     ("Method", lambda row: bold(name(row), row)),
     ("Environment", lambda row: row.get("environment", "")),
@@ -138,7 +147,7 @@ DEVICE = [
 ]
 END_TO_END = [
     *HEAD,
-    ("Decoder", "decoder"),
+    ("Decoder", lambda row: f"{row.decoder}{', photos' * is_of_photos(row)}"),
     ("Images/s", lambda row: figure(row.images_per_s) if row.status == "ok" else row.status),
     ("Images/s, 95 % CI", lambda row: interval(row.images_per_s_low, row.images_per_s_high)),
     ("Decoding alone", "decode_images_per_s"),
@@ -147,6 +156,7 @@ END_TO_END = [
     ("One after the other", "serial_images_per_s"),
     ("Bottleneck", "limit"),
     ("Agreement", lambda row: percent(row.agreement)),
+    ("python predict.py", lambda row: whole_command(row) if is_of_photos(row) else ""),
     ("Reason", "reason"),
 ]
 LOAD = [

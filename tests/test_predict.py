@@ -454,6 +454,50 @@ def test_what_is_not_known_of_a_start_is_not_taken_for_nothing():
     assert choices.choose_backends(None, rows, 1_000, "cpu")[0].backend == "pytorch"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(",", ";").encode(),
+        lambda text: text.encode("utf-16"),
+        lambda text: text.replace("9.0", "0").encode(),
+        lambda text: text.replace("9.0", "fast").encode(),
+        lambda text: text.replace(",4,", ",0,").encode(),
+        lambda text: text.replace("first_call_ms", "first").encode(),
+        lambda text: text.replace("main,pytorch", 'main,"pytorch\0').encode(),
+    ],
+    ids=["semicolons", "UTF-16", "0 images/s", "text", "batch of 0", "no such column", "cut"],
+)
+def test_a_table_that_somebody_saved_otherwise_is_one_sentence(tmp_path, change):
+    table(tmp_path, pytorch=9.0)
+    path = tmp_path / "benchmark_results.csv"
+    assert len(choices.measured_here(tmp_path, "cpu", 64)) == 1
+    path.write_bytes(change(path.read_text("utf-8")))
+    with contextlib.suppress(UserError):
+        assert choices.measured_here(tmp_path, "cpu", 64) == []
+    (tmp_path / "environment.json").write_text('{"main": [1]}', encoding="utf-8")
+    with pytest.raises(UserError, match="is no table of python benchmark.py .*; make it anew"):
+        choices.measured_here(tmp_path, "cpu", 64)
+
+
+def table(results: Path, **fps: float) -> None:
+    """A table of one row for each backend (images/s at 64 px, batch 4), as if measured here."""
+    columns = [
+        "sweep",
+        "backend",
+        "device",
+        "image_size",
+        "batch_size",
+        "status",
+        "fps",
+        "load_s",
+        "first_call_ms",
+    ]
+    rows = [["main", name, "cpu", "64", "4", "ok", str(value), "0.1", "9"] for name, value in fps.items()]
+    labels.write_rows(results / "benchmark_results.csv", [columns, *rows])
+    here = {"main": environment.environment("cpu")}
+    (results / "environment.json").write_text(json.dumps(here), encoding="utf-8")
+
+
 def test_without_a_table_batches_are_of_one_size():
     (only,) = choices.choose_backends(None, [], 100, "cpu")
     assert (only.backend, only.batch_size, only.measured) == ("pytorch", 15, False)
@@ -500,27 +544,9 @@ def test_facts_are_read_without_pytorch_and_what_is_odd_is_said(project, tmp_pat
 def test_where_int8_has_no_images_to_be_made_of_the_next_fastest_serves(project, photos, tmp_path):
     results, weights = tmp_path / "results", Path(shutil.copytree(project / "weights", tmp_path / "weights"))
     results.mkdir()
-    names = [
-        "sweep",
-        "backend",
-        "device",
-        "image_size",
-        "batch_size",
-        "status",
-        "fps",
-        "load_s",
-        "first_call_ms",
-    ]
-    rows = [
-        ["main", name, "cpu", 64, 4, "ok", fps, 0.1, 9]
-        for name, fps in (("onnx-int8", 9e9), ("pytorch", 9.0))
-    ]
-    labels.write_rows(results / "benchmark_results.csv", [names, *([str(x) for x in row] for row in rows)])
-    here = {"main": environment.environment("cpu")}
-    (results / "environment.json").write_text(json.dumps(here), encoding="utf-8")
-    done, rows = label(
-        photos, project, "--results", results, "--weights", weights, "--data", tmp_path / "none"
-    )
+    table(results, **{"onnx-int8": 9e9, "pytorch": 9.0})
+    where = {"--results": results, "--weights": weights, "--data": tmp_path / "none"}
+    done, rows = label(photos, project, *itertools.chain(*where.items()))
     assert "onnx-int8 can't serve: " in done.stdout and "the next one by the table is pytorch" in done.stdout
     assert len(rows) == 100
 

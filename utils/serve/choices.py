@@ -160,6 +160,8 @@ def measured_here(results: Path, device: str, image_size: int) -> list[dict]:
                     rows.append({name: row[name] for name in ("backend", "sweep")})
                     rows[-1] |= {"batch_size": int(row["batch_size"]), "fps": float(row["fps"])}
                     rows[-1] |= {name: float(row[name] or "nan") for name in ("load_s", "first_call_ms")}
+                    if not (rows[-1]["fps"] > 0 and rows[-1]["batch_size"] > 0):
+                        raise ValueError(f"a row that is ok has {row['fps']} images/s in column fps")
     except FileNotFoundError:
         return []
     except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:

@@ -28,8 +28,8 @@ class Dali:
     """NVIDIA DALI: decodes and resizes on the GPU; the same on a CPU without one.
 
     `pillow`, made `for_dali`, looks at every file beforehand and decodes what DALI would not decode as
-    load_rgb() does.  Of its pipelines there is one; two take turns where PNGs come, since while one waits for
-    them from the processor, the other has the JPEG engine.
+    load_rgb() does.  One pipeline is enough for JPEGs.  Where other files come, two alternate: while one
+    waits for PNGs, which the processor decodes, the other keeps the JPEG engine busy.
     """
 
     name = "dali"

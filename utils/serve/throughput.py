@@ -154,7 +154,7 @@ def load_here(asked: Asked, max_latency_ms: float) -> list:
 
 
 def rate(served, warm_up: int, seconds: float) -> float:
-    """Images/s of an endless generator of image counts, after `warm_up` batches and a second."""
+    """Images/s of an endless generator of image counts, after `warm_up` batches and half a second."""
     with contextlib.closing(served):
         begin, start, images = time.perf_counter(), None, 0
         for number, count in enumerate(served):
@@ -189,7 +189,7 @@ def inferred(network: Network, pixels: torch.Tensor) -> Iterator[int]:
 def one_after_another(
     decoder: Pillow, network: Network, files: Iterator[str], batch_size: int
 ) -> Iterator[int]:
-    """The old way: nothing goes on while something else does."""
+    """Decode a batch, then classify it, then decode the next one: nothing overlaps."""
     while True:
         for batch in decoder.batches(itertools.islice(files, batch_size)):
             yield len(network.finish(network.enqueue(batch.pixels)))

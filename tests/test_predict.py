@@ -386,21 +386,6 @@ def test_the_backend_is_the_fastest_measured_on_this_machine_and_no_other(projec
     assert choices.measured_here(tmp_path, "cpu", 64) == []
 
 
-def test_help_imports_nothing_large():
-    code = """
-import runpy, sys
-for script in ("predict", "end_to_end"):
-    sys.argv = [script, "--help"]
-    try:
-        runpy.run_path(script + ".py", run_name="__main__")
-    except SystemExit:
-        pass
-large = {"torch", "torchvision", "pandas", "matplotlib", "scipy", "onnx", "onnxruntime"}
-assert not large & set(sys.modules), large & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-
-
 def test_the_last_line_says_where_the_time_went(project, photos):
     timings = photos.parent / "timings.json"
     done, _ = label(photos, project, "--timings", timings)

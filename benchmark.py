@@ -182,7 +182,7 @@ def write_all(args: argparse.Namespace, asked: list[Job], results: Path, others:
     return served or int(bool(failed) or not (rows.status == "ok").any())
 
 
-def measure_script(description: str, script: str, makers: dict) -> None:
+def measure_script(description: str | None, script: str, makers: dict) -> None:
     """What a backend's script does when it is run itself: measure its first backend, or those asked for, in
     one round, and print their table; with --profile trace instead.
 

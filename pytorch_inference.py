@@ -10,7 +10,6 @@ import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 import os
 import shutil
 import sys
-import typing
 from pathlib import Path
 
 import torch
@@ -54,15 +53,15 @@ class PyTorch(Backend):
         network, _ = model.load(checkpoint, "cpu")
         if self.tuned:
             network = model.fold_batch_norm(network).to(memory_format=torch.channels_last)
-        self.network: typing.Any = network.to(device, DTYPES[self.precision])
+        network = network.to(device, DTYPES[self.precision])
         if self.compiled:  # once for each batch size; beyond its limit, 8, it would run uncompiled
             torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-            self.network = Compiled(self.network)
+        self.network = Compiled(network) if self.compiled else network
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         layout = torch.channels_last if self.tuned else torch.contiguous_format
         x = images.to(DTYPES[self.precision]).contiguous(memory_format=layout)
-        if self.compiled:
+        if isinstance(self.network, Compiled):
             self.network.compile_for(x)
         return x
 
@@ -99,11 +98,8 @@ class Compiled:
             words = " ".join(str(error).split())
             raise Unavailable(f"torch.compile failed; mend its compiler, {leave}: {words}") from error
         if self.graphs == before:
-            switches = [
-                name for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE") if os.environ.get(name)
-            ]
-            why = f"unset {' and '.join(switches)}" if switches else "switch TorchDynamo on"
-            raise Unavailable(f"torch.compile compiled nothing and ran PyTorch as it is; {why}, {leave}")
+            why = "compiled nothing and ran PyTorch as it is; unset TORCHDYNAMO_DISABLE"
+            raise Unavailable(f"torch.compile {why}, {leave}")
         self.known.add(len(x))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -299,13 +299,14 @@ class Engine:
         self.memory, self.bound = None, {}  # shape of the input -> Bound
 
     def profile_for(self, batch: int) -> int:
-        """The profile whose best batch is nearest above."""
-        fits, count = [], self.engine.num_optimization_profiles
-        for index in range(count if count > 1 else 0):
-            smallest, best, largest = self.engine.get_tensor_profile_shape("input", index)
-            if smallest[0] <= batch <= largest[0]:
-                fits.append((best[0], index))
-        return min(fits)[1] if fits else 0  # then TensorRT says what is wrong with the shape
+        """The profile that this batch size falls into; the last where none is, and TensorRT says why."""
+
+        def serves(index: int) -> bool:
+            smallest, _, largest = self.engine.get_tensor_profile_shape("input", index)
+            return smallest[0] <= batch <= largest[0]
+
+        last = self.engine.num_optimization_profiles - 1
+        return next(filter(serves, range(last)), last)
 
     def new_context(self):
         """An execution context in the memory that all share, which is taken with the first."""

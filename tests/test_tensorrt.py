@@ -45,12 +45,12 @@ def test_every_batch_up_to_the_largest_has_a_profile_and_those_asked_for_are_its
     assert kind(CHECKPOINT, 64, batches, None, static=static).profiles == expected
 
 
-def test_a_batch_takes_the_profile_whose_best_is_nearest_above():
+def test_a_batch_takes_the_profile_that_it_falls_into():
     engine = trt.Engine.__new__(trt.Engine)
     profiles = [[(low, 3, 4, 4), (best, 3, 4, 4), (best, 3, 4, 4)] for low, best in ((1, 1), (2, 8), (9, 16))]
     read = SimpleNamespace(get_tensor_profile_shape=lambda name, index: profiles[index])
     engine.engine = SimpleNamespace(num_optimization_profiles=3, **vars(read))
-    assert [engine.profile_for(batch) for batch in (1, 2, 8, 9, 16, 17)] == [0, 1, 1, 2, 2, 0]
+    assert [engine.profile_for(batch) for batch in (1, 2, 8, 9, 16, 17)] == [0, 1, 1, 2, 2, 2]
 
 
 def test_every_size_largest_batch_kind_and_route_has_a_file_of_its_own():

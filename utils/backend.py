@@ -45,9 +45,7 @@ class Backend(abc.ABC):
     from_cache = False  # whether the artefact was there already
     artefact: Path | None = None  # the file in weights/ that it runs from besides the checkpoint
     adds = ""  # what a variant adds to its plain method, in one clause
-    data: Path | None = (
-        None  # train/ in it calibrates INT8; None: an INT8 file that is there is used as it is
-    )
+    data: Path | None = None  # its train/ calibrates INT8; None: the INT8 file that is there is used
     any_batch = True  # whether it takes every batch size up to the largest that load() is given
     torch_allocator = False  # whether PyTorch's allocator holds its memory, and so can tell how much
 

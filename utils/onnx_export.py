@@ -103,7 +103,7 @@ def calibration_batches(data: Path | None, image_size: int) -> Iterator[torch.Te
         yield torch.stack([transform(images.load_known(path)) for path in chosen])
 
 
-def fingerprint(data: Path) -> str:
+def fingerprint(data: Path | None) -> str:
     """Of the images' contents, in order."""
     return sha256(*images.content_hashes(calibration_files(data)))[:16]
 
@@ -207,7 +207,7 @@ def for_tensorrt(source: Path, checkpoint: Path, image_size: int, data: Path | N
 class Largest(torch.fx.Interpreter):
     """Runs a traced network and keeps the largest magnitude that each of its nodes has given."""
 
-    def __init__(self, network: torch.fx.GraphModule):
+    def __init__(self, network):
         super().__init__(network)
         self.seen = {}
 
@@ -254,10 +254,8 @@ def write_for_tensorrt(source: Path, largest: list[tuple[str, float]], path: Pat
     del graph.node[:]
     for node in nodes:
         if node.op_type == "Conv":
-            node.input[0], node.input[1] = (
-                rounding.of_values(node.input[0]),
-                rounding.of_weights(node.input[1]),
-            )
+            node.input[0] = rounding.of_values(node.input[0])
+            node.input[1] = rounding.of_weights(node.input[1])
         elif node.op_type == "Add":
             for i, name in enumerate(node.input):
                 if not is_main_path(maker[name]):
@@ -291,7 +289,7 @@ class Rounding:
         """The name of the rounded weights; a scale for each output channel."""
         return self.rounded.get(name) or self.add(name, np.abs(self.weights[name]).max((1, 2, 3)), axis=0)
 
-    def add(self, name: str, largest: np.ndarray, **axis) -> str:
+    def add(self, name: str, largest, **axis) -> str:
         from onnx import helper, numpy_helper
 
         scale = np.asarray(np.where(largest > 0, largest, 1) / 127, np.float32)

@@ -160,3 +160,24 @@ def test_every_command_in_the_documents_is_one_that_the_scripts_accept(where, co
 def test_there_are_commands_and_a_wrong_one_is_refused(monkeypatch, capsys):
     assert len(commands()) >= 10
     assert "--no-such-flag" in refused("compare.py", ["--no-such-flag"], monkeypatch, capsys)
+
+
+# ---- Windows
+
+
+def evaluated_at_import(tree: ast.AST) -> list[ast.AST]:
+    """The nodes of a file outside of functions' bodies; decorators and defaults are among them."""
+    found, waiting = [], [tree]
+    while waiting:
+        node = waiting.pop()
+        found.append(node)
+        body = node.body if isinstance(node, ast.FunctionDef) else []
+        waiting += [child for child in ast.iter_child_nodes(node) if child not in body]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)
+def test_windows_can_collect_every_test(path):
+    lacks = {"SIGKILL", "SIGSTOP", "SIGCONT", "SIGHUP", "fork", "geteuid", "getuid", "mkfifo", "killpg"}
+    names = (node for node in evaluated_at_import(ast.parse(read_text(path))))
+    assert not [node.lineno for node in names if isinstance(node, ast.Attribute) and node.attr in lacks]

@@ -13,11 +13,11 @@ import psutil
 import pytest
 from conftest import ROOT
 
+from utils.measure.jobs import name_problem
 from utils.utils import (
     UserError,
     check_folder,
     file_lock,
-    name_problem,
     read_json,
     remove_leftovers,
     rename_to_backup,

@@ -22,8 +22,8 @@ def prepare_process() -> None:
     """For our scripts and their worker processes; programs of others that import this stay as they are."""
     processes = sys.modules.get("multiprocessing.process")
     worker = bool(processes and processes.parent_process())
-    script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")  # noqa: PTH100
-    if not worker and os.path.dirname(script) != os.path.dirname(os.path.dirname(__file__)):  # noqa: PTH120
+    script, here = getattr(sys.modules["__main__"], "__file__", None) or "", os.path.abspath(__file__)
+    if not worker and os.path.dirname(os.path.abspath(script)) != os.path.dirname(os.path.dirname(here)):
         return
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Workers leave Ctrl-C to the process that started them.
@@ -31,14 +31,13 @@ def prepare_process() -> None:
     # Charts go into files; the value that notebooks set names a package that this environment lacks.
     os.environ["MPLBACKEND"] = "agg"
     for number, name in enumerate(("stdin", "stdout", "stderr")):
+        # Where one was closed (2>&-), the next file would get its number, and all that is printed.
         try:
             os.fstat(number)
-        except (
-            OSError
-        ):  # closed (2>&-): the next file that is opened would get its number, and what is printed
+        except OSError:
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: PTH123, SIM115
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 prepare_process()

@@ -295,7 +295,9 @@ HEROES["АркадийПаровозов"] = draw_parovozov
 def draw_background(width: int, height: int, rng: random.Random) -> Image.Image:
     """A gradient of two random colours; before it hills, rays, bubbles or nothing."""
     ends = [hsv(rng.random(), rng.uniform(0.15, 0.75), rng.uniform(0.3, 1)) for _ in range(2)]
-    gradient = ImageOps.colorize(Image.linear_gradient("L").rotate(rng.choice([0, 90, 180])), *ends)
+    gradient = ImageOps.colorize(
+        Image.linear_gradient("L").rotate(rng.choice([0, 90, 180])), ends[0], ends[1]
+    )
     picture = gradient.resize((width, height)).convert("RGB")
     canvas, hue, kind = ImageDraw.Draw(picture), rng.random(), rng.choice(["hills", "rays", "bubbles", ""])
     if kind == "hills":

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -17,7 +18,7 @@ import sys
 import threading
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def run_main(main: Callable) -> None:
     A bug stays a traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # consoles and LC_ALL=C lack Cyrillic; names may be any bytes
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     signal.signal(signal.SIGTERM, terminate)
     sys.unraisablehook = signal_again
@@ -84,11 +85,10 @@ def run_main(main: Callable) -> None:
         leave(2, f"error: this machine's memory does not suffice; {smaller}")
     except BrokenExecutor:
         leave(2, f"error: a worker process was killed, perhaps for want of memory; free some, {AGAIN}")
-    except UnicodeDecodeError as error:
-        near = error.object[max(error.start - 20, 0) : error.start + 9]
-        leave(2, f"error: a file is not UTF-8 text, near {near!r}; save it as UTF-8, {AGAIN}")
-    except UnicodeEncodeError as error:
-        leave(2, f"error: this locale can't write {error.object!r}; set PYTHONUTF8=1, {AGAIN}")
+    except UnicodeError as error:
+        encoding = isinstance(error, UnicodeEncodeError)
+        mend = "set PYTHONUTF8=1" if encoding else "save the file that holds it as UTF-8"
+        leave(2, f"error: {str(error)[:200]}; {mend}, {AGAIN}")
     except OSError as error:
         if let_go_of_stdout(error) and is_closed_pipe(error):
             sys.exit(141)
@@ -99,7 +99,7 @@ def run_main(main: Callable) -> None:
 
 def sentence(error: OSError) -> str:
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-    return f"{where}{MENDS.get(error.errno, f'{error.strerror}; mend that')}, {AGAIN}"
+    return f"{where}{MENDS.get(error.errno or 0, f'{error.strerror}; mend that')}, {AGAIN}"
 
 
 def leave(code: int, text: str) -> None:
@@ -138,7 +138,7 @@ def signal_again(dropped) -> None:
     number = signal.SIGTERM if issubclass(dropped.exc_type, Terminated) else signal.SIGINT
     send = signal.raise_signal
     if hasattr(signal, "pthread_kill"):  # not on Windows; only this one ends what the main thread waits for
-        send = functools.partial(signal.pthread_kill, threading.main_thread().ident)
+        send = functools.partial(signal.pthread_kill, threading.main_thread().ident or 0)
     again = threading.Timer(0.05, send, [number])  # by then that place is left; if not, once more
     again.daemon = True
     with contextlib.suppress(RuntimeError):  # Python is ending: no new threads, and no need of one
@@ -157,8 +157,8 @@ def uninterrupted() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         for number, frame in caught[:1]:
-            if callable(before[number]):
-                before[number](number, frame)
+            if callable(handler := before[number]):
+                handler(number, frame)
 
 
 # ---- processes
@@ -313,16 +313,6 @@ def check_folder(folder: Path, room_mb: float = 0) -> None:
     free_mb = shutil.disk_usage(there).free / 1e6
     if free_mb < room_mb:
         raise UserError(f"{there}: {free_mb:.0f} MB are free, {room_mb:.0f} are needed; free some, {AGAIN}")
-
-
-def name_problem(name: str, beside: Iterable[str] = ()) -> str | None:
-    """Why a folder of this name can't be the same on every system, or None; `beside` are its neighbours."""
-    if not re.fullmatch(r"[\w.-]+", name) or name.endswith("."):
-        return "use letters, digits, '.', '-' and '_', and no dot at the end"
-    if re.fullmatch(r"(con|nul|prn|aux|(com|lpt)[0-9¹²³])(\..*)?", name, re.IGNORECASE):
-        return "Windows keeps this name for a device; choose another one"
-    same = [other for other in beside if other != name and other.casefold() == name.casefold()]
-    return f"on Windows and macOS it is the folder {same[0]!r}; write it as it is there" if same else None
 
 
 def remove_leftovers(*folders: Path) -> None:

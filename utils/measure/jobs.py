@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from utils.utils import (
     checkpoint_path,
     file_lock,
     in_fresh_process,
-    name_problem,
     number,
     sha256,
 )
@@ -99,6 +99,16 @@ def batch_sizes_of(asked: list) -> list[int]:
     if "auto" in asked:
         raise UserError("--batch-sizes takes numbers, or auto alone; see --help")
     return sorted(set(asked))
+
+
+def name_problem(name: str, beside: list[str]) -> str | None:
+    """Why a folder of this name can't be the same on every system, or None; `beside` are its neighbours."""
+    if not re.fullmatch(r"[\w.-]+", name) or name.endswith("."):
+        return "use letters, digits, '.', '-' and '_', and no dot at the end"
+    if re.fullmatch(r"(con|nul|prn|aux|(com|lpt)[0-9¹²³])(\..*)?", name, re.IGNORECASE):
+        return "Windows keeps this name for a device; choose another one"
+    same = [other for other in beside if other != name and other.casefold() == name.casefold()]
+    return f"on Windows and macOS it is the folder {same[0]!r}; write it as it is there" if same else None
 
 
 def results_folder(args: argparse.Namespace) -> Path:

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import gc
 import json
 import os
 import signal
@@ -170,7 +171,6 @@ class Run:
     checkpoint: Path
     facts: dict
     choice: choices.Choice
-    batch_size: int
     device: str
     decoder: str
 
@@ -187,16 +187,17 @@ class Run:
         mine = [path for path in share_of(images, RANK, WORLD_SIZE) if path not in done]
         progress.reset(len(mine))
         to_rows = functools.partial(rows_of, classes=classes, every=args.probabilities)
-        told = None
+        told, short = None, ""
         try:
             with self.opened(mine) as (batches, network):
                 if mine:
                     told = label(batches, network, own, to_rows, progress)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+        except Exception as error:  # ONNX Runtime's are no RuntimeError
+            if isinstance(error, UserError) or not is_out_of_memory(error):
                 raise
-            said = " ".join(str(error).split())[-300:]
-            raise UserError(f"{said}; the rows stay, go on with a smaller --batch-size") from error
+            short = " ".join(str(error).split())[-300:] or "out of memory"
+        if short:  # raised here, where nothing refers to what took the memory
+            raise MemoryError(short)
         everybody = gather(told)
         if RANK:
             return 0
@@ -229,7 +230,7 @@ class Run:
             if not opening:
                 yield None, None
                 return
-            network = Network(backend, [self.batch_size], self.facts["image_size"], self.device)
+            network = Network(backend, [self.choice.batch_size], self.facts["image_size"], self.device)
             if self.device == "cuda" and files.name == "pillow":
                 files.pin()
             yield batches or files.batches(paths), network
@@ -240,9 +241,9 @@ class Run:
         if self.decoder == "dali":
             from utils.serve import dali
 
-            pillow, pipelines = dali.make_pillow(size, self.batch_size, count, paths)
+            pillow, pipelines = dali.make_pillow(size, self.choice.batch_size, count, paths)
             return helper.submit(self.start_dali, pillow, pipelines)
-        files = decoder.Pillow(size, self.batch_size, count)
+        files = decoder.Pillow(size, self.choice.batch_size, count)
         opening.set_result((files, files.batches(paths)))
         return opening
 
@@ -277,7 +278,7 @@ class Run:
     def load(self, backend) -> None:
         if reason := backend.why_unavailable(self.device):
             raise Unavailable(reason)
-        sizes = [self.args.batch_size] if self.args.batch_size else list(self.choice.batch_sizes)
+        sizes = list(self.choice.batch_sizes)
         asked = self.checkpoint, self.facts["image_size"], sizes, self.device
         backend.data = None if self.choice.measured else self.args.data  # INT8 as it was measured
         try:
@@ -321,17 +322,34 @@ def classify_all(args: argparse.Namespace, images: list[str], problems: dict, ou
     say(f"{checkpoint.name}: {choices.described(checkpoint, facts)}")
     if not args.backend and not found[0].measured:
         say("nothing was measured here at this size: PyTorch serves; python benchmark.py finds faster ones")
+    if args.batch_size:
+        found = [one.with_batch(args.batch_size) for one in found]
     while True:
         choice = found.pop(0)
-        batch_size = args.batch_size or choice.batch_size
-        say(f"{len(images):,} images, {choice.backend}, batch {batch_size}, {decoder_name}, {device}")
+        say(f"{len(images):,} images, {choice.backend}, batch {choice.batch_size}, {decoder_name}, {device}")
         try:
-            run = Run(args, checkpoint, facts, choice, batch_size, device, decoder_name)
+            run = Run(args, checkpoint, facts, choice, device, decoder_name)
             return run.classify(images, problems, out, progress)
         except Unavailable as why:
             if not found:
                 raise UserError(f"{choice.backend} can't serve: {why}") from None
             say(f"{choice.backend} can't serve: {why}; the next one by the table is {found[0].backend}")
+        except MemoryError as short:
+            if args.batch_size or choice.batch_size == 1 or WORLD_SIZE > 1:
+                mend = "the rows stay, go on with a smaller --batch-size"
+                raise UserError(f"batch {choice.batch_size}: {short}; {mend}") from None
+            found.insert(0, choice.smaller())
+            say(f"batch {choice.batch_size} does not fit into the memory; trying {found[0].batch_size}")
+        free_memory()
+
+
+def free_memory() -> None:
+    """Let go of a backend that can't be used."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -536,6 +536,35 @@ def test_where_int8_has_no_images_to_be_made_of_the_next_fastest_serves(project,
     assert len(rows) == 100
 
 
+def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does(project, photos, monkeypatch):
+    from utils.serve.pipeline import Network
+
+    enqueue, asked = Network.enqueue, []
+
+    def short_of_memory(self, pixels):
+        asked.append(len(pixels))
+        if len(pixels) > 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return enqueue(self, pixels)
+
+    monkeypatch.setattr(Network, "enqueue", short_of_memory)
+    done, rows = label(photos, project)
+    assert len(rows) == 100 and asked[:4] == [15, 7, 3, 3]
+    assert "batch 15 does not fit into the memory; trying 7" in done.stdout
+    with pytest.raises(UserError, match="batch 8: CUDA out of memory.*go on with a smaller --batch-size"):
+        predict_main(photos, project, "--batch-size", 8)
+    measured = choices.Choice("onnx", 256, (1, 16, 256))
+    assert (measured.smaller().batch_size, measured.smaller().batch_sizes) == (16, (1, 16))
+
+
+def predict_main(folder: Path, project: Path, *arguments) -> None:
+    """main() as run_main() calls it."""
+    where = ["--weights", project / "weights", "--out", folder.parent / "labels.csv", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, ["predict.py", folder, *where, *arguments])))
+        predict.main()
+
+
 def test_what_is_no_picture_or_can_not_be_read_is_said(project, photos, monkeypatch):
     for name in ("a.CR2", "b.jxl", "notes.txt", ".hidden.jpg"):
         (photos / name).write_bytes(b"something")

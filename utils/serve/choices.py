@@ -133,6 +133,17 @@ class Choice:
     batch_sizes: tuple[int, ...]
     measured: bool = True
 
+    def with_batch(self, size: int) -> "Choice":
+        """The same for one batch size."""
+        return dataclasses.replace(self, batch_size=size, batch_sizes=(size,))
+
+    def smaller(self) -> "Choice":
+        """The same for the next smaller batch size that was measured, else for half of this one."""
+        sizes = tuple(size for size in self.batch_sizes if size < self.batch_size)
+        if not sizes:
+            return self.with_batch(self.batch_size // 2)
+        return dataclasses.replace(self, batch_size=sizes[-1], batch_sizes=sizes)
+
 
 def gpu_name() -> str | None:
     """By the driver, which is asked in no time; None where it has no GPU."""

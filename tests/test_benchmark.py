@@ -1,5 +1,6 @@
 """The real scripts from checkpoints to tables, at small sizes."""
 
+import argparse
 import contextlib
 import functools
 import io
@@ -20,6 +21,7 @@ from filelock import FileLock
 
 import benchmark
 import compare
+import datasets
 import model
 import onnx_inference
 import pytorch_inference
@@ -316,21 +318,24 @@ def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(
     assert said in call(script, *arguments, code=2).err.splitlines()[-1]
 
 
-def test_a_test_set_that_the_network_was_not_trained_beside_is_told_of(project, call, tmp_path, monkeypatch):
+def test_images_that_the_network_was_not_trained_on_are_told_of(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(project)
     data = shutil.copytree(project / "data", tmp_path / "data")
     classes = sorted(path for path in (data / "test").iterdir() if path.is_dir())
+    args = argparse.Namespace(data=data, weights=Path("weights"), seed=0, image_sizes=[64], quick=True)
+    facts = jobs.check_checkpoints(args, [64])
+    jobs.print_other_images(data, datasets.fingerprint(data), facts)
+    assert not capsys.readouterr().err
     next(classes[0].iterdir()).unlink()
-    arguments = Path(data), Path("weights"), 0
-    args = type("Arguments", (), dict(zip(("data", "weights", "seed"), arguments, strict=True)))
-    args.image_sizes, args.quick = [64], True
-    monkeypatch.chdir(project)
-    jobs.check_checkpoints(args, [64])
-    (data / "test" / "unknown").mkdir()
-    shutil.copy(next(classes[1].iterdir()), data / "test" / "unknown")
-    shutil.copytree(data / "test" / "unknown", data / "train" / "unknown")
-    with pytest.raises(
-        jobs.UserError, match="does not know the class unknown.*train.py --force --image-sizes 64"
-    ):
+    jobs.print_other_images(data, datasets.fingerprint(data), facts)
+    told = capsys.readouterr().err
+    assert (
+        "does not hold the images that the networks of 64 px were trained on" in told
+        and "--force --image-sizes 64" in told
+    )
+    for split in ("test", "train"):
+        shutil.copytree(classes[1], data / split / "unknown")
+    with pytest.raises(jobs.UserError, match="does not know the class unknown.*--force --image-sizes 64"):
         jobs.check_checkpoints(args, [64])
 
 

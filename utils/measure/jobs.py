@@ -120,39 +120,44 @@ def results_folder(args: argparse.Namespace) -> Path:
     return results
 
 
-def check_checkpoints(args: argparse.Namespace, image_sizes: list[int]) -> None:
-    """Raises UserError for a checkpoint that is not there, is none, or lacks a class of the test set.
+def check_checkpoints(args: argparse.Namespace, image_sizes: list[int]) -> dict[int, dict]:
+    """Image size -> what its checkpoint says of itself; draws the sample where there are no images.
 
-    Says on stderr where the images are not those that a checkpoint was trained beside.
+    Raises UserError for a checkpoint that is not there, is none, or does not know a class of the test set.
     """
     import datasets
     import model
 
-    missing = [size for size in image_sizes if not checkpoint_path(args.weights, size).is_file()]
-    if missing:
-        sizes = " ".join(map(str, missing))
-        flags = f"--image-sizes {sizes}" if args.image_sizes or not args.quick else "--quick"
-        path = checkpoint_path(args.weights, missing[0])
-        raise UserError(f"{path} is missing; train it first: python train.py {flags}")
-    facts = {size: model.load_facts(checkpoint_path(args.weights, size)) for size in image_sizes}
+    paths = {size: checkpoint_path(args.weights, size) for size in image_sizes}
+    if missing := [size for size in image_sizes if not paths[size].is_file()]:
+        flags = f"--image-sizes {joined(missing)}" if args.image_sizes or not args.quick else "--quick"
+        raise UserError(f"{paths[missing[0]]} is missing; train it first: python train.py {flags}")
+    facts = {size: model.load_facts(path) for size, path in paths.items()}
     datasets.ensure_data(args.data, args.seed)
-    here, others = datasets.fingerprint(args.data), []
+    tested = datasets.list_images(args.data)["test"]
     for size, known in facts.items():
-        if unknown := sorted(set(datasets.list_images(args.data)["test"]) - set(known["classes"])):
-            path, again = checkpoint_path(args.weights, size), f"python train.py --force --image-sizes {size}"
+        if unknown := sorted(set(tested) - set(known["classes"])):
+            mend = f"train it: python train.py --force --image-sizes {size}"
             raise UserError(
-                f"{path} does not know the class {unknown[0]} of {args.data / 'test'}; train it: {again}"
+                f"{paths[size]} does not know the class {unknown[0]} of {args.data / 'test'}; {mend}"
             )
-        data = known.get("data")
-        others += [size] if isinstance(data, dict) and data.get("fingerprint") != here else []
+    return facts
+
+
+def print_other_images(data: Path, fingerprint: str, facts: dict[int, dict]) -> None:
+    """Say where the images are not those that a checkpoint was trained beside."""
+    trained = {size: known.get("data") for size, known in facts.items()}
+    others = [
+        size for size, on in trained.items() if isinstance(on, dict) and on.get("fingerprint") != fingerprint
+    ]
     if others:
-        sizes = " ".join(map(str, others))
-        why = (
-            f"{args.data} is not what the networks of {sizes} px were trained on: accuracy is of other images"
-        )
-        print(
-            f"{why}; to train them on these: python train.py --force --image-sizes {sizes}", file=sys.stderr
-        )
+        why = f"{data} does not hold the images that the networks of {joined(others)} px were trained on"
+        mend = f"to train them on these: python train.py --force --image-sizes {joined(others)}"
+        print(f"{why}; {mend}", file=sys.stderr)
+
+
+def joined(sizes: list[int]) -> str:
+    return " ".join(map(str, sizes))
 
 
 def make_jobs(
@@ -173,8 +178,9 @@ def make_jobs(
     image_sizes = sorted(set(usual(args.image_sizes, IMAGE_SIZES, [64], args.quick)))
     asked = usual(args.batch_sizes, BATCH_SIZES, [1, 4], args.quick)
     batch_sizes, results = tuple(batch_sizes_of(asked)), results_folder(args)
-    check_checkpoints(args, image_sizes)
+    facts = check_checkpoints(args, image_sizes)
     known = environment_of(args.data, device)
+    print_other_images(args.data, known["data"], facts)
     settings_key = staleness_key(settings, device, known)
     jobs = []
     for size in image_sizes:

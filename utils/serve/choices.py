@@ -38,16 +38,18 @@ def find_images(source: Path) -> tuple[list[str], dict[str, str], int]:
     denied = []
     found = files_below(source, denied)
     images = list(filter(is_image, found))
+    pictures = set(images)
+    others = [path for path in found if path not in pictures]
     problems = dict.fromkeys(denied, "this folder can't be listed; change its permissions")
-    for path in unread_pictures(found):
+    for path in unread_pictures(others):
         heif = "; pip install pillow-heif, or" if path.lower().endswith(tuple(HEIF)) else ";"
         problems[path] = f"pictures of this format are not read here{heif} convert it to JPEG"
     if not images:
         some = "".join(f"\n  {path}: {why}" for path, why in sorted(problems.items())[:20])
         what = f"{source} holds no images, by the names of its {len(found)} files; name another folder"
         raise UserError(what + some)
-    hidden = sum(f"{os.sep}{path}".rpartition(os.sep)[2].startswith(".") for path in found)
-    return images, problems, len(found) - len(images) - len(set(problems) & set(found)) - hidden
+    visible = [path for path in others if not f"{os.sep}{path}".rpartition(os.sep)[2].startswith(".")]
+    return images, problems, len(set(visible) - set(problems))
 
 
 # ---- the checkpoint

@@ -60,7 +60,8 @@ def dress(ax, x_label: str, y_label: str) -> None:
     """What every panel has: units, a light grid."""
     ax.set_xlabel(x_label, color=INK)
     ax.set_ylabel(y_label, color=INK)
-    ax.tick_params(labelsize=10, color=GREY, labelcolor=INK)
+    ax.tick_params(labelsize=9.5, color=GREY, labelcolor=INK)
+    ax.tick_params("x", labelsize=9)
     ax.grid(axis="y", color="#dddddd", linewidth=0.7)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

@@ -59,10 +59,8 @@ def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with `label`, what their method is called, with its sweep where several have the method."""
     labels = [label(*pair) for pair in zip(rows.backend, rows.precision, strict=True)]
     several = rows.groupby("backend").sweep.transform("nunique") > 1
-    named = [
-        f"{text} ({sweep})" if more else text
-        for text, sweep, more in zip(labels, rows.sweep, several, strict=True)
-    ]
+    told = zip(labels, rows.sweep, several, strict=True)
+    named = [f"{text} ({sweep})" if more else text for text, sweep, more in told]
     return rows.assign(label=pd.Series(named, rows.index, dtype=object))
 
 

@@ -75,6 +75,7 @@ def load_facts(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             facts = FactsReader(io.BytesIO(archive.read(name))).load()
+        del facts["model"]
         known = checkpoint_path(path.parent, facts["image_size"])
         if path == known and {*map(type, facts["classes"])} == {str}:
             return facts

@@ -566,9 +566,9 @@ def predict_main(folder: Path, project: Path, *arguments) -> None:
 
 
 def test_what_is_no_picture_or_can_not_be_read_is_said(project, photos, monkeypatch):
+    shutil.copy(next(photos.rglob("*.jpg")), photos / "without suffix")
     for name in ("a.CR2", "b.jxl", "notes.txt", ".hidden.jpg"):
         (photos / name).write_bytes(b"something")
-    shutil.copy(next(photos.rglob("*.jpg")), photos / "without suffix")
     done, rows = label(photos, project, ok=False)
     assert done.returncode == 1 and len(rows) == 101
     assert "1 files in" in done.stdout and "are no pictures" in done.stdout

@@ -61,9 +61,9 @@ class Measurement:
 
         `only`: no other batch size is held in memory meanwhile.
         """
-        if only:
-            self.release()
         with gpu.own_phase():
+            if only:
+                self.release()
             return self.warm_up(batch_size)
 
     def release(self) -> None:

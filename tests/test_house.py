@@ -141,6 +141,9 @@ def test_every_command_in_the_documents_is_one_that_the_scripts_accept(where, co
         return
     if words[0] == "-m" and "." in words[1]:  # a file of ours, run as a module
         words = [f"{words[1].replace('.', '/')}.py", *words[2:]]
+    if "-m" in words and words[words.index("-m") + 1].startswith("utils."):  # one of our own files
+        module = words.pop(words.index("-m") + 1)
+        words[words.index("-m")] = f"{module.replace('.', '/')}.py"
     for flag in ("-r", "-m"):  # pip's files; modules, of which pytest's arguments are not ours
         if flag in words:
             named = words[words.index(flag) + 1]

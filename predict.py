@@ -247,7 +247,7 @@ class Run:
         opening.set_result((files, files.batches(paths)))
         return opening
 
-    def start_dali(self, pillow: decoder.Pillow, pipelines: int) -> tuple:
+    def start_dali(self, pillow, pipelines: int) -> tuple:
         """(DALI, None), after seconds; or Pillow where DALI does not load and was not asked for."""
         from utils.serve import dali
 

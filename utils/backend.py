@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 import time
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +67,7 @@ class Backend(abc.ABC):
         return images.contiguous()
 
     @abc.abstractmethod
-    def predict(self, x):
+    def predict(self, x) -> typing.Any:
         """Enqueue on the current CUDA stream; logits (N, classes) on the device.  The clock synchronises."""
 
     def release(self) -> None:  # noqa: B027 (most hold nothing)

@@ -220,7 +220,7 @@ class Largest(torch.fx.Interpreter):
 def largest_values(checkpoint: Path, batches: Iterator[torch.Tensor]) -> list[tuple[str, float]]:
     """(operator in ONNX, largest magnitude) of the input and of all before the mean over pixels, in order."""
     network = model.fold_batch_norm(model.load(checkpoint, "cpu")[0])
-    watched = Largest(network)
+    watched = Largest(typing.cast(typing.Any, network))
     with torch.inference_mode():
         for batch in batches:
             watched.run(batch)

@@ -347,7 +347,7 @@ def draw_comparison(both: pd.DataFrame, title: str, path: Path) -> None:
     fig, part = sheet(0.6 + 0.24 * len(both), title, [])
     ax, names = part.subplots(), []
     for y, row in enumerate(both.itertuples()):
-        look = style(row.backend, row.precision) | {"linestyle": "none"}
+        look: dict = style(row.backend, row.precision) | {"linestyle": "none"}
         names.append(f"{row.label}, {row.image_size} px, batch {row.batch_size}")
         ax.plot([row.fps_ratio_low, row.fps_ratio_high], [y, y], color=look["color"], linewidth=2)
         ax.plot(row.fps_ratio, y, **look)

@@ -121,8 +121,8 @@ def row_of(rounds: dict[int, Record], baseline: dict[int, Record], batch_size: i
     """
     first = rounds[min(rounds)]
     status, reason = status_of(rounds, batch_size)
-    names = "sweep", "backend", "precision", "device", "image_size"
-    row = Row(*(getattr(first, name) for name in names), batch_size, status, reason, adds=first.adds)
+    row = Row(first.sweep, first.backend, first.precision, first.device, first.image_size, batch_size, status)
+    row.reason, row.adds = reason, first.adds
     builds = [record.build for record in rounds.values() if record.build]
     add_build(row, builds)
     add_accuracy(row, rounds)
@@ -132,7 +132,7 @@ def row_of(rounds: dict[int, Record], baseline: dict[int, Record], batch_size: i
         return row
     vars(row).update(timing.summarize([batch["host_ms"] for batch in timed.values()], batch_size))
     add_gpu_time(row, list(timed.values()))
-    add_memory(row, list(timed.values()), [timed[k] for k in timed if rounds[k].build["from_cache"]])
+    add_memory(row, list(timed.values()), [timed[k] for k in timed if (rounds[k].build or {})["from_cache"]])
     add_sustained(row, list(timed.values()))
     if status == "ok":
         add_speedup(row, timed, baseline)
@@ -214,15 +214,16 @@ def add_roofline(row: Row, rounds: dict[int, Record], environment: dict, limits:
     work = next((record.work for record in rounds.values() if record.work), None)
     if not work:
         return
-    row.tflops = row.fps * work["flops"] / 1e12
-    row.flops_per_byte = work["flops"] / roofline.bytes_per_image(work, row.precision, row.batch_size)
+    row.tflops = tflops = float((row.fps or 0) * work["flops"] / 1e12)
+    intensity = work["flops"] / roofline.bytes_per_image(work, row.precision, row.batch_size)
+    row.flops_per_byte = intensity
     peak = roofline.peak_tflops(environment, row.precision) if row.device == "cuda" else None
-    row.pct_peak = peak and row.tflops / peak * 100
-    product = limits and limits["tflops"].get(row.precision)
-    if product:
-        row.pct_measured_peak = row.tflops / product * 100
-        idle = row.busy_ms and 1 - row.busy_ms / row.mean_ms
-        row.limit = roofline.limit(idle, row.tflops, row.flops_per_byte, product, limits["gb_per_s"])
+    row.pct_peak = peak and tflops / peak * 100
+    product = limits["tflops"].get(row.precision) if limits else None
+    if limits and product:
+        row.pct_measured_peak = tflops / product * 100
+        idle = row.busy_ms and row.mean_ms and 1 - row.busy_ms / row.mean_ms
+        row.limit = roofline.limit(idle, tflops, intensity, product, limits["gb_per_s"])
 
 
 def status_of(rounds: dict[int, Record], batch_size: int) -> tuple[str, str]:

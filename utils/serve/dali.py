@@ -3,13 +3,14 @@
 Every file is looked at beforehand: what DALI would not decode as Pillow does goes through Pillow, in order.
 """
 
+import typing
 import contextlib
 import itertools
 import os
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ class Dali:
         """`index` is the GPU's.  PyTorch is not needed yet, so that it can be imported meanwhile."""
         self.pillow, self.device, self.batch_size, self.count = pillow, device, pillow.batch_size, pipelines
         self.index = index if device == "cuda" else None
-        self.slots, self.targets = pillow.slots, None
+        self.slots, self.targets = pillow.slots, typing.cast(typing.Any, None)
         self.folder = tempfile.TemporaryDirectory()
         names = ("filler.png", "filler.jpg")[: self.batch_size] if pipelines > 1 else ("filler.jpg",)
         self.fillers = [str(Path(self.folder.name, name)) for name in names]
@@ -80,7 +81,7 @@ class Dali:
         self.folder.cleanup()
         self.pillow.close()
 
-    def batches(self, paths: Iterable[str]) -> Iterator[Batch]:
+    def batches(self, paths: Iterable[str]) -> Generator[Batch, None, None]:
         """The batches of all paths, in order; where DALI fails, what it had is decoded by Pillow."""
         if self.targets is None:
             self.take_memory()

@@ -14,7 +14,7 @@ import threading
 import typing
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -151,7 +151,7 @@ class Pillow:
             self.pool = ProcessPoolExecutor(workers, context, start_worker, arguments)
             with uninterrupted():  # processes that are on their way when this one ends would complain
                 wait([self.pool.submit(int) for _ in range(workers)])
-        self.pixels = np.frombuffer(memory, np.uint8).reshape(shape)
+        self.pixels = np.frombuffer(typing.cast(typing.Any, memory), np.uint8).reshape(shape)
 
     def pin(self) -> None:
         """Lock the memory, where that is possible: copies to the GPU then run beside all else."""
@@ -171,7 +171,7 @@ class Pillow:
             cuda: typing.Any = torch.cuda.cudart()
             cuda.cudaHostUnregister(self.pixels.ctypes.data)
 
-    def batches(self, paths: Iterable[str]) -> Iterator[Batch]:
+    def batches(self, paths: Iterable[str]) -> Generator[Batch, None, None]:
         """The batches of all paths, in order, the next ones decoded meanwhile.  `paths` may be endless.
 
         The first ones are being decoded when this returns.
@@ -192,7 +192,7 @@ class Pillow:
         work = [(first + k, paths[k : k + self.chunk], self.leave_plain) for k in starts]
         return [self.pool.submit(decode, *arguments) for arguments in work]
 
-    def in_order(self, waiting: deque, submit_next: Callable[[], None]) -> Iterator[Batch]:
+    def in_order(self, waiting: deque, submit_next: Callable[[], None]) -> Generator[Batch, None, None]:
         """What becomes of `waiting`, one batch submitted for each that is given out."""
         try:
             while True:

@@ -9,6 +9,7 @@ Its Offline scenario is a check of this project's clock: both time the same runs
 device in the backend's own form.
 """
 
+import typing
 import contextlib
 import dataclasses
 import json
@@ -149,7 +150,8 @@ def server(network: Network, pixels, rate: float, max_latency_ms: float, queries
     batch = torch.empty(largest, *pixels.shape[1:], dtype=torch.uint8, pin_memory=network.device == "cuda")
     arrived = []
     while arrived or (more := waiting.get()) is not None:
-        arrived += [] if arrived else zip(*more, strict=True)
+        if not arrived:
+            arrived += zip(*typing.cast(tuple, more), strict=True)
         while len(arrived) < largest and not waiting.empty():
             if (more := waiting.get()) is None:
                 waiting.put(None)  # the end, seen early: the generator failed

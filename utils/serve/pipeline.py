@@ -9,7 +9,7 @@ files come.
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class Network:
         return logits.numpy()
 
 
-def classify(batches: Iterator[Batch], network: Network, waited: dict | None = None):
+def classify(batches: Generator[Batch, None, None], network: Network, waited: dict | None = None):
     """Yield (Batch, logits) for a decoder's batches in order, decoding and inferring at the same time.
 
     Adds to waited["decoding"] and waited["inference"] the seconds that this process waited for each.

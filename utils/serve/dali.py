@@ -3,12 +3,12 @@
 Every file is looked at beforehand: what DALI would not decode as Pillow does goes through Pillow, in order.
 """
 
-import typing
 import contextlib
 import itertools
 import os
 import sys
 import tempfile
+import typing
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path

@@ -9,7 +9,6 @@ Its Offline scenario is a check of this project's clock: both time the same runs
 device in the backend's own form.
 """
 
-import typing
 import contextlib
 import dataclasses
 import json
@@ -20,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

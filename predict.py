@@ -35,9 +35,9 @@ from tqdm import tqdm
 import backends
 from utils.backend import Unavailable, inference
 from utils.devices import choose_device
-from utils.environment import keep_to_share
+from utils.environment import is_out_of_memory, keep_to_share
 from utils.serve import choices, decoder, labels
-from utils.utils import UserError, add_path_arguments, is_out_of_memory, number, run_main, sha256, write_json
+from utils.utils import UserError, add_path_arguments, number, run_main, sha256, write_json
 
 # PyTorch is imported only once the first files are being decoded, then DALI and the backend.
 STARTED = utils.STARTED

@@ -17,7 +17,8 @@ import torch
 import model
 from utils.backend import Backend, CudaGraph, Unavailable
 from utils.devices import has_native_bfloat16
-from utils.utils import is_out_of_memory, run_main
+from utils.environment import is_out_of_memory
+from utils.utils import run_main
 
 DTYPES = {"FP32": torch.float32, "TF32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
 TUNED = "channels last, batch norm folded"  # what a variant adds

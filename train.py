@@ -20,6 +20,7 @@ from pathlib import Path
 import datasets
 from utils import devices
 from utils.devices import print_rank0, rank
+from utils.environment import is_out_of_memory
 from utils.utils import (
     IMAGE_SIZES,
     MOST_WORKERS,
@@ -28,7 +29,6 @@ from utils.utils import (
     check_folder,
     checkpoint_path,
     file_lock,
-    is_out_of_memory,
     number,
     read_json,
     remove_leftovers,

@@ -12,7 +12,8 @@ import torch
 from conftest import ROOT
 
 from utils import devices, environment
-from utils.utils import UserError, is_out_of_memory, number
+from utils.environment import is_out_of_memory
+from utils.utils import UserError, number
 
 
 @pytest.fixture

@@ -251,3 +251,20 @@ def environment(device: str) -> dict:
         "date": today(),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+# ---- want of memory, in every runtime's words
+
+OUT_OF_MEMORY = re.compile(
+    "out ?of ?memory"  # PyTorch, CUDA; "OutOfMemory": TensorRT
+    "|can't allocate memory|not enough memory|bad.?alloc"  # a CPU's: PyTorch on Linux and on Windows, C++
+    "|alloc(ation)?_failed"  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_..._ALLOCATION_FAILED
+    "|failed to allocate memory|bfcarena|cudaerrormemoryallocation|cuda (error|failure) 2:"  # ONNX Runtime
+    "|could not be allocated|insufficient memory",  # TensorRT, OpenVINO
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException | str) -> bool:
+    """Whether an error, or the whole message of one, says that a GPU or this machine ran out of memory."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))

@@ -276,23 +276,6 @@ def number(kind: type, least: float, most: float) -> Callable[[str], int | float
     return parse
 
 
-# ---- want of memory, in every runtime's words
-
-OUT_OF_MEMORY = re.compile(
-    "out ?of ?memory"  # PyTorch, CUDA; "OutOfMemory": TensorRT
-    "|can't allocate memory|not enough memory|bad.?alloc"  # a CPU's: PyTorch on Linux and on Windows, C++
-    "|alloc(ation)?_failed"  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_..._ALLOCATION_FAILED
-    "|failed to allocate memory|bfcarena|cudaerrormemoryallocation|cuda (error|failure) 2:"  # ONNX Runtime
-    "|could not be allocated|insufficient memory",  # TensorRT, OpenVINO
-    re.IGNORECASE,
-)
-
-
-def is_out_of_memory(error: BaseException | str) -> bool:
-    """Whether an error, or the whole message of one, says that a GPU or this machine ran out of memory."""
-    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
-
-
 # ---- files
 
 

@@ -6,7 +6,7 @@ import time
 import timeit
 from collections.abc import Callable
 
-from utils.utils import is_out_of_memory
+from utils.environment import is_out_of_memory
 
 # Per SM and clock, by compute capability: FP32 lanes, then the tensor cores' dense multiply-adds in TF32,
 # FP16 (with FP16 sums, the faster way) and INT8.  CUDA C++ Programming Guide, table "Throughput of Native

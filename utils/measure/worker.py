@@ -18,9 +18,10 @@ import numpy as np
 import psutil
 
 from utils.backend import Backend, Unavailable, inference
+from utils.environment import is_out_of_memory
 from utils.measure import accuracy, gpu, reference, timing
 from utils.measure.schema import Job, Problem
-from utils.utils import MENDS, UserError, end_with_parent, is_out_of_memory, sentence
+from utils.utils import MENDS, UserError, end_with_parent, sentence
 
 WARM_UP_SECONDS = 0.3  # at least, besides the calls asked for
 WAKE_MS, SLOW_MS = 10.0, 200.0  # untimed calls at the start of a block: a run of 200 ms needs none

@@ -196,6 +196,9 @@ class Run:
             if isinstance(error, UserError) or not is_out_of_memory(error):
                 raise
             short = " ".join(str(error).split())[-300:] or "out of memory"
+        finally:
+            if own.stat().st_size == 0:  # no row to go on from
+                own.unlink()
         if short:  # raised here, where nothing refers to what took the memory
             raise MemoryError(short)
         everybody = gather(told)
@@ -213,15 +216,15 @@ class Run:
         """(batches of all paths, network); decoding begins while all else is imported."""
         with contextlib.ExitStack() as stack:
             opening = self.open_files(paths, stack.enter_context(ThreadPoolExecutor(1))) if paths else None
-            import torch
-
-            from utils.serve.pipeline import Network
-
-            choose_device(self.args.device)
-            if self.device == "cuda":
-                torch.cuda.set_device(LOCAL_RANK)
-            stack.enter_context(inference(self.device))
             try:
+                import torch
+
+                from utils.serve.pipeline import Network
+
+                choose_device(self.args.device)
+                if self.device == "cuda":
+                    torch.cuda.set_device(LOCAL_RANK)
+                stack.enter_context(inference(self.device))
                 backend = self.load_in_turn()
             finally:
                 if opening:

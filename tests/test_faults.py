@@ -24,7 +24,7 @@ def rows(project, tmp_path_factory):
     asked = dict(backends=list(backends), image_sizes=[64], batch_sizes=[1, 2], rounds=1, sweep="main")
     folders = dict(data=project / "data", weights=project / "weights", results=results)
     args = Namespace(**SETTINGS, **asked, **folders, sustain_seconds=3.0, seed=0, quick=False)
-    benchmark.sweep(jobs.make_jobs(args, backends, {}), timeout=40, ci_width=3, budget_minutes=0)
+    benchmark.sweep(jobs.make_jobs(args, backends, {}), timeout=20, ci_width=3, budget_minutes=0)
     return tables.write_table(results)[0].set_index(["backend", "batch_size"])
 
 
@@ -38,7 +38,7 @@ def test_everything_else_is_complete(rows):
     "backend, status, reason",
     [
         ("killed", "failed", "signal 9"),
-        ("hangs", "failed", "stopped after 40 s; allow more: --timeout 80"),
+        ("hangs", "failed", "stopped after 20 s; allow more: --timeout 40"),
         ("takes-all-memory", "out_of_memory", "memory"),
         ("raises", "failed", "RuntimeError: the kernel was not found"),
         ("wrong", "mismatch", "logits differ from PyTorch FP32 by"),

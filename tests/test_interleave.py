@@ -35,7 +35,7 @@ JOB = Job(
 class Steps:
     """Stands for a process: it fails as it is told to, at a step of a batch size (None: open)."""
 
-    seconds, hung = None, False
+    seconds = None
 
     def __init__(self, fails: dict | None = None, run_ms: float = 2.0):
         self.fails, self.run_ms, self.asked, self.gone = fails or {}, run_ms, [], False
@@ -135,13 +135,6 @@ def test_a_process_that_dies_is_tried_again_and_then_its_missing_batch_sizes_hav
     round_, _ = play(alone, sequential=True)
     assert not round_.again and statuses(alone) == {1: "ok", 8: "failed"}
     assert "signal 9" in alone.record.batch(8)["reason"]
-
-
-def test_a_process_that_hung_is_not_waited_for_again():
-    onnx = member({("run", 8): "dies"})
-    onnx.steps.hung = True
-    round_, _ = play(member(backend="pytorch"), onnx)
-    assert not round_.again and set(statuses(onnx).values()) == {"failed"}
 
 
 def test_a_further_round_that_fails_takes_nothing_away():

@@ -265,7 +265,7 @@ def test_nothing_is_squeezed_or_printed_over_something_else():
         fig.draw_without_rendering()
         assert all(ax.get_window_extent().height > 1.2 * fig.dpi for ax in fig.axes if ax.axison)
         said = [text for text in fig.findobj(Text) if text.get_text() and text.get_fontsize() in (9, 13)]
-        boxes = [text.get_window_extent() for text in said]
+        boxes = [box for text in said if (box := text.get_window_extent()).width > 1]  # 1: not drawn
         assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 

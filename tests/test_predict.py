@@ -335,7 +335,10 @@ def test_a_process_that_waits_for_the_others_ends_when_told(tmp_path, how):
         (["missing"], "missing is not there"),
         (["weights"], "holds no images"),
         (["data/test", "--backend", "fastest"], "--backend fastest is not one of pytorch"),
-        (["data/test", "--backend", "pytorch-fp16-graph"], "--backend pytorch-fp16-graph: "),
+        (
+            ["data/test", "--backend", "pytorch-fp16-graph"],
+            "pytorch-fp16-graph can't serve: CUDA graphs need",
+        ),
         (["data/test", "--weights", "data"], "holds no checkpoint; train one: python train.py"),
         (["data/test", "--image-size", "96"], "python train.py --image-sizes 96"),
         (["data/test", "--batch-size", "0"], "--batch-size: a whole number from 1"),

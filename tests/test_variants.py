@@ -141,8 +141,8 @@ def test_a_compiler_that_fails_is_unavailable_even_where_errors_are_suppressed(
 
     backend = compiled_without_inductor(monkeypatch, project)
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: fails)
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", suppressed)
-    with torch.inference_mode(), pytest.raises(Unavailable, match="compile"):
+    suppressing = torch._dynamo.config.patch(suppress_errors=suppressed)
+    with suppressing, torch.inference_mode(), pytest.raises(Unavailable, match="compile"):
         backend.prepare(torch.zeros(2, 3, 32, 32))
 
 

@@ -30,7 +30,7 @@ class Remote:
     """A Measurement in a fresh process; its steps are asked for here and happen there."""
 
     def __init__(self, job: Job, log: Path, timeout: float):
-        self.log, self.timeout, self.seconds, self.hung = log, timeout, {}, False
+        self.log, self.timeout, self.seconds = log, timeout, {}
         self.log_size_before = log.stat().st_size
         processes = fresh_processes()
         self.pipe, theirs = processes.Pipe()
@@ -56,7 +56,6 @@ class Remote:
 
     def answer(self):
         if not self.pipe.poll(self.timeout):
-            self.hung = True
             self.process.kill()
             self.stop()
             more = f"allow more: --timeout {self.timeout * 2:g}"
@@ -220,8 +219,7 @@ class InterleavedRound:
         """Have the member tried again, or note its failure: at one batch size, or on the whole at None."""
         crowded = len(self.members) > 1 or (batch_size and not self.sequential)
         short_of_memory = problem.status == "out_of_memory" and crowded
-        died = member.steps.is_gone() and not member.steps.hung
-        if short_of_memory or (died and not self.sequential):
+        if short_of_memory or (member.steps.is_gone() and not self.sequential):
             self.again.append(member)
         elif not member.record.further:  # a further round that fails takes nothing away
             member.fail(batch_size, problem)

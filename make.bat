@@ -55,7 +55,7 @@ exit /b %errorlevel%
 if errorlevel 1 exit /b %errorlevel%
 "%PY%" -m ruff format --check .
 if errorlevel 1 exit /b %errorlevel%
-"%PY%" -m pyright
+"%PY%" -m pyright --project pyproject.toml
 exit /b %errorlevel%
 
 :try

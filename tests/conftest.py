@@ -41,6 +41,13 @@ def load_test_images(data: Path, image_size: int, classes: list[str], num_worker
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A script that is tried in this process ignores Ctrl-C at its end, and so would those started later."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Path:
     """A folder with the drawn sample as data/ and a checkpoint for 64 px in weights/, as train.py --quick

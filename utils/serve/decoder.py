@@ -53,15 +53,17 @@ class Batch:
 here = threading.local()  # of a worker: `pixels` to write to, `alone`, `broken_off`
 
 
-def start_worker(memory, image_size: int, alone, broken_off, process: bool) -> None:
+def start_worker(memory, image_size: int, alone, broken_off, everybody=None) -> None:
+    """`everybody`: where processes decode, the barrier at which they wait until all have started."""
     here.pixels = np.frombuffer(memory, np.uint8).reshape(-1, image_size, image_size, 3)
     here.alone, here.broken_off = alone, broken_off
     warnings.filterwarnings("ignore", module="PIL")  # of odd but readable files
-    if process:
+    if everybody:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
         end_with_parent()
         # On a CPU inference goes first: its threads wait for each other, and decoding fills what they leave.
         psutil.Process().nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if os.name == "nt" else 10)
+        everybody.wait(300)
 
 
 def decode(first: int, paths: list[str], leave_plain: bool) -> list[str | None]:
@@ -140,14 +142,14 @@ class Pillow:
         memory: typing.Any = None
         if threads:
             memory, self.broken_off = bytearray(int(np.prod(shape))), ctypes.c_bool()
-            arguments = memory, image_size, threading.Lock(), self.broken_off, False
+            arguments = memory, image_size, threading.Lock(), self.broken_off
             self.pool = ThreadPoolExecutor(workers, initializer=start_worker, initargs=arguments)
         else:
             context = fresh_processes(__name__, large=())
             # Shared, or in a file where /dev/shm is small.
             memory = context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
             self.broken_off = context.RawValue(ctypes.c_bool)
-            arguments = memory, image_size, context.Lock(), self.broken_off, True
+            arguments = memory, image_size, context.Lock(), self.broken_off, context.Barrier(workers)
             self.pool = ProcessPoolExecutor(workers, context, start_worker, arguments)
             with uninterrupted():  # processes that are on their way when this one ends would complain
                 wait([self.pool.submit(int) for _ in range(workers)])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from PIL import Image
 
 # Tests run beside one another: threads that wait spinning would take each other's cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -18,6 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+NAMES = ["Ёж Герой", "Пудж"]  # of classes
 
 
 def run_script(script: str, *arguments, cwd: Path = ROOT, ok: bool = True) -> subprocess.CompletedProcess:
@@ -85,3 +87,29 @@ def shared_copy(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Pa
             make(unfinished)
             unfinished.rename(shared)
     return Path(shutil.copytree(shared, own / name))
+
+
+@pytest.fixture(scope="session")
+def exported(project, tmp_path_factory) -> Path:
+    """The project's checkpoint and its FP32 export in a folder of their own."""
+    folder = tmp_path_factory.mktemp("weights")
+    from utils import onnx_export
+
+    checkpoint = shutil.copy(project / "weights" / "best_resnet18_64.pth", folder)
+    return onnx_export.export(Path(checkpoint), 64, "FP32")[0]
+
+
+def paint(path: Path, colour=(200, 40, 40), size=(40, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Two classes with Cyrillic names and spaces, three training images and one test image each."""
+    for number, name in enumerate(NAMES):
+        for index in range(3):
+            paint(tmp_path / "train" / name / f"фото {index}.png", (40 + 90 * number, 60 * index, 90))
+        paint(tmp_path / "test" / name / "проба 1.jpg", (40 + 90 * number, 10, 90))
+    return tmp_path

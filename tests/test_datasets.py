@@ -1,61 +1,28 @@
-"""Class folders with awkward names, pictures of every mode, every mistake a user can make, and the drawn
-sample."""
+"""Class folders with awkward names, loaders, files of every kind, and every mistake a user can make."""
 
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import tempfile
-import time
 import types
 import unicodedata
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_test_images, run_script
-from PIL import Image, ImageOps, PngImagePlugin
+from conftest import NAMES, ROOT, load_test_images, paint, run_script
+from PIL import Image
 from test_run_main import start
 
 import datasets
 from utils import images
-from utils.sample_images import HEROES
 from utils.utils import UserError
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and names of POSIX")
-FEW = {"train": 2, "test": 1}
-NAMES = ["Ёж Герой", "Пудж"]
 
 
-def paint(path: Path, colour=(200, 40, 40), size=(40, 30)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-    return path
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    """Two classes with Cyrillic names and spaces, three training images and one test image each."""
-    for number, name in enumerate(NAMES):
-        for index in range(3):
-            paint(tmp_path / "train" / name / f"фото {index}.png", (40 + 90 * number, 60 * index, 90))
-        paint(tmp_path / "test" / name / "проба 1.jpg", (40 + 90 * number, 10, 90))
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sample")
-    datasets.draw_sample(folder, seed=3, counts=FEW)
-    return folder
-
-
-# ---------------------------------------------------------------------------------------------------- names
-# and loaders
+# ---- names and loaders
 
 
 def test_a_class_is_the_same_in_both_normal_forms(data):
@@ -111,143 +78,7 @@ def test_processes_share_the_test_images_without_repeating_any(data):
     assert counts == [2, 1]
 
 
-# -----------------------------------------------------------------------------------------------------------
-# pictures
-
-
-def pixel(path: Path, at=(0, 0)) -> tuple:
-    image = datasets.load_rgb(path)
-    assert image.mode == "RGB"
-    return image.getpixel(at)
-
-
-def test_transparent_pixels_become_white(tmp_path):
-    image = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
-    image.putpixel((0, 0), (255, 0, 0, 0))
-    image.putpixel((1, 0), (255, 0, 0, 128))
-    image.save(tmp_path / "a.png")
-    assert [pixel(tmp_path / "a.png", (x, 0)) for x in range(3)] == [
-        (255, 255, 255),
-        (255, 127, 127),
-        (255, 0, 0),
-    ]
-    Image.new("LA", (8, 8), (90, 0)).save(tmp_path / "la.png")
-    assert pixel(tmp_path / "la.png") == (255, 255, 255)
-
-
-def test_palette_with_and_without_transparency(tmp_path):
-    image = Image.new("P", (8, 8), 1)
-    image.putpalette([0, 0, 0, 10, 200, 30])
-    image.putpixel((0, 0), 0)
-    image.save(tmp_path / "p.png")
-    image.save(tmp_path / "t.png", transparency=0)
-    assert [pixel(tmp_path / "p.png", (x, 0)) for x in range(2)] == [(0, 0, 0), (10, 200, 30)]
-    assert [pixel(tmp_path / "t.png", (x, 0)) for x in range(2)] == [(255, 255, 255), (10, 200, 30)]
-
-
-def test_grey_of_8_and_16_bits(tmp_path):
-    Image.new("L", (8, 8), 77).save(tmp_path / "l.png")
-    assert pixel(tmp_path / "l.png") == (77, 77, 77)
-    values = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
-    for name in ("a.png", "a.tif"):
-        Image.fromarray(values).save(tmp_path / name)
-        assert [pixel(tmp_path / name, (x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
-
-
-def test_what_is_no_number_or_transparent_in_deep_grey(tmp_path):
-    values = np.array([[0.5, np.nan, np.inf, -np.inf, 0, 1]], dtype=np.float32)
-    Image.fromarray(values).save(tmp_path / "f.tif")
-    assert [pixel(tmp_path / "f.tif", (x, 0))[0] for x in range(6)] == [128, 0, 255, 0, 0, 255]
-    Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16)).save(tmp_path / "t.png")
-    whole = (tmp_path / "t.png").read_bytes()
-    chunk = b"tRNS" + struct.pack(">H", 257)  # the grey level that is transparent, put behind the header
-    chunk = struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    (tmp_path / "t.png").write_bytes(whole[:33] + chunk + whole[33:])
-    assert [pixel(tmp_path / "t.png", (x, 0))[0] for x in range(3)] == [0, 255, 255]
-
-
-def test_the_pixels_decoded_at_a_time_are_bounded(tmp_path, monkeypatch):
-    paths = [paint(tmp_path / f"{index}.png", size=(300, 300)) for index in range(12)]
-    budget, least = images.Budget(200_000), []
-    monkeypatch.setattr(images, "pixels", budget)
-    really = images.to_rgb
-
-    def slowly(image):
-        least.append(budget.free)
-        time.sleep(0.02)
-        return really(image)
-
-    monkeypatch.setattr(images, "to_rgb", slowly)
-    assert set(images.in_threads(datasets.image_size_of, paths)) == {(300, 300)}
-    assert len(least) == 12 and min(least) == 200_000 - 2 * 90_000 and budget.free == 200_000
-    large = paint(tmp_path / "large.png", size=(1000, 1000))  # larger than the whole budget: alone
-    assert datasets.image_size_of(large) == (1000, 1000) and budget.free == 200_000
-
-
-def test_cmyk(tmp_path):
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "c.tif")
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "c.jpg", quality=95)
-    assert pixel(tmp_path / "c.tif") == (255, 0, 0)
-    assert np.abs(np.subtract(pixel(tmp_path / "c.jpg"), (255, 0, 0))).max() < 6
-
-
-def test_exif_rotation(tmp_path):
-    image = Image.new("RGB", (16, 8), "black")
-    image.paste("white", (0, 0, 8, 8))  # the left half; orientation 6 means: turn clockwise to look at it
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "r.png", exif=exif)
-    turned = datasets.load_rgb(tmp_path / "r.png")
-    assert (
-        turned.size == (8, 16)
-        and turned.getpixel((4, 1)) == (255, 255, 255)
-        and turned.getpixel((4, 14)) == (0, 0, 0)
-    )
-
-
-def test_odd_exif_turns_the_picture_and_is_left_alone(tmp_path):
-    image = Image.new("RGB", (16, 8), "black")
-    image.paste("white", (0, 0, 8, 8))
-    # A TIFF header; orientation 6, and XResolution as a BYTE, which Pillow reads but can't write again.
-    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x011A, 1, 1, 7)
-    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
-    image.save(tmp_path / "r.jpg", exif=exif, quality=95)
-    turned = datasets.load_rgb(tmp_path / "r.jpg")
-    assert turned.size == (8, 16) and turned.getpixel((4, 1))[0] > 200 and turned.getpixel((4, 14))[0] < 50
-    image.save(tmp_path / "d.jpg", exif=b"Exif\0\0 no TIFF at all")
-    assert datasets.load_rgb(tmp_path / "d.jpg").size == (16, 8)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path, orientation):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "r.png", exif=exif)
-    expected = ImageOps.exif_transpose(Image.open(tmp_path / "r.png"))
-    assert datasets.load_rgb(tmp_path / "r.png").tobytes() == expected.tobytes()
-
-
-def test_long_texts_and_profiles_in_a_png_are_no_hindrance(tmp_path):
-    texts = PngImagePlugin.PngInfo()
-    texts.add_text("history", "edited " * 400_000, zip=True)
-    Image.new("RGB", (8, 8), (9, 8, 7)).save(tmp_path / "a.png", pnginfo=texts, icc_profile=bytes(3_000_000))
-    assert pixel(tmp_path / "a.png") == (9, 8, 7)
-
-
-def test_photos_of_an_iphone_are_read(data):
-    pillow_heif = pytest.importorskip("pillow_heif")
-    path = data / "train" / "Пудж" / "IMG_0001.HEIC"
-    picture = Image.new("RGB", (64, 48), (200, 40, 40))
-    pillow_heif.from_pillow(picture).save(path, quality=95)
-    assert path in datasets.all_images(data)
-    assert np.abs(np.subtract(pixel(path, (20, 20)), (200, 40, 40))).max() < 8
-    renamed = path.rename(path.with_name("photo.jpg"))  # as some programs call it
-    assert datasets.image_size_of(renamed) == (64, 48)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# files of every kind
+# ---- files of every kind
 
 
 def test_files_without_a_suffix_are_known_by_their_content(data):
@@ -360,8 +191,7 @@ def test_names_may_be_any_bytes(data, capsys):
     assert b"\\udcca\\udce0" in done.stdout
 
 
-# ------------------------------------------------------------------------------------------------------------
-# mistakes
+# ---- mistakes
 
 
 def test_an_image_that_vanishes_is_one_sentence_also_from_a_worker_process(data):
@@ -422,117 +252,6 @@ def test_the_report_counts_and_notes_what_is_odd(data, capsys):
     assert "Новый                         1      0   300x20 .. 300x20" in said
     assert "копия.png is the same image as" in said and "список.txt" in said and "sample" not in said
     assert "Новый has no images: the accuracy says nothing" in said
-
-
-# ----------------------------------------------------------------------------------------------------------
-# the sample
-
-
-def test_the_sample_is_drawn_the_same_for_the_same_seed(sample, tmp_path):
-    datasets.draw_sample(tmp_path / "same", seed=3, counts=FEW)
-    datasets.draw_sample(tmp_path / "other", seed=4, counts=FEW)
-    assert (
-        datasets.fingerprint(tmp_path / "same")
-        == datasets.fingerprint(sample)
-        != datasets.fingerprint(tmp_path / "other")
-    )
-    listed = datasets.list_images(sample)
-    assert {
-        split: {name: len(images) for name, images in classes.items()} for split, classes in listed.items()
-    } == {split: dict.fromkeys(sorted(HEROES), count) for split, count in FEW.items()}
-    assert all(200 <= side <= 700 for size in datasets.check_images(sample).values() for side in size)
-
-
-def test_sample_data_is_marked_as_long_as_one_drawn_image_remains(sample, data, tmp_path):
-    folder = tmp_path / "mixed"
-    shutil.copytree(sample, folder)
-    assert datasets.is_sample(folder) and not datasets.is_sample(data)
-    before = datasets.fingerprint(folder)
-    paint(folder / "train" / "Пудж" / "own.png")
-    assert datasets.is_sample(folder) and datasets.fingerprint(folder) != before
-    for image in datasets.all_images(folder):
-        if image.name != "own.png":
-            image.unlink()
-    assert not datasets.is_sample(folder)
-
-
-def test_the_sample_never_touches_own_images(data):
-    before = datasets.fingerprint(data)
-    with pytest.raises(UserError, match="already holds images"):
-        datasets.draw_sample(data, counts=FEW)
-    datasets.ensure_data(data)
-    assert datasets.fingerprint(data) == before and not (data / "SAMPLE.txt").exists()
-    shutil.rmtree(data / "test")
-    (data / "train" / "Пудж" / "фото.heic").touch()  # not readable, and still the user's
-    with pytest.raises(UserError):
-        datasets.ensure_data(data)
-    assert not (data / "test").exists()
-
-
-def test_an_unfinished_sample_is_never_finished_over_own_images(sample, tmp_path, capsys):
-    folder = tmp_path / "mixed"
-    (folder / "sample.part").mkdir(parents=True)
-    shutil.copytree(sample / "train", folder / "sample.part" / "train")
-    shutil.copy(sample / "SAMPLE.txt", folder)
-    for split in datasets.SPLITS:
-        for name in "AB":
-            paint(folder / split / name / "own.png", (90, 200, 10 if name == "A" else 90))
-    datasets.ensure_data(folder)
-    assert datasets.class_names(folder) == ["A", "B"] and "drawing" not in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="a second disk is needed")
-def test_the_sample_is_drawn_onto_another_disk_too(tmp_path):
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
-        (tmp_path / "train").symlink_to(elsewhere)
-        datasets.draw_sample(tmp_path, seed=3, counts=FEW)
-        assert len(datasets.all_images(tmp_path)) == 12 and not (tmp_path / "sample.part").exists()
-
-
-def test_what_cannot_be_drawn_is_not_begun(tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train").touch()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="train: a file is where a folder belongs"):
-        datasets.ensure_data(Path("data"))
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["train"]
-
-
-def test_hidden_classes_are_a_users_too(tmp_path, monkeypatch):
-    for split in datasets.SPLITS:
-        for name in (".a", ".b"):
-            paint(tmp_path / "data" / split / name / "x.png")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"train holds hidden folders only \(.a, .b\)"):
-        datasets.ensure_data(Path("data"))
-    assert not (tmp_path / "data" / "SAMPLE.txt").exists()
-
-
-def test_an_interrupted_drawing_leaves_no_half_data_set(tmp_path):
-    drawing = subprocess.Popen(
-        [sys.executable, str(ROOT / "datasets.py"), "--draw-sample", "--data", str(tmp_path)],
-        stderr=subprocess.PIPE,
-    )
-    while not list(tmp_path.glob("sample.part/train/*/*")) and drawing.poll() is None:
-        time.sleep(0.05)
-    drawing.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
-    drawing.communicate(timeout=60)
-    assert (
-        drawing.returncode != 0 and not datasets.has_data(tmp_path) and not (tmp_path / "SAMPLE.txt").exists()
-    )
-    datasets.draw_sample(tmp_path, seed=3, counts=FEW)
-    assert len(datasets.all_images(tmp_path)) == 12 and not (tmp_path / "sample.part").exists()
-
-
-def test_a_drawing_interrupted_while_it_moved_into_place_is_finished(sample, tmp_path, capsys):
-    folder = tmp_path / "half"
-    shutil.copytree(sample, folder)
-    (folder / "sample.part").mkdir()
-    (folder / "test").rename(folder / "sample.part" / "test")
-    datasets.ensure_data(folder, seed=3)
-    assert (
-        datasets.fingerprint(folder) == datasets.fingerprint(sample) and not (folder / "sample.part").exists()
-    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="worker processes are forked on Linux only")

@@ -24,12 +24,12 @@ import torch
 from conftest import ROOT, load_test_images, run_script
 from filelock import FileLock
 from PIL import Image
+from test_choices import table
 from test_pipeline import broken  # noqa: F401  (a fixture)
 
 import model
 import predict
 from utils import environment
-from utils.images import fingerprint
 from utils.serve import choices, labels
 from utils.utils import UserError, sha256
 
@@ -186,32 +186,6 @@ def test_a_second_run_for_the_same_table_is_refused(project, photos, monkeypatch
     assert not out.exists()
 
 
-def test_rows_are_merged_and_files_of_similar_names_stay(tmp_path):
-    mine = [
-        "labels.csv.old.part1",
-        "labels.csv.0-1.partial",
-        "labels.csv.0-1.part0.zip",
-        "labels.csv2.0-1.part0",
-    ]
-    for name in mine:
-        (tmp_path / name).touch()
-    (tmp_path / "labels.csv.0-2.part0").mkdir()
-    out = tmp_path / "labels.csv"
-    (tmp_path / "labels.csv.0-1.part0").write_text("a.jpg,cat,0.5\n", encoding="utf-8")
-    rows = labels.merge(out, "0-1", ["a.jpg", "b.jpg"], ["path", "class", "probability"])
-    assert list(rows) == ["a.jpg"]
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == sorted([*mine, "labels.csv", "labels.csv.0-2.part0"])
-
-
-def test_a_folder_that_is_named_is_looked_into_however_it_is_called(tmp_path, monkeypatch):
-    (tmp_path / ".hid" / "sub").mkdir(parents=True)
-    Image.new("RGB", (9, 7), "red").save(tmp_path / ".hid" / "a.png")
-    monkeypatch.chdir(tmp_path / ".hid" / "sub")
-    assert choices.find_images(Path(".."))[0] == [str(Path("../a.png"))]
-    assert choices.find_images(tmp_path / ".hid")[0] == [str(tmp_path / ".hid" / "a.png")]
-
-
 def test_a_file_that_changed_meanwhile_is_read_anew(project, photos):
     _, whole = label(photos, project)
     out = photos.parent / "again.csv"
@@ -248,17 +222,6 @@ def test_a_locale_without_cyrillic_gives_the_same_table(project, photos):
     subprocess.run(list(map(str, command)), env={**os.environ, **locale}, timeout=300, check=True)
     table = (photos.parent / "ascii.csv").read_bytes()
     assert table == (photos.parent / "labels.csv").read_bytes() and "Пудж".encode() in table
-
-
-def test_images_are_listed_folder_by_folder_under_the_names_by_which_they_are_reached(tmp_path, monkeypatch):
-    for name in ("b/z.png", "b/a.png", "b.png", "b c.png", "b.d/a.png", "ы.PNG", "b/.x.png", "x.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    images = [path for path in tmp_path.rglob("[!.]*") if path.suffix.lower() == ".png"]
-    monkeypatch.chdir(tmp_path)
-    for folder in (Path(), Path("..", tmp_path.name), tmp_path):
-        wanted = sorted(folder / path.relative_to(tmp_path) for path in images)
-        assert choices.find_images(folder)[0] == [str(path) for path in wanted] and len(wanted) == 6
 
 
 def test_processes_share_images_by_lot():
@@ -359,36 +322,6 @@ def test_what_a_user_can_get_wrong_is_one_sentence(project, arguments, said):
     )
 
 
-def test_a_row_is_kept_only_whole(tmp_path):
-    part = tmp_path / "part"
-    part.write_text('a.jpg,cat,0.5\n"b\nc.jpg",dog,0.7\nd.jpg,ca', encoding="utf-8")
-    assert list(labels.read_rows(part, 3)) == ["a.jpg", "b\nc.jpg"]
-    part.write_text('a.jpg,cat,0.5\n"b\n', encoding="utf-8")
-    assert list(labels.read_rows(part, 3)) == ["a.jpg"]
-
-
-def test_the_backend_is_the_fastest_measured_on_this_machine_and_no_other(project, tmp_path):
-    arguments = ["--quick", "--backends", "pytorch", "onnx", "--device", "cpu", "--runs", 5]
-    run_script("benchmark.py", *arguments, "--results", tmp_path / "quick", cwd=project)
-    rows = choices.measured_here(tmp_path / "quick", "cpu", 64)
-    assert {(row["backend"], row["batch_size"]) for row in rows} == set(
-        itertools.product(("pytorch", "onnx"), (1, 4))
-    )
-    fastest = max(rows, key=lambda row: row["fps"])
-    first, second = choices.choose_backends(None, rows, 10**9, "cpu")
-    assert (first.backend, first.batch_size, first.batch_sizes) == (
-        fastest["backend"],
-        fastest["batch_size"],
-        (1, 4),
-    )
-    assert {first.backend, second.backend} == {"pytorch", "onnx"} and first.measured
-    assert [one.backend for one in choices.choose_backends("pytorch", rows, 9, "cpu")] == ["pytorch"]
-    path = tmp_path / "quick" / "environment.json"
-    path.write_text(path.read_text("utf-8").replace('"torch": "', '"torch": "0.'), encoding="utf-8")
-    assert choices.measured_here(tmp_path / "quick", "cpu", 64) == []  # measured by another version
-    assert choices.measured_here(tmp_path, "cpu", 64) == []
-
-
 def test_the_last_line_says_where_the_time_went(project, photos):
     timings = photos.parent / "timings.json"
     done, _ = label(photos, project, "--timings", timings)
@@ -404,129 +337,6 @@ def test_readings_of_a_clock_that_are_equal_are_no_division_by_zero(tmp_path, ca
     told = {"images": 3, "problems": {}, "seconds": 1.0, "spent": dict.fromkeys(predict.STEPS, 1.0)}
     predict.summarise([told, None], 3, tmp_path / "labels.csv", None)
     assert "3 images in 1.0 s" in capsys.readouterr().out
-
-
-def row(backend: str, batch_size: int, fps: float, load_s: float, first_call_ms: float) -> dict:
-    figures = {"batch_size": batch_size, "fps": fps, "load_s": load_s, "first_call_ms": first_call_ms}
-    return {"sweep": "main", "backend": backend, **figures}
-
-
-ROWS = [  # what compiles is fastest, but only once it has compiled
-    row("torch-compile", 256, 40_000.0, 3.0, 6_000.0),
-    row("onnx", 256, 20_000.0, 1.0, 900.0),
-    row("pytorch", 256, 5_000.0, 0.2, 100.0),
-    row("pytorch", 16, 3_000.0, 0.2, 100.0),
-]
-
-
-@pytest.mark.parametrize(
-    ("device", "count", "first", "batch_size"),
-    [
-        ("cpu", 10, "pytorch", 16),
-        ("cpu", 1_000, "pytorch", 256),
-        ("cpu", 100_000, "onnx", 256),
-        ("cpu", 10_000_000, "torch-compile", 256),
-        ("cuda", 10_000_000, "onnx", 256),  # DALI would not decode for more
-    ],
-)
-def test_the_backend_is_the_one_that_is_done_first(device, count, first, batch_size):
-    found = choices.choose_backends(None, ROWS, count, device)
-    assert (found[0].backend, found[0].batch_size) == (first, batch_size)
-    assert sorted(choice.backend for choice in found) == ["onnx", "pytorch", "torch-compile"]
-    (only,) = choices.choose_backends("torch-compile", ROWS, count, device)
-    assert only.backend == "torch-compile" and only.measured and only.batch_sizes == (16, 256)
-
-
-def test_what_is_not_known_of_a_start_is_not_taken_for_nothing():
-    rows = [row("onnx", 256, 5_001.0, float("nan"), float("nan")), *ROWS]
-    assert choices.choose_backends(None, rows, 1_000, "cpu")[0].backend == "pytorch"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda text: text.replace(",", ";").encode(),
-        lambda text: text.encode("utf-16"),
-        lambda text: text.replace("9.0", "0").encode(),
-        lambda text: text.replace("9.0", "fast").encode(),
-        lambda text: text.replace(",4,", ",0,").encode(),
-        lambda text: text.replace("first_call_ms", "first").encode(),
-        lambda text: text.replace("main,pytorch", 'main,"pytorch\0').encode(),
-    ],
-    ids=["semicolons", "UTF-16", "0 images/s", "text", "batch of 0", "no such column", "cut"],
-)
-def test_a_table_that_somebody_saved_otherwise_is_one_sentence(tmp_path, change):
-    table(tmp_path, pytorch=9.0)
-    path = tmp_path / "benchmark_results.csv"
-    assert len(choices.measured_here(tmp_path, "cpu", 64)) == 1
-    path.write_bytes(change(path.read_text("utf-8")))
-    with contextlib.suppress(UserError):
-        assert choices.measured_here(tmp_path, "cpu", 64) == []
-    (tmp_path / "environment.json").write_text('{"main": [1]}', encoding="utf-8")
-    with pytest.raises(UserError, match="is no table of python benchmark.py .*; make it anew"):
-        choices.measured_here(tmp_path, "cpu", 64)
-
-
-def table(results: Path, **fps: float) -> None:
-    """A table of one row for each backend (images/s at 64 px, batch 4), as if measured here."""
-    columns = [
-        "sweep",
-        "backend",
-        "device",
-        "image_size",
-        "batch_size",
-        "status",
-        "fps",
-        "load_s",
-        "first_call_ms",
-    ]
-    rows = [["main", name, "cpu", "64", "4", "ok", str(value), "0.1", "9"] for name, value in fps.items()]
-    labels.write_rows(results / "benchmark_results.csv", [columns, *rows])
-    here = {"main": environment.environment("cpu")}
-    (results / "environment.json").write_text(json.dumps(here), encoding="utf-8")
-
-
-def test_without_a_table_batches_are_of_one_size():
-    (only,) = choices.choose_backends(None, [], 100, "cpu")
-    assert (only.backend, only.batch_size, only.measured) == ("pytorch", 15, False)
-
-
-def checkpoint(project: Path, folder: Path, size: int, classes: list[str], accuracy: float, trained_on: str):
-    """A checkpoint of random weights that says so of itself."""
-    facts = model.load_facts(project / "weights" / "best_resnet18_64.pth")
-    facts |= {"classes": classes, "image_size": size, "accuracy": accuracy}
-    facts["data"] = {**facts["data"], "fingerprint": trained_on}
-    path = folder / f"best_resnet18_{size}.pth"
-    model.save(path, model.build(len(classes)), **facts)
-    return path
-
-
-def test_a_checkpoint_is_chosen_among_those_of_one_data_set_only(project, tmp_path):
-    pets, fruit, data = ["cat", "dog"], ["apple", "pear"], tmp_path / "data"
-    checkpoint(project, tmp_path, 64, pets, 1.0, "pets")
-    newer = checkpoint(project, tmp_path, 96, fruit, 0.33, fingerprint(project / "data"))
-    assert choices.choose_checkpoint(tmp_path, None, project / "data")[0] == newer  # though less accurate
-    assert choices.choose_checkpoint(tmp_path, 64, project / "data")[1]["classes"] == pets
-    with pytest.raises(UserError, match="different classes.*--image-size SIZE") as error:
-        choices.choose_checkpoint(tmp_path, None, data)
-    assert "best_resnet18_64.pth: classes cat, dog; trained 20" in str(error.value)
-    newer = checkpoint(project, tmp_path, 96, pets, 0.33, "more pets")
-    os.utime(newer, (time.time() + 9, time.time() + 9))
-    assert choices.choose_checkpoint(tmp_path, None, data)[0] == newer
-
-
-def test_facts_are_read_without_pytorch_and_what_is_odd_is_said(project, tmp_path):
-    path = project / "weights" / "best_resnet18_64.pth"
-    expected = model.load_facts(path)
-    assert choices.load_facts(path) == expected
-    code = f"from utils.serve import choices; import sys; choices.load_facts(choices.Path({str(path)!r}))"
-    code += "; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    for name, content in {"64": path.read_bytes()[:9000], "96": path.read_bytes(), "32": b"no zip"}.items():
-        odd = tmp_path / f"best_resnet18_{name}.pth"
-        odd.write_bytes(content)
-        with pytest.raises(UserError, match="python train.py --force"):
-            choices.load_facts(odd)
 
 
 def test_where_int8_has_no_images_to_be_made_of_the_next_fastest_serves(project, photos, tmp_path):
@@ -600,36 +410,6 @@ def test_an_iphones_photos_are_labelled(project, photos, expected):
         image.convert("RGB").save(folder / "IMG_1.HEIC", quality=-1)
     _, rows = label(folder, project)
     assert [Path(row["path"]).name for row in rows] == ["IMG_1.HEIC"]
-
-
-def test_a_table_to_which_somebody_added_a_column_is_kept(tmp_path):
-    out = tmp_path / "labels.csv"
-    ours = ["path,class,probability\na.jpg,cat,0.500000\n", "", "\ufeffpath,class,probability\n"]
-    ours += ["path,class,probability,cat,dog\na.jpg,cat,0.500000,0.500000,0.500000\n"]
-    for text in ours:
-        out.write_text(text, encoding="utf-8")
-        assert labels.check_out(out) == out
-    theirs = [
-        "path,class,probability,note\na.jpg,cat,0.500000,see!\n",
-        "path,class,probability\na.jpg,cat,mine\n",
-    ]
-    theirs += ["path,class\n", "path,class,probability\na.jpg,cat,0.500000,note\n"]
-    for content in [*(text.encode() for text in theirs), b"\xff\xfe\0p", b"\0"]:
-        out.write_bytes(content)
-        with pytest.raises(UserError, match="no table of this script; name another file"):
-            labels.check_out(out)
-        assert out.read_bytes() == content
-
-
-@pytest.mark.parametrize("windows", [False, True])
-def test_any_field_and_any_name_is_read_back_as_it_was_written(tmp_path, monkeypatch, windows):
-    monkeypatch.setattr(labels, "TEXT", labels.encoding(windows))
-    monkeypatch.setattr(labels.os, "fsdecode", lambda name: name.decode(**decoding))
-    decoding = {"encoding": "utf-8", "errors": labels.TEXT["errors"]}
-    name = "\ud83d half.jpg" if windows else "\udcff byte.jpg"
-    row, part = [name, 'a "class"\rof\r\ntwo, or\nmore', "0.500000"], tmp_path / "part"
-    labels.write_rows(part, [["path", "cl\rass", "probability"], row])
-    assert labels.read_rows(part, 3)[name] == row
 
 
 def test_a_byte_order_mark_for_excel_is_there_if_asked_for(project, photos):

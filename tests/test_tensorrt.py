@@ -1,7 +1,6 @@
 """trt.py, torch_trt.py and tensorrt_inference.py.  What needs TensorRT is skipped, saying why, where there
 is none."""
 
-import json
 import logging
 import sys
 import time
@@ -17,12 +16,10 @@ import model
 import tensorrt_inference
 import torch_trt
 import trt
-from utils import environment, onnx_export, utils
-from utils.backend import build_engines, builds_ahead, is_fresh, store, why_no_tensorrt
+from utils import onnx_export
+from utils.backend import why_no_tensorrt
 from utils.measure import accuracy
-from utils.utils import UserError
 
-FACTS = {"onnx": "abc", "tensorrt": "8.6.0", "gpu": "NVIDIA H200", "profiles": [[1, 4, 4]]}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHECKPOINT = Path("weights") / "best_resnet18_64.pth"
 NATIVE = why_no_tensorrt(["tensorrt", "onnx"], DEVICE)
@@ -63,184 +60,6 @@ def test_every_size_largest_batch_kind_and_route_has_a_file_of_its_own():
                 for int8 in (False, True)
             ]
     assert len({recipe.path for recipe in recipes}) == len(recipes)
-
-
-# ---- the cache
-
-
-@pytest.fixture
-def engine(tmp_path):
-    path = tmp_path / "resnet18_64_max4_fp16.engine"
-    store(path, FACTS, lambda temporary: temporary.write_bytes(b"a plan"))
-    return path
-
-
-def test_a_whole_file_made_from_the_same_is_fresh(engine, capsys):
-    assert is_fresh(engine, json.loads(json.dumps(FACTS)))
-    assert sorted(path.name for path in engine.parent.iterdir()) == [engine.name, f"{engine.name}.json"]
-    assert capsys.readouterr().err == ""
-
-
-def test_a_missing_file_is_no_surprise(tmp_path, capsys):
-    assert not is_fresh(tmp_path / "none.engine", FACTS)
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("content", [b"", b"a pla", b"a plan!", b"b plan"])
-def test_a_damaged_file_is_noticed(engine, content, capsys):
-    engine.write_bytes(content)
-    assert not is_fresh(engine, FACTS)
-    assert capsys.readouterr().err == f"{engine} is damaged; building it anew\n"
-
-
-@pytest.mark.parametrize("name", FACTS)
-def test_a_file_made_from_anything_else_is_a_miss_and_says_what_differs(engine, name, capsys):
-    assert not is_fresh(engine, {**FACTS, name: "other"})
-    assert capsys.readouterr().err == f"{engine} was made for another {name}; building it anew\n"
-
-
-@pytest.mark.parametrize("note", [None, b"", b'{"made_from', b"[]", b"{}", b"\xff\xfe"])
-def test_a_file_without_a_readable_note_is_a_miss(engine, note, capsys):
-    path = engine.with_name(engine.name + ".json")
-    path.unlink() if note is None else path.write_bytes(note)
-    assert not is_fresh(engine, FACTS)
-    assert capsys.readouterr().err == f"{engine} does not say what it was made from; building it anew\n"
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("save failed")]
-)
-def test_an_interrupted_write_leaves_the_old_file_and_no_half_one(engine, error):
-    def write(temporary):
-        temporary.write_bytes(b"half")
-        raise error
-
-    with pytest.raises(type(error)):
-        store(engine, {**FACTS, "onnx": "new"}, write)
-    assert len(list(engine.parent.iterdir())) == 2
-    assert is_fresh(engine, FACTS)
-
-
-class Small(trt.NativeEngine):
-    """Needs no GPU: its engine is a few bytes, and "a plan" does not load."""
-
-    def facts(self):
-        return {"tensorrt": "8.6.0", "gpu": "NVIDIA H200", "compute_capability": "9.0"}
-
-    def make(self, path, timings):
-        path.write_bytes(b"new")
-        return b"timings"
-
-    def open(self):
-        if self.path.read_bytes() == b"a plan":
-            raise RuntimeError("TensorRT can't load the engine")
-        return "engine"
-
-
-def test_an_engine_that_does_not_load_is_built_anew(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("utils.backend.in_fresh_process", lambda function: function())
-    checkpoint = tmp_path / "best_resnet18_64.pth"
-    checkpoint.write_bytes(b"weights")
-    recipe = Small(checkpoint, 64, [4], None)
-    store(recipe.path, recipe.facts(), lambda file: file.write_bytes(b"a plan"))
-    engine, seconds, from_cache = recipe.load_or_build()
-    assert engine == "engine" and seconds > 0 and not from_cache
-    assert "TensorRT can't load the engine); building it anew" in capsys.readouterr().err
-    assert recipe.load_or_build()[2] is True
-    assert recipe.load_or_build(force=True)[2] is False
-    assert (tmp_path / "tensorrt.timings").read_bytes() == b"timings"
-
-
-def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(UserError, match="python train.py --image-sizes 64"):
-        trt.NativeEngine(tmp_path / "best_resnet18_64.pth", 64, [4], None).load_or_build()
-
-
-def test_builds_ahead_are_known_without_loading_anything(tmp_path):
-    checkpoint = tmp_path / "best_resnet18_64.pth"
-    checkpoint.write_bytes(b"weights")
-    weights = {"checkpoint": utils.sha256(checkpoint)}
-    backend = tensorrt_inference.BACKENDS["tensorrt-int8-static-graph"]()
-    paths = backend.artefacts(checkpoint, 64, [1, 4], "cuda")
-    assert [path.name for path in paths] == [f"resnet18_64_static{batch}_int8.engine" for batch in (1, 4)]
-    assert builds_ahead(paths, checkpoint) == dict.fromkeys(paths)
-    for path in paths:
-        store(path, weights, lambda file: (time.sleep(0.02), file.write_bytes(b"a plan")))
-    assert builds_ahead(paths, checkpoint) == {}
-    note, whole = paths[1].with_name(paths[1].name + ".json"), paths[1].read_bytes()
-    for damage in (lambda: note.write_text("[1]"), lambda: note.write_text('{"made_from": 5}')):
-        told = note.read_bytes()
-        damage()
-        assert list(builds_ahead(paths, checkpoint)) == [paths[1]]
-        note.write_bytes(told)
-    paths[1].write_bytes(b"half")
-    assert list(builds_ahead(paths, checkpoint)) == [paths[1]]
-    paths[1].write_bytes(whole)
-    paths[0].unlink()
-    ((path, seconds),) = builds_ahead(paths, checkpoint).items()
-    assert path == paths[0] and 0.02 <= seconds < 5
-    checkpoint.write_bytes(b"other weights")
-    assert list(builds_ahead(paths, checkpoint)) == paths
-
-
-# ---- reasons
-
-
-def test_without_a_gpu_the_reason_is_the_gpu(monkeypatch):
-    assert why_no_tensorrt(["tensorrt"], "cpu") == "TensorRT needs an NVIDIA GPU; this run is on the CPU"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "nvidia-smi" in why_no_tensorrt(["tensorrt"], "cuda")
-
-
-def test_a_missing_package_names_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reason = why_no_tensorrt(["no_such_package"], "cuda")
-    assert reason.startswith(
-        "no_such_package is not installed; run: pip install -r requirements-tensorrt.txt"
-    )
-
-
-def test_a_package_that_does_not_load_is_quoted(monkeypatch, tmp_path):
-    (tmp_path / "broken_tensorrt.py").write_text(
-        "raise OSError('libnvinfer.so.8: cannot open shared object file')"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reason = why_no_tensorrt(["broken_tensorrt"], "cuda")
-    assert "installed but does not load: OSError: libnvinfer.so.8: cannot open shared object file" in reason
-
-
-@pytest.mark.parametrize("distribution", ["tensorrt", "tensorrt_cu12", "tensorrt_cu13"])
-def test_tensorrts_version_is_found_under_each_name_of_its_distribution(monkeypatch, tmp_path, distribution):
-    if distribution != "tensorrt" and environment.package_version("tensorrt"):
-        pytest.skip("a TensorRT is installed here by its first name, which wins")
-    folder = tmp_path / f"{distribution}-11.1.0.106.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 11.1.0.106\n")
-    (tmp_path / "tensorrt.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reason = why_no_tensorrt(["tensorrt"], "cuda")
-    assert reason.startswith("tensorrt 11.1.0.106 is installed but does not load: OSError: libcuda.so.1")
-    assert environment.environment("cuda")["packages"][distribution.replace("_", "-")] == "11.1.0.106"
-
-
-@pytest.mark.parametrize("make", tensorrt_inference.BACKENDS.values(), ids=tensorrt_inference.BACKENDS)
-def test_every_backend_says_why_it_is_unavailable_on_a_cpu(make):
-    backend = make()
-    assert "GPU" in backend.why_unavailable("cpu")
-    assert backend.precision == ("INT8" if "int8" in backend.adds.lower() else "FP16")
-
-
-@pytest.mark.parametrize("kind", [trt.NativeEngine, torch_trt.Module])
-def test_the_scripts_say_why_they_cannot_build(kind, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["trt.py", "--image-sizes", "64"])
-    with pytest.raises(SystemExit) as stop:
-        utils.run_main(lambda: build_engines("", kind))
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("error: TensorRT needs an NVIDIA GPU")
 
 
 # ---- what each version is given
@@ -359,7 +178,7 @@ def test_a_failed_build_says_everything_that_tensorrt_said(monkeypatch):
     monkeypatch.setattr(trt, "configure", Mock())
     trt.logger.cache_clear()
     with pytest.raises(RuntimeError) as error:
-        trt.build_plan(b"", FACTS["profiles"], 64, b"")
+        trt.build_plan(b"", [[1, 4, 4]], 64, b"")
     trt.logger.cache_clear()
     told = "CUDA error out of memory\nError Code 10: could not find any implementation"
     assert str(error.value) == f"TensorRT could not build the engine:\n{told}"
@@ -510,7 +329,7 @@ def test_a_native_engine_refuses_what_it_was_not_built_for(checkpoint):
 def test_the_parser_s_errors_are_passed_on_in_full():
     needs("tensorrt")
     with pytest.raises(RuntimeError, match="can't read the ONNX file:\n.+"):
-        trt.build_plan(b"not an ONNX file", FACTS["profiles"], 64, b"")
+        trt.build_plan(b"not an ONNX file", [[1, 4, 4]], 64, b"")
 
 
 def test_a_corrupt_timing_cache_does_not_break_a_build(checkpoint):

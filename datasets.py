@@ -21,54 +21,32 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.images import (
-    LAYOUT,
-    MEAN,
-    SPLITS,
-    STD,
-    all_images,
-    check_nothing_else,
-    content_hashes,
-    draw_sample,
-    fingerprint,
-    has_data,
-    image_or_problem,
-    in_threads,
-    is_sample,
-    list_images,
-    load_known,
-    unfinished_sample,
-    unread_pictures,
-    visible,
-    visible_files,
-)
+from utils import images
+from utils.images import MEAN, SPLITS, STD, all_images, content_hashes, fingerprint, is_sample, list_images
 from utils.images import load_rgb as load_rgb
-from utils.utils import UserError, check_folder, file_lock, run_main, uninterrupted
+from utils.sample_images import LAYOUT, draw_sample, has_data
+from utils.utils import UserError, run_main, uninterrupted
 
 DEFAULT = Path("data")
 
 
 def check_folders(data: Path) -> None:
     """Raise UserError unless every class has images and every test class was trained; decodes nothing."""
-    listed = list_images(data)
-    again = "then: python datasets.py"
-    lost = [str(path) for split in SPLITS for path in visible(data / split) if not path.exists()]
+    listed, again = list_images(data), "then: python datasets.py"
+    lost = [str(path) for split in SPLITS for path in images.visible(data / split) if not path.exists()]
     if lost:
         raise UserError(f"{', '.join(lost)} is a link that leads nowhere; mend or remove it, {again}")
     for split, classes in listed.items():
         if not classes:
-            hidden = ", ".join(path.name for path in visible(data / split) if path.is_dir())
+            hidden = ", ".join(path.name for path in images.visible(data / split) if path.is_dir())
             cause = f"holds hidden folders only ({hidden})" if hidden else "holds no class folders"
             raise UserError(f"{data / split} {cause}; {LAYOUT.format(data=data)}")
-    for split, classes in listed.items():
-        empty = [data / split / name for name, images in classes.items() if not images]
-        if empty:
-            unread = unread_pictures(itertools.chain(*map(visible_files, empty)))
+        if empty := [data / split / name for name, paths in classes.items() if not paths]:
+            unread = images.unread_pictures(itertools.chain(*map(images.visible_files, empty)))
             cause = f" but {len(unread)} in formats that are not read, as {unread[0]}" if unread else ""
             mend = f"put some there, as JPEG for instance, or remove the folder, {again}"
             raise UserError(f"no images in {', '.join(map(str, empty))}{cause}; {mend}")
-    unknown = [str(data / "test" / name) for name in listed["test"] if name not in listed["train"]]
-    if unknown:
+    if unknown := [str(data / "test" / name) for name in listed["test"] if name not in listed["train"]]:
         mend = f"add {data / 'train'}/<the same name>/ or remove it, {again}"
         raise UserError(f"{', '.join(unknown)} has no counterpart to learn from; {mend}")
     if len(listed["train"]) < 2:
@@ -78,45 +56,38 @@ def check_folders(data: Path) -> None:
 
 def image_size_of(path: Path) -> tuple[int, int] | str:
     """(width, height) after really decoding the file, or what is wrong with it."""
-    found = image_or_problem(path)
+    found = images.image_or_problem(path)
     return found if isinstance(found, str) else found.size
 
 
 def check_images(data: Path) -> dict[Path, tuple[int, int]]:
     """Decode every image, return their sizes; raise UserError naming all the broken ones at once."""
     check_folders(data)
-    images = all_images(data)
-    found = dict(zip(images, in_threads(image_size_of, images, "checking images"), strict=True))
+    paths = all_images(data)
+    found = dict(zip(paths, images.in_threads(image_size_of, paths, "checking images"), strict=True))
     broken = [f"{path} ({problem})" for path, problem in found.items() if isinstance(problem, str)]
     if broken:
-        count = f"{len(broken)} of {len(images)} images can't be read"
+        count = f"{len(broken)} of {len(paths)} images can't be read"
         raise UserError("\n  ".join([f"{count}; replace or delete them, then: python datasets.py", *broken]))
-    if unread := unread_pictures(itertools.chain(*(visible_files(data / split) for split in SPLITS))):
+    if unread := images.unread_pictures(files_of(data)):
         cause = "are in formats that are not read; convert them, to JPEG for instance, to use them"
         print(f"note: {len(unread)} pictures {cause}: {', '.join(unread[:5])}", file=sys.stderr)
     return found
 
 
+def files_of(data: Path) -> list[Path]:
+    return [path for split in SPLITS for path in images.visible_files(data / split)]
+
+
 def ensure_data(data: Path, seed: int = 0) -> None:
     """Check the folders; draw the sample if the default one holds nothing at all.  Raises UserError."""
-    if unfinished_sample(data) or not has_data(data):
-        if data != DEFAULT and not unfinished_sample(data):
+    if not has_data(data):
+        if data != DEFAULT and not (data / "sample.part").is_dir():
             what = "holds no images" if data.exists() else "does not exist"
             draw = f"or draw the sample there: python datasets.py --draw-sample --data {data}"
             raise UserError(f"{data} {what}; {LAYOUT.format(data=data)}, {draw}")
-        draw_once(data, seed)
+        draw_sample(data, seed)
     check_folders(data)
-
-
-def draw_once(data: Path, seed: int) -> None:
-    """Draw the sample, or wait for another process that is drawing it.  Raises UserError."""
-    check_folder(data, room_mb=50)
-    check_nothing_else(data)
-    with file_lock(data / ".draw.lock", "drawing the sample", patience=300):
-        if unfinished_sample(data) or not has_data(data):
-            where = f"your own: {LAYOUT.format(data=data)}"
-            print(f"no images in {data}: drawing the sample heroes ({where})", flush=True)
-            draw_sample(data, seed)
 
 
 def class_names(data: Path) -> list[str]:
@@ -175,7 +146,7 @@ class Pictures:
             mend = f"remove it, or train on it: python train.py --force --data {data}"
             raise UserError(f"{data / split / unknown[0]} is a class that the network never saw; {mend}")
         self.transform, self.seed = transform, seed
-        self.files = [(path, classes.index(name)) for name, images in listed.items() for path in images]
+        self.files = [(path, classes.index(name)) for name, paths in listed.items() for path in paths]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -186,7 +157,7 @@ class Pictures:
             import torch
 
             torch.default_generator.manual_seed((self.seed * 1_000_003 + number) % 2**32)
-        return self.transform(load_known(path)), label
+        return self.transform(images.load_known(path)), label
 
 
 class EpochSampler:
@@ -207,14 +178,7 @@ class EpochSampler:
 
 
 def make_loaders(
-    data: Path,
-    image_size: int,
-    batch_size: int,
-    num_workers=4,
-    seed=0,
-    rank=0,
-    world_size=1,
-    pin_memory=False,
+    data: Path, image_size: int, batch_size: int, num_workers=4, seed=0, rank=0, world_size=1, **options
 ) -> tuple:
     """(train loader, test loader, classes): float32 (N, 3, S, S) normalised and int64 (N,).
 
@@ -230,9 +194,9 @@ def make_loaders(
     # A last batch of one image has no variance for batch norm: it is left out, another one in every epoch.
     drop_last = len(sampler) > batch_size and len(sampler) % batch_size == 1
     workers = affordable_workers(num_workers, world_size, batch_size, image_size)
-    common = {"seed": seed, "pin_memory": pin_memory}
-    train_loader = loader(train, batch_size, workers, sampler=sampler, drop_last=drop_last, **common)
-    test_loader = loader(test, batch_size, workers, sampler=range(rank, len(test), world_size), **common)
+    common = batch_size, workers, seed
+    train_loader = loader(train, *common, sampler=sampler, drop_last=drop_last, **options)
+    test_loader = loader(test, *common, sampler=range(rank, len(test), world_size), **options)
     return train_loader, test_loader, classes
 
 
@@ -260,31 +224,20 @@ def affordable_workers(wanted: int, processes: int, batch_size: int, image_size:
     return fit
 
 
-class Loader:
+def loader(dataset, batch_size: int, num_workers: int, seed: int, **options):
     """torch's DataLoader; Ctrl-C waits while its workers start: they and half an iterator would complain."""
-
-    def __init__(self, dataset, **options):
-        from torch.utils.data import DataLoader
-
-        self.batches = DataLoader(dataset, **options)
-        self.dataset, self.sampler = dataset, self.batches.sampler
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator:
-        with uninterrupted():
-            return iter(self.batches)
-
-
-def loader(dataset, batch_size: int, num_workers: int, seed: int, **options) -> Loader:
     import torch
+
+    class Loader(torch.utils.data.DataLoader):
+        def __iter__(self):
+            with uninterrupted():
+                return super().__iter__()
 
     # Workers beyond the cores only wait here; the warning would meet every user of a small machine.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     options["generator"] = torch.Generator().manual_seed(seed)
     options["persistent_workers"] = num_workers > 0  # starting them anew costs seconds on Windows and macOS
-    return Loader(dataset, batch_size=batch_size, num_workers=num_workers, worker_init_fn=be_quiet, **options)
+    return Loader(dataset, batch_size, num_workers=num_workers, worker_init_fn=be_quiet, **options)
 
 
 def be_quiet(worker: int) -> None:
@@ -311,9 +264,7 @@ def readable_errors() -> Iterator[None]:
             raise
         mend = "perhaps for want of memory; use fewer, --workers 1, then run the same command again"
         if "shared memory" in str(error) or "Bus error" in str(error):
-            mend = (
-                "since /dev/shm is full; use --workers 0, or give a container more: docker run --shm-size=2g"
-            )
+            mend = "since /dev/shm is full; use --workers 0, or docker run --shm-size=2g"
         raise UserError(f"a process that reads images was killed, {mend}") from error
 
 
@@ -325,31 +276,22 @@ def print_overview(data: Path) -> None:
     sizes, listed = check_images(data), list_images(data)
     print(f"{'class':<24}{'train':>7}{'test':>7}   size in px (narrowest x lowest .. widest x highest)")
     for name in sorted(listed["train"]):
-        images = listed["train"][name] + listed["test"].get(name, [])
-        widths, heights = zip(*(sizes[path] for path in images), strict=True)
-        count = [len(listed[split].get(name, [])) for split in SPLITS]
+        train, test = (listed[split].get(name, []) for split in SPLITS)
+        widths, heights = zip(*(sizes[path] for path in train + test), strict=True)
         span = f"{min(widths)}x{min(heights)} .. {max(widths)}x{max(heights)}"
-        print(f"{name:<24}{count[0]:>7}{count[1]:>7}   {span}")
-    total = [sum(map(len, listed[split].values())) for split in SPLITS]
+        print(f"{name:<24}{len(train):>7}{len(test):>7}   {span}")
+    train, test = (sum(map(len, listed[split].values())) for split in SPLITS)
     marked = ", sample data drawn by datasets.py" if is_sample(data) else ""
-    print(f"{'all':<24}{total[0]:>7}{total[1]:>7}   fingerprint {fingerprint(data)}{marked}")
-    for problem in oddities(data, listed):
-        print(f"note: {problem}")
-
-
-def oddities(data: Path, listed: dict[str, dict[str, list[Path]]]) -> list[str]:
-    untested = [data / "test" / name for name in listed["train"] if name not in listed["test"]]
-    found = [f"{path} has no images: the accuracy says nothing about this class" for path in untested]
-    images = all_images(data)
-    visible = itertools.chain(*(visible_files(data / split) for split in SPLITS))
-    if other := sorted(set(visible) - set(images)):
+    print(f"{'all':<24}{train:>7}{test:>7}   fingerprint {fingerprint(data)}{marked}")
+    for name in sorted(listed["train"].keys() - listed["test"].keys()):
+        print(f"note: {data / 'test' / name} has no images: the accuracy says nothing about this class")
+    if other := sorted(set(files_of(data)) - set(sizes)):
         cause = "since they are no images in a class folder"
-        found.append(f"{len(other)} files aren't used, {cause}: {', '.join(map(str, other[:5]))}")
+        print(f"note: {len(other)} files aren't used, {cause}: {', '.join(map(str, other[:5]))}")
     first = {}
-    for path, digest in zip(images, content_hashes(images), strict=True):
+    for path, digest in zip(sizes, content_hashes(list(sizes)), strict=True):
         if first.setdefault(digest, path) != path:
-            found.append(f"{path} is the same image as {first[digest]}")
-    return found
+            print(f"note: {path} is the same image as {first[digest]}")
 
 
 def main() -> None:
@@ -361,12 +303,9 @@ def main() -> None:
     parser.add_argument("--draw-sample", action="store_true", help=draw)
     parser.add_argument("--seed", type=int, default=0, help="of the drawn sample")
     args = parser.parse_args()
-    if unfinished_sample(args.data) or (args.draw_sample and not is_sample(args.data)):
-        check_folder(args.data, room_mb=50)
-        with file_lock(args.data / ".draw.lock", "drawing the sample"):
-            draw_sample(args.data, args.seed)
-    if not has_data(args.data):
-        check_nothing_else(args.data)
+    if args.draw_sample:
+        draw_sample(args.data, args.seed)
+    elif not has_data(args.data):
         draw = "or draw the sample: python datasets.py --draw-sample"
         raise UserError(f"no images in {args.data}; {LAYOUT.format(data=args.data)}, {draw}")
     print_overview(args.data)

@@ -33,33 +33,29 @@ def gpu_of_driver() -> dict | None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        found = re.match(r"(.+?), (\d+)[\d.]*(?:, (\d+)\.(\d+))?\s", done.stdout)
-        if done.returncode == 0 and found:
-            capability = (int(found[3]), int(found[4])) if found[3] else None
+        if found := re.match(r"(.+?), (\d+)[\d.]*(?:, (\d+)\.(\d+))?\s", done.stdout):
+            capability = (int(found[3]), int(found[4])) if found[3] else (7, 5)
             return {"name": found[1], "driver": int(found[2]), "capability": capability}
     return None
 
 
 def choose(system: str, gpu: dict | None) -> tuple[str, bool, str]:
     """(requirements file, whether TensorRT runs here, why) for "Windows", "Linux" or "Darwin" and a GPU."""
+    every, old = "requirements.txt", "requirements-cuda126.txt"
     if system == "Darwin" or not gpu:
-        return (
-            "requirements.txt",
-            False,
-            "NVIDIA's driver lists no GPU here, so the CPU is what will be measured",
-        )
-    newest = "requirements-windows-cuda.txt" if system == "Windows" else "requirements.txt"
-    name, driver, capability = gpu["name"], gpu["driver"], gpu["capability"] or (7, 5)
+        return every, False, "NVIDIA's driver lists no GPU here, so the CPU is what will be measured"
+    newest = "requirements-windows-cuda.txt" if system == "Windows" else every
+    name, driver, capability = gpu["name"], gpu["driver"], gpu["capability"]
     known = f"{name} (compute capability {capability[0]}.{capability[1]}, driver {driver})"
     if capability < (5, 0):
-        return "requirements.txt", False, f"PyTorch supports {known} no more, so use --device cpu"
+        return every, False, f"PyTorch supports {known} no more, so use --device cpu"
     if capability < (7, 5):  # CUDA 13 dropped these
-        return "requirements-cuda126.txt", False, f"{known} needs the build of PyTorch for CUDA 12.6"
+        return old, False, f"{known} needs the build of PyTorch for CUDA 12.6"
     if driver >= 580:
         return newest, True, f"{known} takes the build of PyTorch for CUDA 13.0"
     update = "a driver from 580 on would run CUDA 13.0, and with it ONNX Runtime and TensorRT"
     if driver >= 525 and capability < (10, 0):
-        return "requirements-cuda126.txt", False, f"{known} takes PyTorch for CUDA 12.6; {update}"
+        return old, False, f"{known} takes PyTorch for CUDA 12.6; {update}"
     return newest, False, f"{known}: this driver is too old for every build of PyTorch; {update}"
 
 
@@ -70,31 +66,9 @@ def problem_of_python(version: tuple[int, int], bits: int) -> str | None:
     return f"Python 3.11 or 3.12 (64 bits) is needed, this is {version[0]}.{version[1]} ({bits} bits); {mend}"
 
 
-def state_of(file: str) -> str:
-    """Changes when what has to be installed does."""
-    digest = hashlib.sha256(file.encode())
-    for path in sorted(ROOT.glob("requirements*.txt")):
-        digest.update(path.read_bytes())
-    return f"{digest.hexdigest()}\n"
-
-
 def pip(*arguments: str) -> bool:
     command = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, cwd=ROOT).returncode == 0
-
-
-def torch_build() -> str:
-    """ "13.0", "None" for the CPU build, or "" where PyTorch can't be imported."""
-    code = "import torch; print(torch.version.cuda)"
-    return subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout.strip()
-
-
-def is_reachable(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=15):
-            return True
-    except OSError:
-        return False
 
 
 def fail(text: str) -> None:
@@ -102,28 +76,28 @@ def fail(text: str) -> None:
     sys.exit(2)
 
 
-def install(file: str, with_tensorrt: bool, gpu: dict | None) -> str:
+def install(file: str, has_gpu: bool, with_tensorrt: bool) -> str:
     """Install the packages; the sentence about TensorRT."""
     if not PYTHON.exists():
         try:
             venv.create(VENV, with_pip=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            by = (
-                "sudo apt install python3-venv"
-                if sys.platform == "linux"
-                else "install Python from python.org"
-            )
-            fail(f"{VENV} can't be made with this Python ({error}); {by}, then: python install.py")
+            mend = "install Python from python.org, or on Debian and Ubuntu: sudo apt install python3-venv"
+            fail(f"{VENV} can't be made with this Python ({error}); {mend}, then: python install.py")
     print(f"installing {file} (PyTorch alone is about 3 GB) ...", flush=True)
     done = pip("-r", file)
-    if done and gpu and torch_build() == "None":  # a CPU build counts as the same version
-        done = pip("--force-reinstall", "-r", file)
+    if done and has_gpu:
+        ask = [PYTHON, "-c", "import torch; print(torch.version.cuda)"]
+        if subprocess.run(ask, capture_output=True, text=True).stdout.strip() == "None":
+            done = pip("--force-reinstall", "-r", file)  # a CPU build counts as the same version
     if not done:
         fail(f"pip could not install {file}, its reason stands above; mend that, then: python install.py")
     if not with_tensorrt:
         return "TensorRT is not installed, since it would not run here."
     again = f"to try again, remove {STAMP} and run: python install.py"
-    if not is_reachable(NVIDIA_INDEX):
+    try:
+        urllib.request.urlopen(NVIDIA_INDEX, timeout=15).close()
+    except OSError:
         return f"TensorRT is not installed, since {NVIDIA_INDEX} can't be reached; {again}"
     if not pip("-r", "requirements-tensorrt.txt", "-r", file):
         return f"TensorRT is not installed, since pip failed (its reason stands above); {again}"
@@ -135,12 +109,13 @@ def main() -> None:
         fail(problem)
     gpu = gpu_of_driver()
     file, with_tensorrt, why = choose(platform.system(), gpu)
-    state = state_of(file)
+    wanted = b"".join(path.read_bytes() for path in sorted(ROOT.glob("requirements*.txt")))
+    state = f"{file} {hashlib.sha256(wanted).hexdigest()}\n"  # changes when what has to be installed does
     if PYTHON.exists() and STAMP.is_file() and STAMP.read_text("utf-8") == state:
         print(f"{VENV} is up to date.")
         STAMP.touch()  # newer than the files of requirements, as make wants it
         return
-    about_tensorrt = install(file, with_tensorrt, gpu)
+    about_tensorrt = install(file, bool(gpu), with_tensorrt)
     print(f"{why}.\n{file} is installed in {VENV}.\n{about_tensorrt}")
     STAMP.write_text(state, encoding="utf-8")
 

@@ -91,12 +91,15 @@ def shared_copy(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Pa
 
 @pytest.fixture(scope="session")
 def exported(project, tmp_path_factory) -> Path:
-    """The project's checkpoint and its FP32 export in a folder of their own."""
-    folder = tmp_path_factory.mktemp("weights")
+    """The FP32 export, beside its checkpoint, of a network sure enough of its answers for the gate."""
     from utils import onnx_export
 
-    checkpoint = shutil.copy(project / "weights" / "best_resnet18_64.pth", folder)
-    return onnx_export.export(Path(checkpoint), 64, "FP32")[0]
+    def make(folder: Path) -> None:
+        paths = ["--data", project / "data", "--weights", folder, "--results", folder]
+        run_script("train.py", "--image-sizes", 64, "--epochs", 10, "--workers", 0, "--device", "cpu", *paths)
+        onnx_export.export(folder / "best_resnet18_64.pth", 64, "FP32")
+
+    return shared_copy(tmp_path_factory, "exported", make) / "resnet18_64_fp32.onnx"
 
 
 def paint(path: Path, colour=(200, 40, 40), size=(40, 30)) -> Path:

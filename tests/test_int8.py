@@ -166,10 +166,8 @@ def spoil(data: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["real", "constant", "noise"])
 def test_int8_calibrated_on_constant_images_or_noise_is_a_mismatch(project, exported, tmp_path, kind):
-    data, checkpoint = (
-        project / "data",
-        Path(shutil.copy(exported.with_name("best_resnet18_64.pth"), tmp_path)),
-    )
+    data = project / "data"
+    checkpoint = Path(shutil.copy(exported.with_name("best_resnet18_64.pth"), tmp_path))
     shutil.copy(exported, tmp_path)
     shutil.copy(f"{exported}.json", tmp_path)
     network, facts = model.load(checkpoint, "cpu")
@@ -189,10 +187,7 @@ def test_int8_calibrated_on_constant_images_or_noise_is_a_mismatch(project, expo
         "max_abs_diff": float((logits - expected).abs().max()),
         "tolerance": accuracy.TOLERANCE["INT8"] * float(expected.abs().max()),
     }
-    if kind == "real":  # a network of one epoch: many a tie, which 7-bit weights decide otherwise
-        assert found["different"] <= 5 and found["max_abs_diff"] <= found["tolerance"]
-    else:
-        assert "PyTorch FP32" in accuracy.mismatch(found)
+    assert ("PyTorch FP32" in accuracy.mismatch(found)) if kind != "real" else not accuracy.mismatch(found)
 
 
 @pytest.mark.parametrize(
@@ -260,13 +255,13 @@ def test_it_chooses_the_classes_that_pytorch_chooses(project, exported, rounded,
     if halved := version != "8.6.0":
         need_scales_in_fp16(exported)
     network = trt.onnx_for(version, rounded, None, halved=halved)
-    pytorch, facts = model.load(project / "weights" / "best_resnet18_64.pth", "cpu")
+    pytorch, facts = model.load(exported.with_name("best_resnet18_64.pth"), "cpu")
     pictures, _ = load_test_images(project / "data", 64, facts["classes"])
     with torch.inference_mode():
         expected = pytorch(pictures).numpy()
     session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"input": pictures.numpy().astype(np.float16 if halved else np.float32)})
-    assert (logits.argmax(1) == expected.argmax(1)).mean() >= 0.95  # a network of one epoch: many a tie
+    assert (logits.argmax(1) == expected.argmax(1)).mean() >= 0.99
     tolerance = accuracy.TOLERANCE["INT8"] * np.abs(expected).max()
     assert np.abs(logits - expected).max() <= tolerance
 

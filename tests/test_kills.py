@@ -24,7 +24,7 @@ from test_train import folder as small  # noqa: F401  (a fixture)
 
 import datasets
 import model
-from utils.images import has_data
+from utils.sample_images import has_data
 from utils.utils import checkpoint_path
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")

@@ -23,7 +23,7 @@ import datasets
 import model
 import train
 from utils import sample_images
-from utils.utils import UserError, checkpoint_path, read_json, write_json
+from utils.utils import UserError, checkpoint_path
 
 
 @pytest.fixture
@@ -109,14 +109,6 @@ def test_retraining_one_size_keeps_the_rows_of_the_others(folder, run):
 def test_other_images_and_force_train_again(folder, run):
     run("--image-sizes", 32, 40, "--epochs", 1)
     assert "epoch 1/1" in run("--image-sizes", 32, 40, "--epochs", 1, "--force")
-    assert not (folder / "weights" / "forced.json").exists()
-    settings = model.load_facts(checkpoint_path(folder / "weights", 40))["settings"]
-    write_json(
-        folder / "weights" / "forced.json", [settings]
-    )  # as an interrupted --force leaves it, with 32 px done
-    said = run("--image-sizes", 32, 40, "--epochs", 1, "--force")
-    assert "32 px: already trained" in said and "40 px, epoch 1/1" in said
-    assert read_json(folder / "weights" / "forced.json") is None
     shutil.copy(
         folder / "data" / "test" / "тёмный" / "0.png", folder / "data" / "train" / "тёмный" / "new.png"
     )

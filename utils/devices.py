@@ -28,23 +28,17 @@ def choose_device(wanted: str) -> str:
         raise UserError(f"--device {wanted} is none of auto, cuda and cpu; {on_purpose}")
     import torch
 
-    listed, capability = count_by_driver(), read_driver("nvmlDeviceGetCudaComputeCapability")
+    driver, capability = nvml(), read_driver("nvmlDeviceGetCudaComputeCapability")
+    listed = driver and driver.nvmlDeviceGetCount()
     if torch.cuda.is_available() and not (listed and lacks_kernels(capability)):
         return "cuda"
     if listed:
         name = read_driver("nvmlDeviceGetName") or "NVIDIA GPU"
-        name = name.decode() if isinstance(name, bytes) else name  # from older bindings
         raise UserError(f"PyTorch can't use the {name}: {why_not_usable(capability)}; {on_purpose}")
     if wanted == "cuda":
         mend = "install NVIDIA's driver, then: python install.py"
         raise UserError(f"--device cuda: no NVIDIA driver lists a GPU here; {mend}; {on_purpose}")
     return "cpu"
-
-
-def count_by_driver() -> int:
-    """How many GPUs NVIDIA's driver lists; 0 where there is none."""
-    driver = nvml()
-    return driver.nvmlDeviceGetCount() if driver else 0
 
 
 def lacks_kernels(capability: tuple[int, int] | None) -> bool:
@@ -68,9 +62,9 @@ def why_not_usable(capability: tuple[int, int] | None) -> str:
 
     version, cuda, driver = torch.__version__, torch.version.cuda, nvml()
     number = getattr(driver, "nvmlSystemGetCudaDriverVersion", lambda: 0)()  # 12020 is CUDA 12.2; 0: unknown
-    newest = "requirements-windows-cuda.txt" if sys.platform == "win32" else "requirements.txt"
-    old = 0 < number < 13000 or (capability and tuple(capability) < (7, 5))
-    file = "requirements-cuda126.txt" if old else newest
+    file = "requirements-windows-cuda.txt" if sys.platform == "win32" else "requirements.txt"
+    if 0 < number < 13000 or (capability and tuple(capability) < (7, 5)):
+        file = "requirements-cuda126.txt"
     cure = f"run: python install.py (or, by hand: python -m pip install --force-reinstall -r {file})"
     if cuda is None:
         return f"torch {version} is a build for CPUs only; {cure}"
@@ -90,7 +84,15 @@ def why_not_usable(capability: tuple[int, int] | None) -> str:
     return "CUDA did not start at first; run the same command again"
 
 
-# ---- training, in one process or in several
+# ---- training, in one process or in several, which torchrun numbers
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def process_count() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_processes(name: str):
@@ -101,47 +103,30 @@ def start_processes(name: str):
     import torch
     import torch.distributed as dist
 
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = process_count() > 1
     if several:  # a process that waits for the others inside torch would not hear torchrun's SIGTERM
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    kind, _, index = name.partition(":")
-    if (index and kind != "cuda") or not (index or "0").isdigit():
-        kind = name
-    device = torch.device(choose_device(kind))
+    numbered = re.fullmatch(r"cuda:(\d+)", name)
+    device = torch.device(choose_device("cuda" if numbered else name))
     if device.type == "cuda":
-        device = torch.device("cuda", int(index or os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            mend = (
-                f"the last one is cuda:{torch.cuda.device_count() - 1}; start fewer processes or name another"
-            )
+        device = torch.device("cuda", int(numbered[1] if numbered else os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= (count := torch.cuda.device_count()):
+            mend = f"the last one is cuda:{count - 1}; start fewer processes or name another"
             raise UserError(f"--device {device}: there is no such GPU here, {mend}")
         torch.cuda.set_device(device)
-    if several and device.type == "cuda":
-        known: dict = {"device_id": device} if torch_is_at_least(2, 3) else {}
-        dist.init_process_group("nccl", **known)  # NCCL guesses the device where it isn't told
-    elif several:
-        dist.init_process_group("gloo")
+    if several:
+        told = device.type == "cuda" and torch_is_at_least(2, 3)  # NCCL guesses the device where it isn't
+        known: dict = {"device_id": device} if told else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **known)
     return device
-
-
-def joined() -> bool:
-    """Whether this process is one of several that train together."""
-    distributed = sys.modules.get("torch.distributed")  # start_processes() imports it
-    return bool(distributed and distributed.is_available() and distributed.is_initialized())
-
-
-def rank() -> int:
-    return sys.modules["torch.distributed"].get_rank() if joined() else 0
-
-
-def process_count() -> int:
-    return sys.modules["torch.distributed"].get_world_size() if joined() else 1
 
 
 def end_processes() -> None:
     """Leave the others, now that all is done."""
-    if joined():
-        sys.modules["torch.distributed"].destroy_process_group()
+    if process_count() > 1:
+        import torch.distributed
+
+        torch.distributed.destroy_process_group()
 
 
 def print_rank0(text: str) -> None:
@@ -151,8 +136,10 @@ def print_rank0(text: str) -> None:
 
 
 def wait_for_all() -> None:
-    if joined():
-        sys.modules["torch.distributed"].barrier()
+    if process_count() > 1:
+        import torch.distributed
+
+        torch.distributed.barrier()
 
 
 def sum_over_ranks(*values, device) -> list[float]:
@@ -160,28 +147,31 @@ def sum_over_ranks(*values, device) -> list[float]:
     import torch
 
     total = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
-    if joined():
+    if process_count() > 1:
         torch.distributed.all_reduce(total)
     return total.tolist()
 
 
 def average_statistics(network) -> None:
     """Each process saw other images: give all the mean of their statistics, or each tests another network."""
-    if joined():
-        distributed = sys.modules["torch.distributed"]
-        for buffer in network.buffers():
-            if buffer.is_floating_point():
-                distributed.all_reduce(buffer)
-                buffer /= process_count()
+    import torch
+
+    for buffer in network.buffers():
+        if process_count() > 1 and buffer.is_floating_point():
+            torch.distributed.all_reduce(buffer)
+            buffer /= process_count()
 
 
 def choose_precision(device):
     """bfloat16 where the hardware has it, since emulated it is slow; float16 on older GPUs, else float32."""
     import torch
 
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if has_native_bfloat16() else torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if has_native_bfloat16() else torch.float32
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    # The GTX 16 series is known to compute NaN in FP16.
+    return torch.float32 if "GTX 16" in torch.cuda.get_device_name(device) else torch.float16
 
 
 def has_native_bfloat16() -> bool:
@@ -201,8 +191,3 @@ def hardware(device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def named(precision) -> str:
-    """ "float16" for torch.float16."""
-    return str(precision).removeprefix("torch.")

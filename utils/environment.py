@@ -66,7 +66,7 @@ def affinity() -> str | None:
 def cpu_groups(root: Path = Path("/")) -> list[Path]:
     """Folders of the Linux control groups, v1 or v2, that may limit this process's use of the processor.
 
-    `root` is where proc/ and sys/ lie.  A container may see its group as the top one: all above are tried.
+    A container may see its group as the top one: all above are tried.
     """
     folders = []
     for line in _text(root / "proc/self/cgroup").splitlines():
@@ -82,9 +82,8 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     """The cores' time that a limit (docker --cpus) leaves this process; None without a limit."""
     quotas = []
     for folder in cpu_groups(root):
-        told = _text(folder / "cpu.max") or " ".join(
-            _text(folder / f"cpu.cfs_{x}_us") for x in ("quota", "period")
-        )
+        old = (_text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+        told = _text(folder / "cpu.max") or " ".join(old)
         if found := re.match(r"(\d+)\s+(\d+)", told):  # "max" or -1: no limit
             quotas.append(int(found[1]) / int(found[2]))
     return min(quotas, default=None)
@@ -92,9 +91,8 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 def throttled_s(root: Path = Path("/")) -> float:
     """Seconds for which such a limit has held this process's group back so far."""
-    told = [
-        re.search(r"throttled_(usec|time) (\d+)", _text(folder / "cpu.stat")) for folder in cpu_groups(root)
-    ]
+    texts = [_text(folder / "cpu.stat") for folder in cpu_groups(root)]
+    told = [re.search(r"throttled_(usec|time) (\d+)", text) for text in texts]
     return max((int(found[2]) / (1e6 if found[1] == "usec" else 1e9) for found in told if found), default=0.0)
 
 
@@ -144,10 +142,6 @@ def cpu_name() -> str:
     return found[1].strip() if found else platform.machine()
 
 
-def _git(*arguments: str) -> str | None:
-    return _said_by("git", "-C", str(Path(__file__).parent), *arguments)
-
-
 def _said_by(*command: str) -> str | None:
     """What a command printed, or None where it isn't there or fails."""
     try:
@@ -191,10 +185,10 @@ def read_driver(name: str, *arguments):
     pynvml, handle = nvml(), gpu_handle()
     if pynvml is None or handle is None:
         return None
-    try:
-        return getattr(pynvml, name)(handle, *arguments)
-    except (pynvml.NVMLError, AttributeError):
-        return None
+    with contextlib.suppress(pynvml.NVMLError, AttributeError):
+        told = getattr(pynvml, name)(handle, *arguments)
+        return told.decode() if isinstance(told, bytes) else told  # texts, from older bindings
+    return None
 
 
 def _attribute(number: int) -> int | None:
@@ -213,11 +207,11 @@ def describe() -> dict:
     pynvml, name = nvml(), read_driver("nvmlDeviceGetName")
     if pynvml is None or name is None:
         return {}
-    driver = pynvml.nvmlSystemGetDriverVersion()  # str or, from older bindings, bytes
+    driver = pynvml.nvmlSystemGetDriverVersion()
     power, memory = read_driver("nvmlDeviceGetPowerManagementLimit"), read_driver("nvmlDeviceGetMemoryInfo")
     clock_khz, sm_count, major, minor = (_attribute(number) for number in (13, 16, 75, 76))
     return {
-        "gpu": name if isinstance(name, str) else name.decode(),
+        "gpu": name,
         "driver": driver if isinstance(driver, str) else driver.decode(),
         "gpu_memory_mb": memory and round(memory.total / MB),
         "power_limit_w": power and power / 1000,
@@ -235,6 +229,7 @@ def environment(device: str) -> dict:
 
     On "cpu" no GPU is named, since none had a part in it.
     """
+    git = "git", "-C", str(Path(__file__).parent)
     return {
         "gpu": None,
         **(describe() if device == "cuda" else {}),
@@ -246,8 +241,8 @@ def environment(device: str) -> dict:
         "os": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := package_version(name))},
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "clean": _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *MADE) == "",
+        "commit": _said_by(*git, "rev-parse", "--short=12", "HEAD"),
+        "clean": _said_by(*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", *MADE) == "",
         "date": today(),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

@@ -1,14 +1,11 @@
-"""Image folders: what is there, its fingerprint, its pictures, and the sample drawn where nothing is."""
+"""Image folders and files: what is there, its fingerprint, its pictures as RGB."""
 
 import contextlib
 import functools
 import hashlib
 import importlib.util
-import itertools
 import os
-import random
 import re
-import shutil
 import threading
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -19,8 +16,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
-from utils.sample_images import HEROES, draw_picture
-from utils.utils import UserError, check_folder, sentence, sha256, write_atomic
+from utils.utils import UserError, sentence, sha256
 
 SPLITS = ["train", "test"]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, for RGB in 0..1
@@ -28,20 +24,15 @@ STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows but
 HEIF = {".heic", ".heics", ".heif", ".heifs", ".hif"}  # an iPhone's photos, read by pillow-heif
 # Pictures that nothing here reads: cameras' raw files, newer and vector formats.
 UNREAD = re.compile(
-    r".+\.(3fr|arw|cr2|cr3|crw|dcr|dng|erf|fff|iiq|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf|raw|rw2|rwl|sr2"
-    r"|srf|srw|x3f|jxl|jxr|bpg|exr|svgz?|wmf|emf|xcf)",
-    re.IGNORECASE,
+    r"\.(3fr|arw|cr2|cr3|crw|dcr|dng|erf|fff|iiq|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf|raw|rw2|rwl|sr2|srf|srw"
+    r"|x3f|jxl|jxr|bpg|exr|svgz?|wmf|emf|xcf)"
 )
-OURS = {"train", "test", "sample.part", "SAMPLE.txt", "README.md"}  # in data/ these are not the user's
 LITTER = {".ipynb_checkpoints", ".git", ".cache"}  # hidden folders that are no classes of the user's
 # A picture may have twice Pillow's limit, 179 million pixels.  So many in all are decoded at a time, whatever
 # the number of threads: at 4 bytes and about three copies each that is at most 2 GB.
 PIXELS_IN_FLIGHT = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = (
-    64 * 2**20
-)  # bytes; 1 MB refuses long profiles
-SAMPLE_IMAGES = {"train": 18, "test": 25}  # per class; 5 epochs at 224 to 512 px: 12 minutes on 2 slow cores
-LAYOUT = "put images into {data}/train/<class>/ and {data}/test/<class>/, or name another folder with --data"
+# Bytes; Pillow's 1 MB refuses long profiles.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
 ORIENTATION = 0x0112  # EXIF's tag: how to turn the picture upright
 TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by its value
 
@@ -76,18 +67,16 @@ def is_image(path: str | Path) -> bool:
 
 
 def has_image_content(path: str | Path) -> bool:
-    try:
-        with open_image(path) as image:
-            return image.format not in STUBS
-    except Exception:  # Pillow's plugins raise anything from OSError to struct.error
-        return False
+    with contextlib.suppress(Exception), open_image(path) as image:  # plugins raise also struct.error
+        return image.format not in STUBS
+    return False
 
 
 def unread_pictures(paths: Iterable[str | Path]) -> list[str]:
-    """Those that by their names are pictures of a format that nothing here reads."""
-    heif = tuple(HEIF - image_suffixes())
-    names = [str(path) for path in paths]
-    return [name for name in names if UNREAD.fullmatch(name) or name.lower().endswith(heif)]
+    """Those that by their names are pictures of a format that is not read here."""
+    heif = HEIF - image_suffixes()
+    known = [(str(path), os.path.splitext(path)[1].lower()) for path in paths]
+    return [path for path, suffix in known if UNREAD.fullmatch(suffix) or suffix in heif]
 
 
 # ---- folders
@@ -95,18 +84,16 @@ def unread_pictures(paths: Iterable[str | Path]) -> list[str]:
 
 def visible(folder: Path) -> list[Path]:
     """What a folder holds but hidden files; [] where it is missing.  UserError if it can't be listed."""
+
+    def counts(path: Path) -> bool:
+        return not path.name.startswith(".") or (path.is_dir() and path.name not in LITTER)
+
     try:
-        entries = sorted(folder.iterdir())
+        return sorted(filter(counts, folder.iterdir()))
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(sentence(error)) from error
-    hidden = [path for path in entries if path.name.startswith(".")]
-    return [path for path in entries if path not in hidden or (path.is_dir() and path.name not in LITTER)]
-
-
-def class_folders(folder: Path) -> list[Path]:
-    return [path for path in visible(folder) if path.is_dir() and not path.name.startswith(".")]
 
 
 def files_below(folder: Path, denied: list[str] | None = None) -> list[str]:
@@ -142,9 +129,10 @@ def list_images(data: Path) -> dict[str, dict[str, list[Path]]]:
     """split -> class (NFC) -> files; folders whose names differ only in their normal form are one class."""
     listed = {split: {} for split in SPLITS}
     for split, classes in listed.items():
-        for folder in class_folders(data / split):
-            found = map(Path, filter(is_image, files_below(folder)))
-            classes.setdefault(nfc(folder.name), []).extend(found)
+        for folder in visible(data / split):
+            if folder.is_dir() and not folder.name.startswith("."):
+                found = map(Path, filter(is_image, files_below(folder)))
+                classes.setdefault(nfc(folder.name), []).extend(found)
     return listed
 
 
@@ -158,13 +146,10 @@ def relative_name(data: Path, path: Path) -> str:
 
 def in_threads(function, items: list, label: str | None = None) -> list:
     """The results in order; with a progress bar if there is a label and a terminal."""
-    pool = ThreadPoolExecutor()
     quiet = None if label else True
-    try:
+    with ThreadPoolExecutor() as pool:
         found = pool.map(function, items)
         return list(tqdm(found, label, len(items), unit="image", leave=False, disable=quiet))
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C doesn't wait for what hasn't begun
 
 
 def content_hashes(paths: list[Path]) -> list[str]:
@@ -233,19 +218,11 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         return Image.open(path)
     except UnidentifiedImageError:
-        if not register_heif():
-            raise
+        with contextlib.suppress(ImportError):  # takes a third of a second: only who meets HEIC imports it
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
         return Image.open(path)
-
-
-@functools.lru_cache
-def register_heif() -> bool:
-    """Whether pillow-heif is there; it takes a third of a second to import, so only who meets HEIC does."""
-    if there := importlib.util.find_spec("pillow_heif"):
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-    return bool(there)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -292,81 +269,3 @@ def load_known(path: Path) -> Image.Image:
         again = "put it back, then run the same command again"
         raise UserError(f"{path} can't be read any more ({image}); {again}")
     return image
-
-
-# ---- sample heroes
-
-
-def has_data(data: Path, drawn: frozenset[str] | set[str] = frozenset()) -> bool:
-    """Whether the user has begun to put anything there: any file, or a folder of a class not the sample's.
-
-    Files of the names in `drawn` (train/<class>/<file>) are not the user's.
-    """
-    for folder in itertools.chain(*(visible(data / split) for split in SPLITS)):
-        if nfc(folder.name) not in HEROES or not folder.is_dir():
-            return True
-        if any(relative_name(data, path) not in drawn for path in visible_files(folder)):
-            return True
-    return False
-
-
-def check_nothing_else(data: Path) -> None:
-    """Raise UserError if `data` holds anything of the user's outside train/ and test/."""
-    others = [path.name for path in visible(data) if path.name not in OURS]
-    if others:
-        mend = LAYOUT.format(data=data)
-        raise UserError(f"{data} holds {', '.join(others[:5])}, but no images in train/ and test/; {mend}")
-
-
-def unfinished_sample(data: Path) -> bool:
-    """Whether moving a completely drawn sample into place was interrupted, and the user has added nothing."""
-    marker = data / "SAMPLE.txt"
-    if not marker.is_file() or not (data / "sample.part").is_dir():
-        return False
-    lines = marker.read_text("utf-8", "replace").splitlines()
-    return not has_data(data, {line.partition(" ")[2] for line in lines})
-
-
-def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = SAMPLE_IMAGES) -> None:
-    """Draw the sample heroes into `data`, the same ones for the same seed.
-
-    They are drawn in data/sample.part, then the marker SAMPLE.txt is written, then they are moved into place:
-    an interruption before the marker leaves no data set, one after it is made good by the next call.
-    Raises UserError rather than touch a user's images.
-    """
-    part, marker = data / "sample.part", data / "SAMPLE.txt"
-    if not unfinished_sample(data):
-        for folder in (data, *(data / split for split in SPLITS)):  # what can't be drawn is not begun
-            check_folder(folder, room_mb=50)
-        check_nothing_else(data)
-        if has_data(data):
-            mend = "draw the sample elsewhere: python datasets.py --draw-sample --data sample"
-            raise UserError(f"{data} already holds images, which are not mixed with drawn ones; {mend}")
-        shutil.rmtree(part, ignore_errors=True)
-        marker.unlink(missing_ok=True)  # of a sample that was deleted since
-        kinds = itertools.product(SPLITS, HEROES)
-        drawn = [(split, name, index) for split, name in kinds for index in range(counts[split])]
-        draw = functools.partial(draw_file, part, seed)
-        files = in_threads(draw, drawn, "drawing the sample heroes")
-        named = zip(content_hashes(files), files, strict=True)
-        text = f"Drawn by datasets.py (seed {seed}). What is made with these is marked as sample data.\n\n"
-        lines = [f"{digest} {relative_name(part, path)}\n" for digest, path in named]
-        write_atomic(marker, text + "".join(lines))
-    for path in visible_files(part):
-        target = data / path.relative_to(part)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(path, target)  # train/ may be a mount or a link to another disk
-    shutil.rmtree(part)
-
-
-def draw_file(folder: Path, seed: int, what: tuple[str, str, int]) -> Path:
-    """Draw one picture, decided by (seed, split, class, index) alone: JPEG, every fourth one PNG."""
-    split, name, index = what
-    rng = random.Random(f"{seed}/{split}/{name}/{index}")  # by the text's SHA-512: the same on every system
-    png = index % 4 == 3
-    image = draw_picture(name, rng, *((400, 0) if png else (700, 9)))  # a large PNG takes long to read
-    path = folder / split / name / f"{name} {index + 1:02d}.{'png' if png else 'jpg'}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options: dict = {} if png else {"quality": rng.randint(75, 95)}
-    image.save(path, **options)
-    return path

@@ -6,7 +6,6 @@ import errno
 import functools
 import hashlib
 import io
-import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -45,17 +44,16 @@ WINDOWS = sys.platform == "win32"
 MOST_WORKERS = 61 if WINDOWS else 256  # Windows lets a process wait for so many others
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524}  # 524: Linux's ENOTSUPP, which NFS gives
 HELD = "close it if another program, say Excel, holds it open, or " if WINDOWS else ""
-LARGER = "name a folder on another disk" if WINDOWS else "raise the limit (ulimit -f)"
-FEWER = "use fewer --workers" if WINDOWS else "raise the limit (ulimit -n) or use fewer --workers"
+ULIMIT = "" if WINDOWS else "raise the limit (ulimit) or "
 MENDS = {  # what the system says -> what is wrong with the file; what mends it
     errno.ENOSPC: "no room is left on the disk; free some",
-    errno.EFBIG: f"the file would become larger than is allowed here; {LARGER}",
+    errno.EFBIG: f"the file would become larger than is allowed here; {ULIMIT}name a folder on another disk",
     **dict.fromkeys([errno.EACCES, errno.EPERM], f"access is denied; {HELD}change its permissions"),
     errno.EROFS: "the disk is read-only; name another folder",
     errno.ENOENT: "there is no such file or folder; put it there or name another one",
     **dict.fromkeys([errno.ENOTDIR, errno.EEXIST], "a file is where a folder belongs; move it away"),
     errno.EISDIR: "a folder is where a file belongs; move it away",
-    errno.EMFILE: f"too many files are open; {FEWER}",
+    errno.EMFILE: f"too many files are open; {ULIMIT}use fewer --workers",
 }
 
 
@@ -81,16 +79,16 @@ def run_main(main: Callable) -> None:
         code = 143 if isinstance(signalled, Terminated) else 130
         leave(code, "interrupted: run the same command again")
     except MemoryError:
-        smaller = f"use smaller --image-sizes, fewer --workers or smaller batches, {AGAIN}"
-        leave(2, f"error: this machine's memory does not suffice; {smaller}")
+        smaller = "use smaller --image-sizes or batches, or fewer --workers"
+        leave(2, f"error: this machine's memory does not suffice; {smaller}, {AGAIN}")
     except BrokenExecutor:
         leave(2, f"error: a worker process was killed, perhaps for want of memory; free some, {AGAIN}")
     except UnicodeError as error:
-        encoding = isinstance(error, UnicodeEncodeError)
-        mend = "set PYTHONUTF8=1" if encoding else "save the file that holds it as UTF-8"
-        leave(2, f"error: {str(error)[:200]}; {mend}, {AGAIN}")
+        leave(2, f"error: {str(error)[:200]}; save the file as UTF-8 or set PYTHONUTF8=1, {AGAIN}")
     except OSError as error:
-        if let_go_of_stdout(error) and is_closed_pipe(error):
+        # Windows says EINVAL where a reader (`| more`) has closed its end.
+        closed = isinstance(error, BrokenPipeError) or (WINDOWS and error.errno == errno.EINVAL)
+        if let_go_of_stdout(closed) and closed:
             sys.exit(141)
         if error.errno is None:  # raised by a program, not by the system
             raise
@@ -109,21 +107,16 @@ def leave(code: int, text: str) -> None:
     sys.exit(code)
 
 
-def let_go_of_stdout(error: OSError) -> bool:
+def let_go_of_stdout(closed: bool) -> bool:
     """Whether it can take no more; then what is left goes nowhere, else Python complains at its end."""
     try:
         sys.stdout.flush()
-        if is_closed_pipe(error):  # whose is it?  A flush that failed does not fail again
+        if closed:  # is it stdout's pipe, or another one?  A flush that failed does not fail again
             os.write(sys.stdout.fileno(), b"\n")
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
-
-
-def is_closed_pipe(error: OSError) -> bool:
-    """Windows says EINVAL where a reader (`| more`) has closed its end."""
-    return isinstance(error, BrokenPipeError) or (WINDOWS and error.errno == errno.EINVAL)
 
 
 def terminate(number: int, frame) -> None:
@@ -264,14 +257,11 @@ def number(kind: type, least: float, most: float) -> Callable[[str], int | float
     """For argparse's `type=`: an int or float from `least` to `most`, else one sentence and exit code 2."""
 
     def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:  # this refuses NaN, too
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{what} from {least} to {most} is needed, not {text!r}")
-        return value
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:  # this refuses NaN, too
+                return kind(text)
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{what} from {least} to {most} is needed, not {text!r}")
 
     return parse
 
@@ -285,14 +275,15 @@ def check_folder(folder: Path, room_mb: float = 0) -> None:
     if not (there := next(around, None)):
         missing = f"there is no drive or share {folder.absolute().anchor}"
         raise UserError(f"{folder}: {missing}; connect it or name another, {AGAIN}")
-    read_only = hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY
-    for problem, code in (
-        (not there.is_dir(), errno.ENOTDIR),
-        (read_only, errno.EROFS),
-        (not os.access(there, os.W_OK | os.X_OK), errno.EACCES),
-    ):
-        if problem:
-            raise UserError(sentence(OSError(code, "", str(there))))
+    problem = None
+    if not there.is_dir():
+        problem = errno.ENOTDIR
+    elif hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY:
+        problem = errno.EROFS
+    elif not os.access(there, os.W_OK | os.X_OK):
+        problem = errno.EACCES
+    if problem:
+        raise UserError(sentence(OSError(problem, "", str(there))))
     free_mb = shutil.disk_usage(there).free / 1e6
     if free_mb < room_mb:
         raise UserError(f"{there}: {free_mb:.0f} MB are free, {room_mb:.0f} are needed; free some, {AGAIN}")
@@ -300,7 +291,7 @@ def check_folder(folder: Path, room_mb: float = 0) -> None:
 
 def remove_leftovers(*folders: Path) -> None:
     """Remove the temporary files of processes that were killed.  To be called before this process writes."""
-    for path in itertools.chain(*(folder.glob("*.tmp*") for folder in folders)):
+    for path in (path for folder in folders for path in folder.glob("*.tmp*")):
         made = re.search(r"\.(\d+)\.tmp(\.\w+)?$", path.name)
         if made and (int(made[1]) == os.getpid() or not psutil.pid_exists(int(made[1]))):
             path.unlink(missing_ok=True)
@@ -308,8 +299,10 @@ def remove_leftovers(*folders: Path) -> None:
 
 def rename_to_backup(path: Path) -> Path:
     """Rename `path` to the first free one of path.1, path.2, ..."""
-    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-    return path.rename(next(name for name in names if not name.exists()))
+    number = 1
+    while (free := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return path.rename(free)
 
 
 def read_json(path: Path):

@@ -13,13 +13,17 @@ import argparse
 import contextlib
 import functools
 import itertools
+import math
+import random
 import shutil
 import signal
 import sys
-import typing
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
 
 from utils import images
 from utils.images import MEAN, SPLITS, STD, all_images, content_hashes, fingerprint, is_sample, list_images
@@ -105,32 +109,26 @@ def describe(data: Path) -> dict:
 # ---- pictures -> tensors
 
 
-def compose(*first):
-    """torchvision transforms, after which the picture becomes float32 (3, S, S), normalised."""
+def to_normalised(picture: Image.Image, image_size: int, rng: random.Random | None = None):
+    """RGB image -> float32 (3, S, S), normalised; squeezed into the square: nothing is cut off.
+
+    With a generator it is a random part of the picture, mirrored or not: mild, since on a CPU the readers
+    take their time from the training itself.
+    """
     import torch
-    from torchvision.transforms import v2
 
-    mean, std = ([255 * value for value in values] for values in (MEAN, STD))  # on 0..255: spares a pass
-    last = [v2.ToImage(), v2.ToDtype(torch.float32), v2.Normalize(mean, std, inplace=True)]
-    return v2.Compose([*first, *last])
-
-
-def test_transform(image_size: int):
-    """PIL RGB image -> float32 (3, S, S), normalised; squeezed into the square: nothing is cut off."""
-    from torchvision.transforms import v2
-
-    return compose(v2.Resize((image_size, image_size), antialias=True))
-
-
-test_transform.__test__ = False  # its name is part of the interface, pytest must not take it for a test
-
-
-def train_transform(image_size: int):
-    """The same with mild augmentation: on a CPU the readers take their time from the training itself."""
-    from torchvision.transforms import v2
-
-    crop = v2.RandomResizedCrop(image_size, scale=(0.75, 1.0), ratio=(0.9, 1.1), antialias=True)
-    return compose(crop, v2.RandomHorizontalFlip())
+    width, height = picture.size
+    box = 0, 0, width, height
+    if rng:
+        share, ratio = rng.uniform(0.75, 1), rng.uniform(0.9, 1.1)
+        wide, high = min(1, math.sqrt(share * ratio)) * width, min(1, math.sqrt(share / ratio)) * height
+        left, top = rng.uniform(0, width - wide), rng.uniform(0, height - high)
+        box = left, top, left + wide, top + high
+    square = picture.resize((image_size, image_size), Image.Resampling.BILINEAR, box)
+    if rng and rng.random() < 0.5:
+        square = ImageOps.mirror(square)
+    mean, std = (torch.tensor([[[255 * value]] for value in values]) for values in (MEAN, STD))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float().sub_(mean).div_(std)
 
 
 class Pictures:
@@ -140,12 +138,12 @@ class Pictures:
     was interrupted sees the same pictures as one that was not, with any number of workers.
     """
 
-    def __init__(self, data: Path, split: str, classes: list[str], transform, seed: int | None = None):
+    def __init__(self, data: Path, split: str, classes: list[str], image_size: int, seed: int | None = None):
         listed = list_images(data)[split]
         if unknown := sorted(set(listed) - set(classes)):
             mend = f"remove it, or train on it: python train.py --force --data {data}"
             raise UserError(f"{data / split / unknown[0]} is a class that the network never saw; {mend}")
-        self.transform, self.seed = transform, seed
+        self.image_size, self.seed = image_size, seed
         self.files = [(path, classes.index(name)) for name, paths in listed.items() for path in paths]
 
     def __len__(self) -> int:
@@ -153,28 +151,26 @@ class Pictures:
 
     def __getitem__(self, number: int) -> tuple:
         path, label = self.files[number % len(self.files)]
-        if self.seed is not None:
-            import torch
-
-            torch.default_generator.manual_seed((self.seed * 1_000_003 + number) % 2**32)
-        return self.transform(images.load_known(path)), label
+        rng = None if self.seed is None else random.Random(f"{self.seed}/{number}")
+        return to_normalised(images.load_known(path), self.image_size, rng), label
 
 
 class EpochSampler:
-    """DistributedSampler's indices as numbers that tell the epoch, too: see Pictures."""
+    """One process's part of the images in random order, as numbers that tell the epoch, too: see Pictures."""
 
-    def __init__(self, dataset: Pictures, world_size: int, rank: int, seed: int):
-        from torch.utils.data.distributed import DistributedSampler
+    def __init__(self, count: int, world_size: int, rank: int, seed: int):
+        self.count, self.world_size, self.rank, self.seed, self.epoch = count, world_size, rank, seed, 0
 
-        options: dict = {"shuffle": True, "seed": seed}
-        self.indices = DistributedSampler(typing.cast(typing.Any, dataset), world_size, rank, **options)
-        self.set_epoch, self.images = self.indices.set_epoch, len(dataset)
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return -(-self.count // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
-        return (self.indices.epoch * self.images + index for index in self.indices)
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
+        shared = np.resize(order, len(self) * self.world_size)  # repeats some, so that all get as many
+        return iter((self.epoch * self.count + shared[self.rank :: self.world_size]).tolist())
 
 
 def make_loaders(
@@ -183,14 +179,14 @@ def make_loaders(
     """(train loader, test loader, classes): float32 (N, 3, S, S) normalised and int64 (N,).
 
     `batch_size` is that of one process.  Call train_loader.sampler.set_epoch(epoch) before each epoch.  Of
-    `world_size` processes each gets its own part: of the training images as many as the others
-    (DistributedSampler repeats some), of the test images every one exactly once.
+    `world_size` processes each gets its own part: of the training images as many as the others, of the test
+    images every one exactly once.
     """
     check_folders(data)
     classes = class_names(data)
-    train = Pictures(data, "train", classes, train_transform(image_size), seed)
-    test = Pictures(data, "test", classes, test_transform(image_size))
-    sampler = EpochSampler(train, world_size, rank, seed)
+    train = Pictures(data, "train", classes, image_size, seed)
+    test = Pictures(data, "test", classes, image_size)
+    sampler = EpochSampler(len(train), world_size, rank, seed)
     # A last batch of one image has no variance for batch norm: it is left out, another one in every epoch.
     drop_last = len(sampler) > batch_size and len(sampler) % batch_size == 1
     workers = affordable_workers(num_workers, world_size, batch_size, image_size)
@@ -206,7 +202,7 @@ def make_test_loader(data: Path, image_size: int, batch_size: int, classes: list
     Raises UserError.
     """
     check_folders(data)
-    test = Pictures(data, "test", classes, test_transform(image_size))
+    test = Pictures(data, "test", classes, image_size)
     return loader(test, batch_size, affordable_workers(num_workers, 1, batch_size, image_size), seed=0)
 
 

@@ -51,9 +51,9 @@ def test_worker_processes_read_the_same_test_images(data):
     assert torch.equal(alone[0], together[0]) and torch.equal(alone[1], together[1])
 
 
-def test_test_transform_squeezes_and_normalises():
+def test_a_picture_is_squeezed_into_the_square_and_normalised():
     picture = Image.new("RGB", (300, 200), (255, 0, 0))
-    tensor = datasets.test_transform(64)(picture)
+    tensor = datasets.to_normalised(picture, 64)
     expected = (torch.tensor([1.0, 0, 0]) - torch.tensor(datasets.MEAN)) / torch.tensor(datasets.STD)
     assert tensor.shape == (3, 64, 64) and tensor.dtype == torch.float32
     torch.testing.assert_close(tensor[:, 10, 10], expected)

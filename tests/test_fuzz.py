@@ -63,7 +63,6 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 def fuzz(folder: Path, count: int, seed: int) -> tuple[int, int]:
     """How many mutations were read and how many refused."""
     rng, samples, read = random.Random(seed), originals(), 0
-    transform = datasets.test_transform(32)
     for number in range(count):
         suffix, content = samples[number % len(samples)]
         path = folder / f"image.{suffix}"
@@ -73,7 +72,7 @@ def fuzz(folder: Path, count: int, seed: int) -> tuple[int, int]:
             assert found.strip(), path
             continue
         read += 1
-        assert found.mode == "RGB" and transform(found).isfinite().all()
+        assert found.mode == "RGB" and datasets.to_normalised(found, 32).isfinite().all()
         assert image_or_problem(path).tobytes() == found.tobytes()
     return read, count - read
 

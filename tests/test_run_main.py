@@ -202,7 +202,7 @@ def test_a_fresh_process_stands_where_this_one_does_and_imports_nothing_from_the
 def where():
     import os, sys
     import utils.serve.pipeline
-    return os.getcwd(), utils.serve.pipeline.__file__, "torchvision" in sys.modules
+    return os.getcwd(), utils.serve.pipeline.__file__, "torch" in sys.modules
 if __name__ == "__main__":
     fresh_processes("utils.serve.pipeline")
     print(*in_fresh_process(where), sep="\\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # so that the driver's GPU 0 is CUDA's
 MB = 2**20
-PACKAGES = ["torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime"]
+PACKAGES = ["torch", "numpy", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime"]
 PACKAGES += ["torch-tensorrt", "tensorrt", "tensorrt-cu13", "tensorrt-cu12", "openvino"]
 PACKAGES += ["pandas", "pillow", "nvidia-ml-py"]
 MADE = [":(top,exclude)results", ":(top,exclude)README.md"]  # by runs: with it the tree is still clean

@@ -96,11 +96,11 @@ def calibration_batches(data: Path | None, image_size: int) -> Iterator[torch.Te
 
     Raises UserError with the path of an image that can't be read, and as calibration_files() does.
     """
-    files, transform = calibration_files(data), datasets.test_transform(image_size)
+    files = calibration_files(data)
     endless = itertools.cycle(files)
     for _ in range(-(-len(files) // BATCH)):
         chosen = itertools.islice(endless, BATCH)
-        yield torch.stack([transform(images.load_known(path)) for path in chosen])
+        yield torch.stack([datasets.to_normalised(images.load_known(path), image_size) for path in chosen])
 
 
 def fingerprint(data: Path | None) -> str:

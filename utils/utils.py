@@ -26,7 +26,7 @@ import psutil
 IMAGE_SIZES = [224, 256, 384, 512]  # pixels, square
 BATCH_SIZES = [1, 8, 16]
 ROOT = Path(__file__).resolve().parent.parent
-LARGE = ["torch", "torchvision", "torchvision.transforms.v2", "torch.utils.flop_counter", "pandas"]
+LARGE = ["torch", "torch.utils.flop_counter", "pandas"]
 
 
 class UserError(Exception):

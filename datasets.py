@@ -18,6 +18,7 @@ import random
 import shutil
 import signal
 import sys
+import typing
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -220,7 +221,7 @@ def affordable_workers(wanted: int, processes: int, batch_size: int, image_size:
     return fit
 
 
-def loader(dataset, batch_size: int, num_workers: int, seed: int, **options):
+def loader(dataset, batch_size: int, num_workers: int, seed: int, **options) -> typing.Any:
     """torch's DataLoader; Ctrl-C waits while its workers start: they and half an iterator would complain."""
     import torch
 

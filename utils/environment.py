@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # so that the driver's GPU 0 is CUDA's
@@ -180,7 +181,7 @@ def gpu_handle():
     return None
 
 
-def read_driver(name: str, *arguments):
+def read_driver(name: str, *arguments) -> typing.Any:
     """One NVML reading of the GPU, or None where the driver doesn't give it."""
     pynvml, handle = nvml(), gpu_handle()
     if pynvml is None or handle is None:

@@ -136,7 +136,7 @@ def draw_background(width: int, height: int, rng: random.Random) -> Image.Image:
     """A gradient of two random colours, and before it up to 20 bubbles, out of focus."""
     ends = [hsv(rng.random(), rng.uniform(0.15, 0.75), rng.uniform(0.3, 1)) for _ in range(2)]
     ramp = Image.linear_gradient("L").rotate(rng.choice([0, 90, 180])).resize((width, height))
-    picture = ImageOps.colorize(ramp, *ends)
+    picture = ImageOps.colorize(ramp, ends[0], ends[1])
     canvas, hue = ImageDraw.Draw(picture), rng.random()
     for _ in range(rng.randint(0, 20)):
         x, y, radius = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(0.03, 0.18) * width
@@ -151,8 +151,9 @@ def draw_hero(name: str, side: int, rng: random.Random) -> Image.Image:
     canvas, unit, ink = ImageDraw.Draw(image), side / 50, side / 64
     colours = {}
     for colour, (hue, saturation, value) in COLOURS.items():
+        spread = 0.5 if rng.random() < 0.2 else 0.05  # some wear costumes of any colour
         shade = saturation + rng.uniform(-0.12, 0.12), value + rng.uniform(-0.12, 0.08)
-        colours[colour] = hsv(hue + rng.uniform(-0.05, 0.05), *shade)
+        colours[colour] = hsv(hue + rng.uniform(-spread, spread), *shade)
     bend, slow, start = ([rng.uniform(*ends) for _ in "xy"] for ends in ((-3, 3), (14, 22), (0, 6)))
     for line in HEROES[name].strip().splitlines():
         kind, colour, *numbers = line.replace("*", "").split()

@@ -15,8 +15,10 @@ in all.  With --load, results/load.csv instead: the latency of single images tha
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 
 import argparse
+import collections
 import contextlib
 import dataclasses
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,14 +44,10 @@ from utils.utils import (
 TEST_SET = "test set"  # in column `images`
 
 
-@dataclasses.dataclass
-class Row:
-    """One line of end_to_end.csv; the fields are its columns.  Empty: not known."""
+@dataclasses.dataclass(frozen=True)
+class Row(choices.Served):
+    """One line of end_to_end.csv; the fields are its columns, and `cores` and `date`.  Empty: not known."""
 
-    sweep: str
-    backend: str
-    precision: str
-    image_size: int
     batch_size: int
     decoder: str
     images_per_s: float | None = None  # from files to labels, once running
@@ -65,8 +63,6 @@ class Row:
     accuracy: float | None = None
     status: str = "ok"
     reason: str = ""
-    cores: int = dataclasses.field(default_factory=environment.cores)  # that this had
-    date: str = dataclasses.field(default_factory=environment.today)
     images: str = TEST_SET  # or "photos": the folder of --images
     files: int | None = None  # of photos, labelled by one command,
     start_s: float | None = None  # which took this long until the first batch was classified,
@@ -109,7 +105,7 @@ def measure_rounds(asked: list, rounds: int) -> list[Row]:
     """Every backend in a fresh process per round, each round starting with another one."""
     from utils.serve.throughput import measure_here
 
-    found = {}
+    found = collections.defaultdict(list)
     with tqdm(total=rounds * len(asked), desc="end to end", unit="process", disable=None) as progress:
         for k in range(rounds):
             shift = k % len(asked)
@@ -118,9 +114,9 @@ def measure_rounds(asked: list, rounds: int) -> list[Row]:
                 for figures in guarded(measure_here, one, k == 0):
                     if one.photos and k == 0 and "status" not in figures:
                         figures |= run_predict(one, figures["decoder"])
-                    found.setdefault((one, figures["decoder"]), []).append(figures)
+                    found[one, figures["decoder"]].append(figures)
                 progress.update()
-    return [row_of(one, name, told) for (one, name), told in found.items()]
+    return [row_of(one, told) for (one, _), told in found.items()]
 
 
 def guarded(function, asked, *arguments) -> list:
@@ -137,12 +133,11 @@ def guarded(function, asked, *arguments) -> list:
 
 def run_predict(asked, decoder: str) -> dict:
     """How long `python predict.py FOLDER` takes with this backend and decoder, as a user runs it."""
+    options = {name: getattr(asked, name) for name in ("backend", "device", "data", "weights", "results")}
     with tempfile.TemporaryDirectory() as folder:
         timings = Path(folder, "timings.json")
-        options = {"out": Path(folder, "labels.csv"), "timings": timings, "backend": asked.backend}
-        options |= {"decoder": decoder, "device": asked.device, "image-size": asked.image_size}
-        options |= {name: getattr(asked, name) for name in ("data", "weights", "results")}
-        command = [sys.executable, ROOT / "predict.py", asked.photos]
+        options |= {"decoder": decoder, "image-size": asked.image_size, "timings": timings}
+        command = [sys.executable, ROOT / "predict.py", asked.photos, "--out", Path(folder, "labels.csv")]
         command += [part for name, value in options.items() for part in (f"--{name}", value)]
         done = subprocess.run(
             list(map(str, command)), capture_output=True, encoding="utf-8", errors="replace"
@@ -153,30 +148,23 @@ def run_predict(asked, decoder: str) -> dict:
     return {"files": told["images"], "start_s": told["start"], "whole_s": told["seconds"]}
 
 
-def row_of(asked, decoder: str, rounds: list[dict]) -> Row:
+def row_of(asked, rounds: list[dict]) -> Row:
     """One line from the figures of each round; a single round has no interval."""
     import numpy as np
 
     from utils.measure import timing
 
-    where = asked.sweep, asked.backend, asked.precision, asked.image_size, asked.batch_size
-    row = Row(*where, decoder, images="photos" if asked.photos else TEST_SET)
-    for figures in rounds:
-        for name in ("precision", "agreement", "max_abs_diff", "accuracy", "files", "start_s", "whole_s"):
-            setattr(row, name, figures.get(name, getattr(row, name)))
-        if row.status == "ok" and "status" in figures:
-            row.status, row.reason = figures["status"], figures["reason"]
-    timed = [figures for figures in rounds if "images_per_s" in figures]
-    if not timed:
-        return row
-    rates = [figures["images_per_s"] for figures in timed]
-    row.images_per_s = 1 / float(np.mean(1 / np.array(rates)))
-    row.images_per_s_low, row.images_per_s_high = timing.interval(row.images_per_s, rates)
-    for name in ("decode_images_per_s", "infer_images_per_s", "serial_images_per_s", "overlap"):
-        setattr(row, name, float(np.median([figures.get(name) or np.nan for figures in timed])))
-    limits = [figures["limit"] for figures in timed]
-    row.limit = max(limits, key=limits.count)
-    return row
+    row = {field.name: getattr(asked, field.name) for field in dataclasses.fields(choices.Served)}
+    row |= {"batch_size": asked.batch_size, "images": "photos" if asked.photos else TEST_SET}
+    row |= collections.ChainMap(*rounds)  # what only some of them know, by the first that does
+    if timed := [figures for figures in rounds if "images_per_s" in figures]:
+        rates = [figures["images_per_s"] for figures in timed]
+        row["images_per_s"] = statistics.harmonic_mean(rates)
+        row["images_per_s_low"], row["images_per_s_high"] = timing.interval(row["images_per_s"], rates)
+        for name in ("decode_images_per_s", "infer_images_per_s", "serial_images_per_s", "overlap"):
+            row[name] = float(np.median([figures.get(name) or np.nan for figures in timed]))
+        row["limit"] = statistics.mode(figures["limit"] for figures in timed)
+    return Row(**row)
 
 
 def write_table(rows: list, path: Path, keys: list[str]) -> None:
@@ -186,6 +174,7 @@ def write_table(rows: list, path: Path, keys: list[str]) -> None:
     from utils.report import tables
 
     table, old = pd.DataFrame([vars(row) for row in rows]), None
+    table = table.assign(cores=environment.cores(), date=environment.today())
     with contextlib.suppress(UserError):  # it says how to make the table anew, which this does
         old = tables.read_serving(path)
     if old is not None and set(old) <= set(table):
@@ -201,18 +190,18 @@ def write_table(rows: list, path: Path, keys: list[str]) -> None:
 
 
 def describe(row: Row) -> str:
-    text = (
+    where = (
         f"{row.backend:<24} {row.image_size:>4} px batch {row.batch_size:<4} {row.decoder:<7}{row.images:<9}"
     )
+    said = "" if row.status == "ok" else f" {row.status}: {row.reason}"
     if row.images_per_s:
         halves = f"decode {row.decode_images_per_s:,.0f}, inference {row.infer_images_per_s:,.0f}"
-        text += f"{row.images_per_s:>8,.0f} images/s ({halves})"
-        text += f", overlap {row.overlap:.2f}, bottleneck: {row.limit}"
+        rates = f"{row.images_per_s:>8,.0f} images/s ({halves})"
+        where += f"{rates}, overlap {row.overlap:.2f}, bottleneck: {row.limit}"
     if row.whole_s:
-        text += (
-            f"; predict.py: {row.files:,} files in {row.whole_s:.1f} s, the first after {row.start_s:.1f} s"
-        )
-    return text if row.status == "ok" else f"{text} {row.status}: {row.reason}"
+        whole = f"{row.files:,} files in {row.whole_s:.1f} s, the first after {row.start_s:.1f} s"
+        where += f"; predict.py: {whole}"
+    return where + said
 
 
 def measure_load(asked: list, max_latency_ms: float, path: Path) -> None:
@@ -226,9 +215,9 @@ def measure_load(asked: list, max_latency_ms: float, path: Path) -> None:
         rows = guarded(load_here, one, max_latency_ms)
         if isinstance(rows[0], dict):
             print(f"{one.backend}, {one.image_size} px: {rows[0]['status']}: {rows[0]['reason']}")
-            continue
-        write_table(rows, path, ["sweep", "backend", "image_size"])
-        print(load.describe(rows), flush=True)
+        else:
+            write_table(rows, path, ["sweep", "backend", "image_size"])
+            print(load.describe(rows), flush=True)
 
 
 def parse() -> argparse.Namespace:

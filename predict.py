@@ -17,7 +17,6 @@ import atexit
 import contextlib
 import dataclasses
 import datetime
-import functools
 import gc
 import json
 import os
@@ -25,8 +24,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +35,7 @@ from utils.backend import Unavailable, inference
 from utils.devices import choose_device
 from utils.environment import is_out_of_memory, keep_to_share
 from utils.serve import choices, decoder, labels
+from utils.serve.dali import open_decoder
 from utils.utils import UserError, add_path_arguments, number, run_main, sha256, write_json
 
 # PyTorch is imported only once the first files are being decoded, then DALI and the backend.
@@ -52,20 +51,29 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-# ---- rows
-
-
-def rows_of(batch, logits: np.ndarray, classes: list[str], every: bool) -> list[list[str]]:
-    """path, class, probability and, if asked for, every class's; of the files that could be read."""
-    power = np.exp(logits - logits.max(1, keepdims=True))
-    shares = power / power.sum(1, keepdims=True)
-    rows = []
-    for index, (path, share) in enumerate(zip(batch.paths, shares, strict=True)):
-        if index not in batch.problems:
-            best = share.argmax()
-            others = [f"{value:.6f}" for value in share] if every else []
-            rows.append([path, classes[best], f"{share[best]:.6f}", *others])
-    return rows
+def parse() -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("source", type=Path, help="folder of images, or one image")
+    parser.add_argument("--out", type=Path, default=Path("labels.csv"))
+    parser.add_argument("--backend", help="default: the one measured here that is done first, else pytorch")
+    auto = f"auto: DALI on a GPU for {choices.DALI_PAYS:,} images or more"
+    parser.add_argument("--decoder", choices=["auto", "pillow", "dali"], default="auto", help=auto)
+    positive = number(int, 1, 1_000_000)
+    batch = "default: the one measured here that is done first, else 256 on a GPU and 16 on a CPU"
+    parser.add_argument("--batch-size", type=positive, help=batch)
+    parser.add_argument("--image-size", type=positive, help="default: that of the most accurate checkpoint")
+    parser.add_argument("--probabilities", action="store_true", help="of every class, a column each")
+    excel = "begin the table with a byte order mark, by which Excel knows letters like Cyrillic"
+    parser.add_argument("--excel", action="store_true", help=excel)
+    timings = "file for the seconds that starting, decoding and inference took, as JSON"
+    parser.add_argument("--timings", type=Path, help=timings)
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    add_path_arguments(parser)
+    args = parser.parse_args()
+    if args.backend not in (None, *backends.SCRIPTS):
+        raise UserError(f"--backend {args.backend} is not one of {', '.join(backends.SCRIPTS)}")
+    return args
 
 
 # ---- several processes, by torchrun
@@ -96,70 +104,6 @@ def gather(value) -> list:
     return values
 
 
-def label(batches, network, part: Path, to_rows: Callable, progress: tqdm) -> dict:
-    """Classify, appending rows to `part` batch by batch; the problems and where the seconds went."""
-    from utils.serve.pipeline import classify
-
-    told = {"images": 0, "problems": {}, "spent": {"start": time.perf_counter() - STARTED}}
-    progress.set_description_str("labelling")
-    progress.unpause()  # its images/s are without the start
-    for batch, logits in classify(batches, network, told["spent"]):
-        labels.write_rows(part, to_rows(batch, logits), "a")
-        told["images"] += len(batch.paths)
-        told["problems"] |= {batch.paths[index]: why for index, why in batch.problems.items()}
-        progress.update(len(batch.paths))
-    return {**told, "seconds": time.perf_counter() - STARTED}
-
-
-def summarise(told: list, rows: int, out: Path, timings: Path | None) -> None:
-    """Say how fast it was, where the time went and what the bottleneck was."""
-    print(f"written: {out}, {rows:,} rows")
-    if told := [part for part in told if part]:
-        images, last = sum(part["images"] for part in told), max(told, key=lambda part: part["seconds"])
-        seconds, spent = last["seconds"], last["spent"]
-        rate = images / max(seconds - spent["start"], 0.001)
-        parts = ", ".join(f"{step} {spent[step]:.1f} s" for step in STEPS)
-        print(f"{images:,} images in {seconds:.1f} s: {parts}; {rate:,.0f} images/s after the start")
-        print(f"bottleneck: {max(STEPS, key=spent.get)}")
-        if timings:
-            write_json(timings, {"images": images, "seconds": seconds, **spent})
-
-
-def report(problems: dict[str, str]) -> int:
-    """Name what has no row; the exit code."""
-    if problems:
-        print(f"{len(problems):,} files or folders can't be read and have no row:", file=sys.stderr)
-    for path, why in sorted(problems.items()):
-        print(f"  {path}: {why}", file=sys.stderr)
-    return 1 if problems else 0
-
-
-def parse() -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("source", type=Path, help="folder of images, or one image")
-    parser.add_argument("--out", type=Path, default=Path("labels.csv"))
-    parser.add_argument("--backend", help="default: the one measured here that is done first, else pytorch")
-    decoders = ["auto", "pillow", "dali"]
-    auto = f"auto: DALI on a GPU for {choices.DALI_PAYS:,} images or more"
-    parser.add_argument("--decoder", choices=decoders, default="auto", help=auto)
-    batch = "default: the one measured here that is done first, else 256 on a GPU and 16 on a CPU"
-    parser.add_argument("--batch-size", type=number(int, 1, 1_000_000), help=batch)
-    sizes, accurate = number(int, 1, 1_000_000), "default: that of the most accurate checkpoint"
-    parser.add_argument("--image-size", type=sizes, help=accurate)
-    parser.add_argument("--probabilities", action="store_true", help="of every class, a column each")
-    excel = "begin the table with a byte order mark, by which Excel knows letters like Cyrillic"
-    parser.add_argument("--excel", action="store_true", help=excel)
-    timings = "file for the seconds that starting, decoding and inference took, as JSON"
-    parser.add_argument("--timings", type=Path, help=timings)
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    add_path_arguments(parser)
-    args = parser.parse_args()
-    if args.backend not in (None, *backends.SCRIPTS):
-        raise UserError(f"--backend {args.backend} is not one of {', '.join(backends.SCRIPTS)}")
-    return args
-
-
 # ---- one run
 
 
@@ -172,96 +116,79 @@ class Run:
     facts: dict
     choice: choices.Choice
     device: str
-    decoder: str
+    decoder_name: str
 
     def classify(self, images: list[str], problems: dict, out: Path, progress: tqdm) -> int:
         """Classify what has no row yet and write the table; the exit code.  Raises Unavailable."""
-        args, classes = self.args, self.facts["classes"]
-        header = ["path", "class", "probability", *(classes if args.probabilities else [])]
-        made_by = json.dumps([self.choice.backend, self.decoder, self.device, header])
-        source = sha256(str(args.source), str(args.source.resolve()))
+        header = [*labels.COLUMNS, *(self.facts["classes"] if self.args.probabilities else [])]
+        made_by = json.dumps([self.choice.backend, self.decoder_name, self.device, header])
+        source = sha256(str(self.args.source), str(self.args.source.resolve()))
         key = f"{source[:8]}-{sha256(self.checkpoint, made_by)[:8]}"
-        own, done = labels.resume(out, key, len(header), RANK)
+        part, done = labels.resume(out, key, len(header), RANK)
         if done:
             say(f"resuming: {len(done):,} rows are there already")
         mine = [path for path in share_of(images, RANK, WORLD_SIZE) if path not in done]
         progress.reset(len(mine))
-        to_rows = functools.partial(rows_of, classes=classes, every=args.probabilities)
-        told, short = None, ""
         try:
-            with self.opened(mine) as (batches, network):
-                if mine:
-                    told = label(batches, network, own, to_rows, progress)
-        except Exception as error:  # ONNX Runtime's are no RuntimeError
-            if isinstance(error, UserError) or not is_out_of_memory(error):
-                raise
-            short = " ".join(str(error).split())[-300:] or "out of memory"
+            told = self.label(mine, part, progress)
         finally:
-            if own.stat().st_size == 0:  # no row to go on from
-                own.unlink()
-        if short:  # raised here, where nothing refers to what took the memory
-            raise MemoryError(short)
+            if part.stat().st_size == 0:  # no row to go on from
+                part.unlink()
         everybody = gather(told)
         if RANK:
             return 0
-        rows = labels.merge(out, key, images, header, args.excel)
-        summarise(everybody, len(rows), out, args.timings)
+        rows = labels.merge(out, key, images, header, self.args.excel)
+        summarise(everybody, len(rows), out, self.args.timings)
         gone = {path: "its row is gone; run the same command again" for path in images if path not in rows}
-        for part in filter(None, everybody):
-            gone |= part["problems"]
+        for told in everybody:
+            gone |= told["problems"]
         return report(problems | gone)
+
+    def label(self, paths: list[str], part: Path, progress: tqdm) -> dict:
+        """Classify, appending rows to `part` batch by batch; the problems and where the seconds went."""
+        told = {"images": 0, "problems": {}}
+        with self.opened(paths) as (batches, network):
+            from utils.serve.pipeline import classify
+
+            told["spent"] = {"start": time.perf_counter() - STARTED}
+            progress.set_description_str("labelling")
+            progress.unpause()  # its images/s are without the start
+            for batch, logits in classify(batches, network, told["spent"]):
+                labels.write_rows(part, self.rows_of(batch, logits), "a")
+                told["images"] += len(batch.paths)
+                told["problems"] |= {batch.paths[index]: why for index, why in batch.problems.items()}
+                progress.update(len(batch.paths))
+            return {**told, "seconds": time.perf_counter() - STARTED}
+
+    def rows_of(self, batch: decoder.Batch, logits: np.ndarray) -> list[list[str]]:
+        """path, class, probability and, if asked for, every class's; of the files that could be read."""
+        power = np.exp(logits - logits.max(1, keepdims=True))
+        rows = []
+        for index, shares in enumerate(power / power.sum(1, keepdims=True)):
+            if index not in batch.problems:
+                best, every = shares.argmax(), shares if self.args.probabilities else []
+                texts = [f"{share:.6f}" for share in (shares[best], *every)]
+                rows.append([batch.paths[index], self.facts["classes"][best], *texts])
+        return rows
 
     @contextlib.contextmanager
     def opened(self, paths: list[str]) -> Iterator[tuple]:
         """(batches of all paths, network); decoding begins while all else is imported."""
-        with contextlib.ExitStack() as stack:
-            opening = self.open_files(paths, stack.enter_context(ThreadPoolExecutor(1))) if paths else None
-            try:
-                import torch
+        size, batch_size, device = self.facts["image_size"], self.choice.batch_size, self.device
+        files = open_decoder(self.decoder_name, size, batch_size, device, paths, len(paths), LOCAL_RANK)
+        with contextlib.closing(files):
+            batches = files.batches(paths)
+            import torch
 
-                from utils.serve.pipeline import Network
+            from utils.serve.pipeline import Network
 
-                choose_device(self.args.device)
-                if self.device == "cuda":
-                    torch.cuda.set_device(LOCAL_RANK)
-                stack.enter_context(inference(self.device))
+            choose_device(self.args.device)
+            if device == "cuda":
+                torch.cuda.set_device(LOCAL_RANK)
+            with inference(device):
                 backend = self.load_in_turn()
-            finally:
-                if opening:
-                    files, batches = opening.result()
-                    stack.enter_context(contextlib.closing(files))
-            if not opening:
-                yield None, None
-                return
-            network = Network(backend, [self.choice.batch_size], self.facts["image_size"], self.device)
-            if self.device == "cuda" and files.name == "pillow":
-                files.pin()
-            yield batches or files.batches(paths), network
-
-    def open_files(self, paths: list[str], helper: ThreadPoolExecutor) -> Future:
-        """(decoder, batches of all paths that it is decoding already, or None), sooner or later."""
-        size, count, opening = self.facts["image_size"], len(paths), Future()
-        if self.decoder == "dali":
-            from utils.serve import dali
-
-            pillow, pipelines = dali.make_pillow(size, self.choice.batch_size, count, paths)
-            return helper.submit(self.start_dali, pillow, pipelines)
-        files = decoder.Pillow(size, self.choice.batch_size, count)
-        opening.set_result((files, files.batches(paths)))
-        return opening
-
-    def start_dali(self, pillow, pipelines: int) -> tuple:
-        """(DALI, None), after seconds; or Pillow where DALI does not load and was not asked for."""
-        from utils.serve import dali
-
-        if not (reason := dali.why_no_dali()):
-            return dali.Dali(pillow, self.device, pipelines, LOCAL_RANK), None
-        if self.args.decoder == "dali":
-            pillow.close()
-            raise UserError(reason)
-        say(f"Pillow decodes: {reason}")
-        pillow.leave_plain = False
-        return pillow, None
+                files.get_ready(device)
+                yield batches, Network(backend, [batch_size], size, device)
 
     def load_in_turn(self):
         """The backend, loaded by the first process before the others, since it builds what they load."""
@@ -281,8 +208,7 @@ class Run:
     def load(self, backend) -> None:
         if reason := backend.why_unavailable(self.device):
             raise Unavailable(reason)
-        sizes = list(self.choice.batch_sizes)
-        asked = self.checkpoint, self.facts["image_size"], sizes, self.device
+        asked = self.checkpoint, self.facts["image_size"], list(self.choice.batch_sizes), self.device
         backend.data = None if self.choice.measured else self.args.data  # INT8 as it was measured
         try:
             backend.load(*asked)
@@ -293,22 +219,26 @@ class Run:
             backend.load(*asked)
 
 
-def main() -> None:
-    args = parse()
-    keep_to_share(LOCAL_RANK, LOCAL_WORLD_SIZE)
-    (images, problems, others), out = choices.find_images(args.source), labels.check_out(args.out)
-    alone = labels.alone_at(out) if RANK == 0 else contextlib.nullcontext()
-    tqdm.set_lock(threading.RLock())  # its own is made for several processes, which takes a while
-    shown = tqdm(total=len(images), desc="starting", unit="image", disable=True if RANK else None)
-    with alone, shown as progress:
-        if others:
-            say(f"{others:,} files in {args.source} are no pictures")
-        code = classify_all(args, images, problems, out, progress)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if args.device != "cpu" and WORLD_SIZE == 1:
-        os._exit(code)  # all is written; CUDA would take another second to end
-    sys.exit(code)
+def summarise(told: list[dict], rows: int, out: Path, timings: Path | None) -> None:
+    """Say how fast it was, where the time went and what the bottleneck was."""
+    images, last = sum(part["images"] for part in told), max(told, key=lambda part: part["seconds"])
+    seconds, spent = last["seconds"], last["spent"]
+    rate = images / max(seconds - spent["start"], 0.001)
+    parts = ", ".join(f"{step} {spent[step]:.1f} s" for step in STEPS)
+    print(f"written: {out}, {rows:,} rows")
+    print(f"{images:,} images in {seconds:.1f} s: {parts}; {rate:,.0f} images/s after the start")
+    print(f"bottleneck: {max(STEPS, key=spent.get)}")
+    if timings:
+        write_json(timings, {"images": images, "seconds": seconds, **spent})
+
+
+def report(problems: dict[str, str]) -> int:
+    """Name what has no row; the exit code."""
+    if problems:
+        print(f"{len(problems):,} files or folders can't be read and have no row:", file=sys.stderr)
+    for path, why in sorted(problems.items()):
+        print(f"  {path}: {why}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def classify_all(args: argparse.Namespace, images: list[str], problems: dict, out: Path, progress) -> int:
@@ -337,22 +267,38 @@ def classify_all(args: argparse.Namespace, images: list[str], problems: dict, ou
             if not found:
                 raise UserError(f"{choice.backend} can't serve: {why}") from None
             say(f"{choice.backend} can't serve: {why}; the next one by the table is {found[0].backend}")
-        except MemoryError as short:
+        except Exception as error:  # ONNX Runtime's are no RuntimeError
+            if isinstance(error, UserError) or not is_out_of_memory(error):
+                raise
             if args.batch_size or choice.batch_size == 1 or WORLD_SIZE > 1:
+                said = " ".join(str(error).split())[-300:] or "out of memory"
                 mend = "the rows stay, go on with a smaller --batch-size"
-                raise UserError(f"batch {choice.batch_size}: {short}; {mend}") from None
+                raise UserError(f"batch {choice.batch_size}: {said}; {mend}") from None
             found.insert(0, choice.smaller())
             say(f"batch {choice.batch_size} does not fit into the memory; trying {found[0].batch_size}")
-        free_memory()
+        gc.collect()  # lets go of the backend that can't be used
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
-def free_memory() -> None:
-    """Let go of a backend that can't be used."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+def main() -> None:
+    args = parse()
+    keep_to_share(LOCAL_RANK, LOCAL_WORLD_SIZE)
+    (images, problems, others), out = choices.find_images(args.source), labels.check_out(args.out)
+    alone = labels.alone_at(out) if RANK == 0 else contextlib.nullcontext()
+    tqdm.set_lock(threading.RLock())  # its own is made for several processes, which takes a while
+    shown = tqdm(total=len(images), desc="starting", unit="image", disable=True if RANK else None)
+    with alone, shown as progress:
+        if others:
+            say(f"{others:,} files in {args.source} are no pictures")
+        code = classify_all(args, images, problems, out, progress)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if args.device != "cpu" and WORLD_SIZE == 1:
+        os._exit(code)  # all is written; CUDA would take another second to end
+    sys.exit(code)
 
 
 if __name__ == "__main__":

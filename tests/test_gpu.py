@@ -145,6 +145,7 @@ def test_the_jpeg_engine_decodes_most_of_every_batch(project):
         pytest.skip("needs a GPU with a JPEG engine: A100, H100, H200, B200")
     jpegs = sorted(map(str, (project / "data" / "test").rglob("*.jpg")))
     with contextlib.closing(dali.open_decoder("dali", 224, 256, "cuda", jpegs)) as decoder:
+        decoder.get_ready("cuda")
         busy, start = [], time.perf_counter()
         for _ in decoder.batches(itertools.cycle(jpegs)):
             busy.append(pynvml.nvmlDeviceGetJpgUtilization(environment.gpu_handle())[0])

@@ -66,8 +66,8 @@ def test_a_generator_that_fails_ends_the_worker_too(network, monkeypatch):
         raise RuntimeError("no generator")
 
     monkeypatch.setattr(load, "generate", fail)
-    monkeypatch.setattr(load.threading, "excepthook", lambda _: None)  # its traceback is not the point
-    assert load.server(network, pictures(), rate=300.0, max_latency_ms=1000.0, queries=90) == {}
+    with pytest.raises(RuntimeError, match="no generator"):
+        load.server(network, pictures(), rate=300.0, max_latency_ms=1000.0, queries=90)
 
 
 def test_the_generator_is_given_no_path_that_c_plus_plus_can_not_open(network, monkeypatch, tmp_path_factory):

@@ -97,8 +97,9 @@ def as_training_reads(path) -> np.ndarray:
 
 def opened(kind: str, batch_size: int = BATCH, device: str = "cpu", few: bool = True):
     """A decoder; `few` files are decoded by threads."""
-    pillow = decoder.Pillow(SIZE, batch_size, 9 if few else None, for_dali=kind == "dali", hold=7)
-    return dali.Dali(pillow, device) if kind == "dali" else pillow
+    files = dali.open_decoder(kind, SIZE, batch_size, device, ["a.png", "b.jpg"], 9 if few else None)
+    files.get_ready(device)
+    return files
 
 
 def read(kind: str, paths, few: bool = True, device: str = "cpu") -> tuple[np.ndarray, dict[str, str]]:
@@ -289,7 +290,8 @@ def test_end_to_end_writes_a_row_for_every_backend_and_decoder(project, tmp_path
     decoders = ["pillow"] if dali.why_no_dali() else ["pillow", "dali"]
     said = run_script("end_to_end.py", *short, "--decoders", *decoders, cwd=project).stdout
     table = pd.read_csv(tmp_path / "quick" / "end_to_end.csv")
-    assert list(table) == list(end_to_end.Row.__dataclass_fields__) and list(table.decoder) == decoders
+    assert list(table) == [*end_to_end.Row.__dataclass_fields__, "cores", "date"]
+    assert list(table.decoder) == decoders
     assert set(table.status) == {"ok"} and said.count("images/s") == len(table)
     row = table.iloc[0]
     assert row.agreement == 1 and row.max_abs_diff < 1e-4 and 0 < row.accuracy <= 1
@@ -326,11 +328,12 @@ def test_rates_and_overlap_are_put_together_by_round():
     )
     one = {"images_per_s": 50.0, "decode_images_per_s": 100.0, "infer_images_per_s": 100.0, "overlap": 1.0}
     one |= {"limit": "decode", "serial_images_per_s": 40.0, "precision": "FP32", "agreement": 1.0}
+    one |= {"decoder": "pillow"}
     two = one | {"images_per_s": 100.0, "overlap": 0.9, "limit": "inference"}
-    row = end_to_end.row_of(asked, "pillow", [one, two, two])
+    row = end_to_end.row_of(asked, [one, two, two])
     assert row.images_per_s == pytest.approx(3000 / (20 + 10 + 10))  # the mean of ms per image
     assert (row.overlap, row.limit, row.status) == (0.9, "inference", "ok")
-    failed = end_to_end.row_of(asked, "pillow", [one, {"status": "failed", "reason": "it died"}])
+    failed = end_to_end.row_of(asked, [one, {"status": "failed", "reason": "it died"}])
     assert (failed.status, failed.reason) == ("failed", "it died") and failed.images_per_s_low is None
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import importlib.util
 import io
-import os
 import pickle
 import re
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import backends
 from utils.environment import PACKAGES, cpu_name, package_version, read_driver
-from utils.images import HEIF, files_below, fingerprint, is_image, unread_pictures
+from utils.images import files_below, fingerprint, is_image, unread_pictures
 from utils.utils import UserError, checkpoint_path, read_dict
 
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
@@ -38,35 +37,31 @@ def find_images(source: Path) -> tuple[list[str], dict[str, str], int]:
     denied = []
     found = files_below(source, denied)
     images = list(filter(is_image, found))
-    pictures = set(images)
-    others = [path for path in found if path not in pictures]
+    others = set(found) - set(images)
     problems = dict.fromkeys(denied, "this folder can't be listed; change its permissions")
-    for path in unread_pictures(others):
-        heif = "; pip install pillow-heif, or" if path.lower().endswith(tuple(HEIF)) else ";"
-        problems[path] = f"pictures of this format are not read here{heif} convert it to JPEG"
+    unread = "pictures of this format are not read here; convert it to JPEG (HEIC: pip install pillow-heif)"
+    problems |= dict.fromkeys(unread_pictures(others), unread)
     if not images:
         some = "".join(f"\n  {path}: {why}" for path, why in sorted(problems.items())[:20])
         what = f"{source} holds no images, by the names of its {len(found)} files; name another folder"
         raise UserError(what + some)
-    visible = [path for path in others if not f"{os.sep}{path}".rpartition(os.sep)[2].startswith(".")]
-    return images, problems, len(set(visible) - set(problems))
+    return images, problems, sum(not Path(path).name.startswith(".") for path in others - problems.keys())
 
 
 # ---- the checkpoint
 
 
 class FactsReader(pickle.Unpickler):
-    """Reads the plain values of a file that torch.save() wrote, without PyTorch and running no code."""
+    """Reads the plain values of a file that torch.save() wrote, without PyTorch; all else becomes None.
+
+    No code in it is run.
+    """
 
     def find_class(self, module: str, name: str):
-        if module in ("torch", "torch._utils"):
-            return lambda *parts: None  # tensors, which are left where they are
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+        return lambda *parts: None
 
     def persistent_load(self, saved) -> None:
-        """A tensor's numbers."""
+        """A tensor's numbers, which are left where they are."""
 
 
 def load_facts(path: Path) -> dict:
@@ -97,17 +92,14 @@ def choose_checkpoint(weights: Path, image_size: int | None, data: Path) -> tupl
     if not found:
         raise UserError(f"{weights} holds no checkpoint; train one: python train.py")
     if len({data_of(facts) for _, facts in found}) > 1:
-        here = fingerprint(data)
-        if trained_here := [pair for pair in found if data_of(pair[1]) == here]:
-            found = trained_here
-        elif len({tuple(facts["classes"]) for _, facts in found}) > 1:
+        here, newest = fingerprint(data), data_of(max(found, key=lambda pair: pair[0].stat().st_mtime)[1])
+        trained_here = [pair for pair in found if data_of(pair[1]) == here]
+        if not trained_here and len({tuple(facts["classes"]) for _, facts in found}) > 1:
             lines = [f"  {path.name}: {described(path, facts)}" for path, facts in found]
             ask = "choose one: --image-size SIZE, or --data the folder of images that it was trained on"
             what = f"{weights} holds checkpoints of different classes, and none was trained on {data}"
             raise UserError("\n".join([f"{what}; {ask}", *lines]))
-        else:
-            newest = data_of(max(found, key=lambda pair: pair[0].stat().st_mtime)[1])
-            found = [pair for pair in found if data_of(pair[1]) == newest]
+        found = trained_here or [pair for pair in found if data_of(pair[1]) == newest]
     return min(found, key=lambda pair: (-pair[1].get("accuracy", 0), pair[1]["image_size"]))
 
 
@@ -128,6 +120,16 @@ def described(path: Path, facts: dict) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Served:
+    """What serves images: the first columns of end_to_end.csv and load.csv."""
+
+    sweep: str
+    backend: str
+    precision: str
+    image_size: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Choice:
     """A backend, the batch size to run it with and those to load it for; whether that was measured here."""
 
@@ -142,10 +144,8 @@ class Choice:
 
     def smaller(self) -> "Choice":
         """The same for the next smaller batch size that was measured, else for half of this one."""
-        sizes = tuple(size for size in self.batch_sizes if size < self.batch_size)
-        if not sizes:
-            return self.with_batch(self.batch_size // 2)
-        return dataclasses.replace(self, batch_size=sizes[-1], batch_sizes=sizes)
+        known = (size for size in self.batch_sizes if size < self.batch_size)
+        return self.with_batch(max(known, default=self.batch_size // 2))
 
 
 def gpu_name() -> str | None:
@@ -159,29 +159,27 @@ def measured_here(results: Path, device: str, image_size: int) -> list[dict]:
 
     Each has backend, sweep, batch_size, fps (images/s), load_s and first_call_ms (NaN: not known).
     """
-    path = results / "benchmark_results.csv"
+    path, gpu = results / "benchmark_results.csv", gpu_name() if device == "cuda" else None
     packages = {name: version for name in PACKAGES if (version := package_version(name))}
-    gpu = gpu_name() if device == "cuda" else None
     here = {"gpu": gpu, "cpu": cpu_name(), "packages": packages}
-    environments, rows = read_dict(results / "environment.json"), []
+    environments = read_dict(results / "environment.json")
     try:
+        same = {sweep for sweep, facts in environments.items() if here.items() <= facts.items()}
         with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                facts = environments.get(row["sweep"], {})
-                same = all(facts.get(name) == value for name, value in here.items())
-                asked = row["status"], row["device"], row["image_size"]
-                if same and asked == ("ok", device, str(image_size)):
-                    rows.append({name: row[name] for name in ("backend", "sweep")})
-                    rows[-1] |= {"batch_size": int(row["batch_size"]), "fps": float(row["fps"])}
-                    rows[-1] |= {name: float(row[name] or "nan") for name in ("load_s", "first_call_ms")}
-                    if not (rows[-1]["fps"] > 0 and rows[-1]["batch_size"] > 0):
-                        raise ValueError(f"a row that is ok has {row['fps']} images/s in column fps")
+            rows = [
+                {"backend": row["backend"], "sweep": row["sweep"], "batch_size": int(row["batch_size"])}
+                | {name: float(row[name] or "nan") for name in ("fps", "load_s", "first_call_ms")}
+                for row in csv.DictReader(file)
+                if (row["status"], row["device"], row["image_size"]) == ("ok", device, str(image_size))
+                and row["sweep"] in same
+            ]
+        if not all(row["fps"] > 0 and row["batch_size"] > 0 for row in rows):
+            raise ValueError("a row that is ok has no images/s in column fps")
     except FileNotFoundError:
         return []
     except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
-        said = f"{type(error).__name__}: {error}"
-        mend = "make it anew: python benchmark.py"
-        raise UserError(f"{path} is no table of python benchmark.py ({said}); {mend}") from None
+        said = f"no table of python benchmark.py ({type(error).__name__}: {error})"
+        raise UserError(f"{path} is {said}; make it anew: python benchmark.py") from None
     return rows
 
 
@@ -191,30 +189,27 @@ def choose_backends(name: str | None, rows: list[dict], count: int, device: str)
     Of a backend the batch size is the one that classifies them fastest; to that come loading and the first
     calls.  `name` is the backend that the user wants, or None.
     """
-    known = [row for row in rows if row["backend"] in ([name] if name else backends.SCRIPTS)]
+
+    def inference_s(row: dict) -> float:
+        seconds = -(-count // row["batch_size"]) * row["batch_size"] / row["fps"]
+        return max(seconds, count / DALI_RATE) if device == "cuda" else seconds
+
+    def known(rows: list[dict], column: str) -> list[float]:
+        return [row[column] for row in rows if row[column] >= 0]
+
     # Where it is not known how long a backend takes to load, it is taken for the slowest one.
-    slowest = max((row["load_s"] for row in rows if row["load_s"] >= 0), default=0.0)
-    found = []
-    for backend in dict.fromkeys(row["backend"] for row in known):
-        own = [row for row in known if row["backend"] == backend]
-        seconds, row = min(((inference_seconds(row, count), row) for row in own), key=lambda pair: pair[0])
-        seconds = max(seconds, count / DALI_RATE) if device == "cuda" else seconds
-        loading = min(
-            (row["load_s"] for row in own if row["load_s"] >= 0), default=slowest
-        )  # not known: slow
-        first = max((row["first_call_ms"] for row in own if row["first_call_ms"] >= 0), default=0.0) / 1000
-        sizes = {other["batch_size"] for other in rows if other["sweep"] == row["sweep"]}
-        choice = Choice(backend, row["batch_size"], tuple(sorted(sizes)))
-        found.append((loading + first + seconds, choice))
-    batches = -(-count // BATCH_SIZE[device])
-    size = -(-count // batches)  # so that the last batch is as large as the others
-    default = [Choice(name or "pytorch", size, (size,), measured=False)]
-    return [choice for _, choice in sorted(found, key=lambda pair: pair[0])] or default
-
-
-def inference_seconds(row: dict, count: int) -> float:
-    """What the network needs for whole batches of `count` images."""
-    return -(-count // row["batch_size"]) * row["batch_size"] / row["fps"]
+    slowest = max(known(rows, "load_s"), default=0.0)
+    found = {}
+    for backend in [name] if name else backends.SCRIPTS:
+        if own := [row for row in rows if row["backend"] == backend]:
+            best = min(own, key=inference_s)
+            sizes = {row["batch_size"] for row in rows if row["sweep"] == best["sweep"]}
+            start_s = min(known(own, "load_s"), default=slowest)
+            start_s += max(known(own, "first_call_ms"), default=0.0) / 1000
+            choice = Choice(backend, best["batch_size"], tuple(sorted(sizes)))
+            found[choice] = start_s + inference_s(best)
+    size = -(-count // -(-count // BATCH_SIZE[device]))  # so that the last batch is as large as the others
+    return sorted(found, key=found.__getitem__) or [Choice(name or "pytorch", size, (size,), measured=False)]
 
 
 # ---- the decoder

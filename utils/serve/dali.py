@@ -8,17 +8,19 @@ import itertools
 import os
 import sys
 import tempfile
-import typing
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from utils.backend import why_not_importable
 from utils.environment import cores
 from utils.serve.choices import why_not_installed
 from utils.serve.decoder import IN_FLIGHT, Batch, Pillow
+from utils.utils import UserError
 
 PREFETCH = 3  # batches that each pipeline works on at a time
 STARTS = 3  # of the pipelines, where files make them fail: each takes seconds, and memory that DALI keeps
@@ -28,40 +30,54 @@ HARDWARE = 0.8  # of a batch at most for the JPEG engine; with 16 CPUs beside an
 class Dali:
     """NVIDIA DALI: decodes and resizes on the GPU; the same on a CPU without one.
 
-    `pillow`, made `for_dali`, looks at every file beforehand and decodes what DALI would not decode as
-    load_rgb() does.  One pipeline is enough for JPEGs.  Where other files come, two alternate: while one
-    waits for PNGs, which the processor decodes, the other keeps the JPEG engine busy.
+    Its Pillow decoder looks at every file beforehand and decodes what DALI would not decode as load_rgb()
+    does.  One pipeline is enough for JPEGs.  Where other files come, two alternate: while one waits for PNGs,
+    which the processor decodes, the other keeps the JPEG engine busy.
     """
 
     name = "dali"
 
-    def __init__(self, pillow: Pillow, device: str, pipelines: int = 2, index: int = 0):
-        """`index` is the GPU's.  PyTorch is not needed yet, so that it can be imported meanwhile."""
-        self.pillow, self.device, self.batch_size, self.count = pillow, device, pillow.batch_size, pipelines
-        self.index = index if device == "cuda" else None
-        self.slots, self.targets = pillow.slots, typing.cast(typing.Any, None)
+    def __init__(self, image_size: int, batch_size: int, device: str, paths: list[str], count=None, index=0):
+        """For files like `paths`, `count` of them if that is known; `index` is the GPU's.
+
+        PyTorch is not needed before get_ready(), so that it is imported while the pipelines start.
+        """
+        only_jpegs = all(path.lower().endswith((".jpg", ".jpeg")) for path in paths)
+        self.device, self.index, self.count = (
+            device,
+            index if device == "cuda" else None,
+            1 if only_jpegs else 2,
+        )
+        self.image_size, self.batch_size, self.targets = image_size, batch_size, iter(())
         self.folder = tempfile.TemporaryDirectory()
-        names = ("filler.png", "filler.jpg")[: self.batch_size] if pipelines > 1 else ("filler.jpg",)
+        names = ("filler.jpg",) if only_jpegs else ("filler.png", "filler.jpg")[:batch_size]
         self.fillers = [str(Path(self.folder.name, name)) for name in names]
         for path in self.fillers:  # a JPEG too: the first one of a process takes longer
             Image.new("RGB", (64, 64)).save(path)
-        self.looked_at, self.fed = iter(()), deque()
-        self.start()
+        self.pipelines, self.looked_at, self.fed = [], iter(()), deque()
+        self.helper = ThreadPoolExecutor(1)
+        self.started = self.helper.submit(self.start)
+        self.pillow = Pillow(image_size, batch_size, count, for_dali=True, hold=self.count * PREFETCH + 1)
+        self.slots = self.pillow.slots
 
-    def take_memory(self) -> None:
+    def get_ready(self, device: str) -> None:
+        """Wait for the pipelines and take memory on the device; to be called once PyTorch is imported."""
         import torch
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        self.feed, size = feed_ndarray, self.pillow.image_size
+        self.started.result()
+        self.feed, size = feed_ndarray, self.image_size
         shape = IN_FLIGHT + 1, self.batch_size, size, size, 3
-        self.targets = itertools.cycle(torch.empty(shape, dtype=torch.uint8, device=self.device))
-        self.stream = torch.cuda.Stream() if self.device == "cuda" else None
+        self.targets = itertools.cycle(torch.empty(shape, dtype=torch.uint8, device=device))
+        self.stream = torch.cuda.Stream() if device == "cuda" else None
 
     def start(self) -> None:
         """Make the pipelines, which takes seconds on a GPU, and have each decode fillers.
 
         Then they stand still, so that CUDA graphs can be captured.
         """
+        if reason := why_no_dali():
+            raise UserError(f"{reason}; to decode by Pillow all the same: --decoder pillow")
         self.pipelines = [self.make_pipeline(number) for number in range(self.count)]
         self.starting = True
         for pipeline in self.pipelines:
@@ -77,14 +93,13 @@ class Dali:
             self.pipelines[number].release_outputs()
 
     def close(self) -> None:
+        self.helper.shutdown()
         self.pipelines.clear()
         self.folder.cleanup()
         self.pillow.close()
 
     def batches(self, paths: Iterable[str]) -> Generator[Batch, None, None]:
         """The batches of all paths, in order; where DALI fails, what it had is decoded by Pillow."""
-        if self.targets is None:
-            self.take_memory()
         self.pillow.leave_plain, self.looked_at = True, self.pillow.batches(paths)
         with contextlib.closing(self.looked_at):
             for starts_left in reversed(range(STARTS)):
@@ -145,25 +160,16 @@ class Dali:
             names = names or (first if self.starting else self.fillers)
             return [np.frombuffer(os.fsencode(name), np.uint8) for name in names]
 
-        mixed = {"hw_decoder_load": HARDWARE} if on_gpu else {}
-        square = (self.pillow.image_size, self.pillow.image_size)
+        settings = {"batch_size": self.batch_size, "num_threads": cores(), "device_id": self.index}
+        how = {"device": "mixed", "hw_decoder_load": HARDWARE} if on_gpu else {"device": "cpu"}
+        square = (self.image_size, self.image_size)
 
-        @pipeline_def(
-            batch_size=self.batch_size,
-            num_threads=cores(),
-            device_id=self.index,
-            prefetch_queue_depth=PREFETCH,
-        )
+        @pipeline_def(**settings, prefetch_queue_depth=PREFETCH)
         def from_files():
             # Mapped into memory, each file that is let go of stops all threads: 12,300 images/s, not 14,900.
             files = fn.io.file.read(fn.external_source(source, batch=True), dont_use_mmap=True)
-            images = fn.decoders.image(
-                files,
-                device="mixed" if on_gpu else "cpu",
-                output_type=types.RGB,
-                jpeg_fancy_upsampling=True,  # as libjpeg does; else colours differ by up to 11 levels
-                **mixed,
-            )
+            # Chroma is interpolated as libjpeg does it, else colours differ by up to 11 levels.
+            images = fn.decoders.image(files, output_type=types.RGB, jpeg_fancy_upsampling=True, **how)
             return fn.resize(images, size=square, interp_type=types.INTERP_LINEAR, antialias=True)
 
         pipeline = from_files()
@@ -179,8 +185,7 @@ class Dali:
             if len(plain) == len(pixels):
                 self.feed(images, pixels, cuda_stream=self.stream)
             else:
-                if self.device == "cuda":
-                    self.pillow.pin()  # here, since folders of JPEGs alone never need it
+                self.pillow.get_ready(self.device)  # not before, since folders of JPEGs alone never need it
                 pixels.copy_(torch.from_numpy(batch.pixels), non_blocking=True)
                 if plain:
                     part = torch.empty_like(pixels[: len(plain)])
@@ -192,34 +197,18 @@ class Dali:
 
     def by_pillow(self, batch: Batch) -> Batch:
         """The same, all decoded by Pillow."""
-        return self.on_device(self.pillow.decode_again(batch))
+        return self.on_device(self.pillow.collect(*self.pillow.submit(batch.paths, batch.slot, again=True)))
 
 
-def make_pillow(image_size: int, batch_size: int, count: int | None, paths: list[str]) -> tuple[Pillow, int]:
-    """The Pillow decoder that DALI has, and how many pipelines it takes: files other than JPEG want two."""
-    only_jpegs = all(path.lower().endswith((".jpg", ".jpeg")) for path in paths)
-    pipelines = 1 if only_jpegs else 2
-    hold = pipelines * PREFETCH + 1
-    return Pillow(image_size, batch_size, count, for_dali=True, hold=hold), pipelines
-
-
-def open_decoder(name: str, image_size: int, batch_size: int, device: str, paths: list[str]):
-    """The decoder of this name for files like `paths`, any number of them."""
+def open_decoder(
+    name: str, image_size: int, batch_size: int, device: str, paths: list[str], count=None, index=0
+):
+    """The decoder of this name for files like `paths`, `count` of them; `index` is the GPU's."""
     if name == "dali":
-        pillow, pipelines = make_pillow(image_size, batch_size, None, paths)
-        return Dali(pillow, device, pipelines)
-    decoder = Pillow(image_size, batch_size)
-    if device == "cuda":
-        decoder.pin()
-    return decoder
+        return Dali(image_size, batch_size, device, paths, count, index)
+    return Pillow(image_size, batch_size, count)
 
 
 def why_no_dali() -> str | None:
     """None if DALI can be used here, else one sentence that a user can act on."""
-    if reason := why_not_installed():
-        return reason
-    try:
-        import nvidia.dali  # noqa: F401
-    except Exception as error:  # a library that is missing or of another version: each fails in its own way
-        return f"NVIDIA DALI is installed but does not load: {' '.join(str(error).split())}"
-    return None
+    return why_not_installed() or why_not_importable("nvidia.dali", "pip install nvidia-dali-cuda130")

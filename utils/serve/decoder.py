@@ -1,8 +1,4 @@
-"""Image files -> batches of uint8 pixels by Pillow, as training and testing read them; needs no PyTorch.
-
-So the first files are decoded while the libraries that classify are still being imported, and a process that
-decodes starts in a fraction of a second.
-"""
+"""Image files -> batches of uint8 pixels by Pillow, as training and testing read them; needs no PyTorch."""
 
 import contextlib
 import ctypes
@@ -14,8 +10,8 @@ import threading
 import typing
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +42,7 @@ class Batch:
     pixels: typing.Any
     problems: dict[int, str]
     plain: list[int] = dataclasses.field(default_factory=list)  # indices of the files that are left to DALI
+    slot: int = 0  # of the Pillow decoder's memory
 
 
 # ---- in the workers
@@ -103,12 +100,11 @@ def is_plain(path: str) -> bool:
             if image.format == "JPEG":
                 upright = image.getexif().get(ORIENTATION, 1) == 1
                 return upright and image.info.get("adobe_transform", 1) == 1 and end.endswith(JPEG_END)
-            special = {"transparency", "exif", "Raw profile type exif"} & image.info.keys()
-            plain = image.format == "PNG" and not special and not getattr(image, "is_animated", False)
-            plain = plain and image.tile[0][3] == image.mode and end == PNG_END  # not from 1, 2, 4 or 16 bits
-            if plain:
-                image.verify()
-            return plain
+            if {"transparency", "exif", "Raw profile type exif"} & image.info.keys():
+                return False
+            image.verify()
+            whole = image.format == "PNG" and end == PNG_END and not getattr(image, "is_animated", False)
+            return whole and image.tile[0][3] == image.mode  # not from 1, 2, 4 or 16 bits
     except Exception:  # whatever is wrong, load_rgb() will say it
         return False
 
@@ -153,16 +149,16 @@ class Pillow:
             self.pool = ProcessPoolExecutor(workers, context, start_worker, arguments)
             with uninterrupted():  # processes that are on their way when this one ends would complain
                 wait([self.pool.submit(int) for _ in range(workers)])
-        self.pixels = np.frombuffer(typing.cast(typing.Any, memory), np.uint8).reshape(shape)
+        self.pixels = np.frombuffer(memory, np.uint8).reshape(shape)
 
-    def pin(self) -> None:
-        """Lock the memory, where that is possible: copies to the GPU then run beside all else."""
-        if not self.pinned:
+    def get_ready(self, device: str) -> None:
+        """To be called once PyTorch is imported: on a GPU, lock the memory that it copies from."""
+        if device == "cuda" and not self.pinned:
             import torch
 
             cuda: typing.Any = torch.cuda.cudart()
             error = cuda.cudaHostRegister(self.pixels.ctypes.data, self.pixels.nbytes, 0)
-            self.pinned = int(error) == 0
+            self.pinned = int(error) == 0  # copies run beside all else; if not, they are only slower
 
     def close(self) -> None:
         self.broken_off.value = True
@@ -178,29 +174,22 @@ class Pillow:
 
         The first ones are being decoded when this returns.
         """
-        paths, waiting, numbers = iter(paths), deque(), itertools.count()
+        paths = iter(paths)
+        groups = iter(lambda: list(itertools.islice(paths, self.batch_size)), [])
+        submitted = map(self.submit, groups, itertools.cycle(range(self.slots)))
+        return self.in_order(deque(itertools.islice(submitted, self.ahead)), submitted)
 
-        def submit_next() -> None:
-            if group := list(itertools.islice(paths, self.batch_size)):
-                first = next(numbers) % self.slots * self.batch_size
-                waiting.append((group, first, self.submit(group, first)))
+    def submit(self, paths: list[str], slot: int, again=False) -> tuple[list[str], int, list[Future]]:
+        """Have a batch decoded into a slot of the memory; `again`: also what DALI should have decoded."""
+        first, plain = slot * self.batch_size, self.leave_plain and not again
+        chunks = [(first + k, paths[k : k + self.chunk]) for k in range(0, len(paths), self.chunk)]
+        return paths, slot, [self.pool.submit(decode, *chunk, plain) for chunk in chunks]
 
-        for _ in range(self.ahead):
-            submit_next()
-        return self.in_order(waiting, submit_next)
-
-    def submit(self, paths: list[str], first: int) -> list:
-        starts = range(0, len(paths), self.chunk)
-        work = [(first + k, paths[k : k + self.chunk], self.leave_plain) for k in starts]
-        return [self.pool.submit(decode, *arguments) for arguments in work]
-
-    def in_order(self, waiting: deque, submit_next: Callable[[], None]) -> Generator[Batch, None, None]:
-        """What becomes of `waiting`, one batch submitted for each that is given out."""
+    def in_order(self, waiting: deque, submitted: Iterator) -> Generator[Batch, None, None]:
+        """What becomes of `waiting`, one batch more submitted for each that is given out."""
         try:
-            while True:
-                submit_next()
-                if not waiting:
-                    return
+            while waiting:
+                waiting.extend(itertools.islice(submitted, 1))
                 yield self.collect(*waiting.popleft())
         finally:
             # Nothing writes on while the memory is used anew.  Nothing is cancelled: if a worker dies then, a
@@ -209,16 +198,8 @@ class Pillow:
             wait([future for _, _, futures in waiting for future in futures])
             self.broken_off.value = False
 
-    def collect(self, paths: list[str], first: int, futures: list) -> Batch:
+    def collect(self, paths: list[str], slot: int, futures: list[Future]) -> Batch:
         outcomes = [outcome for future in futures for outcome in future.result()]
         problems = {k: outcome for k, outcome in enumerate(outcomes) if outcome}
         plain = [k for k, outcome in enumerate(outcomes) if outcome is PLAIN]
-        return Batch(paths, self.pixels[first : first + len(paths)], problems, plain)
-
-    def decode_again(self, batch: Batch) -> Batch:
-        """A batch that was left to DALI, decoded here after all."""
-        first = (batch.pixels.ctypes.data - self.pixels.ctypes.data) // self.pixels[0].nbytes
-        futures = [self.pool.submit(decode, first + k, [batch.paths[k]], False) for k in batch.plain]
-        found = {k: future.result()[0] for k, future in zip(batch.plain, futures, strict=True)}
-        problems = batch.problems | {k: problem for k, problem in found.items() if problem}
-        return Batch(batch.paths, batch.pixels, problems)
+        return Batch(paths, self.pixels[slot * self.batch_size :][: len(paths)], problems, plain, slot)

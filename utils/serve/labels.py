@@ -25,7 +25,6 @@ TEXT = encoding(WINDOWS)
 COLUMNS = ["path", "class", "probability"]  # then, if asked for, a probability for each class
 BOM = "\ufeff"  # by which Excel knows UTF-8
 SHARE = re.compile(r"[01]\.\d{6}")
-LOOKED_AT = 1000  # rows of a table that is there
 
 
 def check_out(out: Path) -> Path:
@@ -44,14 +43,13 @@ def is_ours(out: Path) -> bool:
     mode = "r+" if WINDOWS else "r"  # what is open in Excel can't be replaced, which is to be said at once
     try:
         with named(out), out.open(mode, **TEXT) as file:
-            header, *rows = itertools.islice(csv.reader(file), LOOKED_AT)
+            header, *rows = itertools.islice(csv.reader(file), 1000)
     except ValueError:  # nothing in it; or no text
         return out.stat().st_size == 0
     except csv.Error:
         return False
     header[0] = header[0].removeprefix(BOM)
-    shares = [row[2:] for row in rows if row]
-    whole = all(len(row) == len(header) - 2 and all(map(SHARE.fullmatch, row)) for row in shares)
+    whole = all(len(row) == len(header) and all(map(SHARE.fullmatch, row[2:])) for row in rows if row)
     return header[:3] == COLUMNS and whole
 
 
@@ -89,40 +87,31 @@ def write_rows(path: Path, rows: Iterable[list[str]], mode: str = "w") -> None:
 
 
 def parts_of(out: Path, key: str) -> list[Path]:
-    """The parts of a table by their key, a regular expression: of nothing else that lies there."""
+    """The parts of a table by their key, a regular expression, the newest last."""
     name = re.compile(rf"{re.escape(out.name)}\.{key}\.part\d+")
-    return sorted(path for path in out.parent.iterdir() if name.fullmatch(path.name) and path.is_file())
-
-
-def still_right(part: Path, columns: int) -> dict[str, list[str]]:
-    """The rows of a part whose files have not changed since."""
-
-    def is_same(path: str) -> bool:
-        with contextlib.suppress(OSError):
-            found = Path(path).stat()
-            return max(found.st_mtime, found.st_ctime) <= written
-        return False
-
-    written = part.stat().st_mtime
-    return {path: row for path, row in read_rows(part, columns).items() if is_same(path)}
+    parts = [path for path in out.parent.iterdir() if name.fullmatch(path.name) and path.is_file()]
+    return sorted(parts, key=lambda path: path.stat().st_mtime)
 
 
 def resume(out: Path, key: str, columns: int, rank: int) -> tuple[Path, dict]:
-    """This process's own part, cut back to whole rows, and the rows that any process has written already."""
+    """This process's own part, and the rows in it: all that were written whole, of files unchanged since."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = {}
+    own, done = out.with_name(f"{out.name}.{key}.part{rank}"), {}
     for part in parts_of(out, key):
-        done |= still_right(part, columns)
-    own = out.with_name(f"{out.name}.{key}.part{rank}")
-    kept = still_right(own, columns).values() if own.exists() else []
-    write_whole(own, lambda path: write_rows(path, kept))
+        written = part.stat().st_mtime
+        for path, row in read_rows(part, columns).items():
+            with contextlib.suppress(OSError):
+                file = Path(path).stat()
+                if max(file.st_mtime, file.st_ctime) <= written:
+                    done[path] = row
+    write_whole(own, lambda path: write_rows(path, done.values()))
     return own, done
 
 
 def merge(out: Path, key: str, images: list[str], header: list[str], bom: bool = False) -> dict:
     """Write the rows of all parts to `out` in the order of the images, whole or not at all; path -> row."""
     rows = {}
-    for part in sorted(parts_of(out, key), key=lambda part: part.stat().st_mtime):  # the newest counts
+    for part in parts_of(out, key):
         rows |= read_rows(part, len(header))
     kept = {path: rows[path] for path in images if path in rows}
     first = [BOM * bom + header[0], *header[1:]]

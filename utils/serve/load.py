@@ -9,7 +9,6 @@ Its Offline scenario is a check of this project's clock: both time the same runs
 device in the backend's own form.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -19,14 +18,15 @@ import sys
 import tempfile
 import threading
 import time
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from utils import environment
+from utils.backend import why_not_importable
 from utils.measure import timing
+from utils.serve.choices import Served
 from utils.serve.pipeline import Network
 
 QUERIES = 600  # images of a rate at least: 459 without a late one show 99 % (confidence 99 %)
@@ -36,14 +36,10 @@ SEARCH = 6, 60.0  # rates that are tried, seconds after which none is begun
 FIRST_SHARE = 0.4  # of the Offline throughput: the first rate
 
 
-@dataclasses.dataclass
-class Row:
-    """One line of load.csv; the fields are its columns."""
+@dataclasses.dataclass(frozen=True)
+class Row(Served):
+    """One line of load.csv; the fields are its columns, and `cores` and `date`."""
 
-    sweep: str
-    backend: str
-    precision: str
-    image_size: int
     batch_size_max: int
     scenario: str  # server; offline has no rate, and in `fps` what this project's clock says of the same
     rate: float | None = None  # images/s offered
@@ -54,40 +50,36 @@ class Row:
     valid: bool = False  # what the generator says
     max_latency_ms: float | None = None
     fps: float | None = None
-    cores: int = dataclasses.field(default_factory=environment.cores)  # that this had
-    date: str = dataclasses.field(default_factory=environment.today)
 
 
 def why_unavailable() -> str | None:
-    try:
-        import mlperf_loadgen  # noqa: F401
-    except ImportError:
-        return "MLPerf's load generator is not installed; run: pip install mlcommons-loadgen"
-    return None
+    return why_not_importable("mlperf_loadgen", "pip install mlcommons-loadgen")
 
 
-def generate(scenario: str, images: int, issue: Callable, **settings) -> dict:
-    """Run the generator, which calls issue(samples' numbers, their images' indices); its results by name.
+def generate(scenario: str, images: int, waiting: queue.SimpleQueue, **settings) -> dict:
+    """Run the generator; its results by name.  Leaves no files.
 
-    Leaves no files.
+    The samples' numbers and their images' indices, two lists, arrive in `waiting`.
     """
     import mlperf_loadgen
 
     asked = mlperf_loadgen.TestSettings()
     asked.scenario = getattr(mlperf_loadgen.TestScenario, scenario)
     asked.mode = mlperf_loadgen.TestMode.PerformanceOnly
-    asked.min_duration_ms = int(MIN_SECONDS * 1000)
-    for name, value in settings.items():
+    for name, value in {"min_duration_ms": int(MIN_SECONDS * 1000), **settings}.items():
         setattr(asked, name, value)
     # "Fast": lists of numbers, where the usual one makes an object of each of 200,000 samples.
-    system = mlperf_loadgen.ConstructFastSUT(issue, lambda: None)
+    system = mlperf_loadgen.ConstructFastSUT(lambda *samples: waiting.put(samples), lambda: None)
     library = mlperf_loadgen.ConstructQSL(images, images, lambda _: None, lambda _: None)
+    log, before = mlperf_loadgen.LogSettings(), Path.cwd()
+    log.enable_trace = False
+    log.log_output.outdir, log.log_output.copy_summary_to_stdout = ".", False
     with tempfile.TemporaryDirectory() as folder:
-        log = mlperf_loadgen.LogSettings()
-        log.enable_trace = False
-        log.log_output.outdir, log.log_output.copy_summary_to_stdout = ".", False
-        with within(Path(folder)):  # its C++ can't open a path with Cyrillic letters on Windows
+        os.chdir(folder)  # its C++ can't open a path with Cyrillic letters on Windows
+        try:
             mlperf_loadgen.StartTestWithLogSettings(system, library, asked, log, "audit.config")
+        finally:
+            os.chdir(before)
         lines = Path(folder, "mlperf_log_detail.txt").read_text(encoding="utf-8").splitlines()
     mlperf_loadgen.DestroyQSL(library)
     mlperf_loadgen.DestroyFastSUT(system)
@@ -95,75 +87,48 @@ def generate(scenario: str, images: int, issue: Callable, **settings) -> dict:
     return {entry["key"]: entry["value"] for entry in entries}
 
 
-@contextlib.contextmanager
-def within(folder: Path) -> Iterator[None]:
-    """With `folder` as the current one."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-def answer(numbers) -> None:
+def answer(numbers: Sequence[int]) -> None:
     import mlperf_loadgen
 
     ready = [mlperf_loadgen.QuerySampleResponse(number, 0, 0) for number in numbers]
     mlperf_loadgen.QuerySamplesComplete(ready)
 
 
-def answer_all(done: queue.SimpleQueue) -> None:
-    """Answer what comes until None does."""
-    for numbers in iter(done.get, None):
-        answer(numbers)
+def in_background(scenario: str, images: int, waiting: queue.SimpleQueue, **settings) -> Future:
+    """The results of the generator, which runs in a thread; at its end None arrives in `waiting`.
 
-
-def in_background(scenario: str, images: int, waiting: queue.SimpleQueue, told: dict, **settings):
-    """Start the generator in a thread: this one stays the worker, since CUDA streams belong to threads.
-
-    The samples' numbers and their images' indices, two lists, arrive in `waiting`, None at the end; `told`
-    then holds the results.
+    The calling thread stays the worker, since CUDA streams belong to threads.
     """
-
-    def issue(numbers: list[int], indices: list[int]) -> None:
-        waiting.put((numbers, indices))
+    told = Future()
 
     def offer() -> None:
         try:
-            told.update(generate(scenario, images, issue, **settings))
-        finally:
-            waiting.put(None)
+            told.set_result(generate(scenario, images, waiting, **settings))
+        except Exception as error:
+            told.set_exception(error)
+        waiting.put(None)
 
-    thread = threading.Thread(target=offer, daemon=True)  # if the worker fails, nobody waits for it
-    thread.start()
-    return thread
+    threading.Thread(target=offer, daemon=True).start()  # if the worker fails, nobody waits for it
+    return told
 
 
 def server(network: Network, pixels, rate: float, max_latency_ms: float, queries: int) -> dict:
     """Offer single images at `rate` images/s and serve them; the generator's results."""
-    waiting, told = queue.SimpleQueue(), {}
+    waiting, largest, arrived = queue.SimpleQueue(), network.batch_sizes[-1], []
     limits = {"server_target_latency_ns": int(max_latency_ms * 1e6), "server_target_latency_percentile": 0.99}
     settings = {"server_target_qps": rate, "min_query_count": queries, **limits}
-    thread = in_background("Server", len(pixels), waiting, told, **settings)
-    largest = network.batch_sizes[-1]
+    told = in_background("Server", len(pixels), waiting, **settings)
     batch = torch.empty(largest, *pixels.shape[1:], dtype=torch.uint8, pin_memory=network.device == "cuda")
-    arrived = []
-    while arrived or (more := waiting.get()) is not None:
-        if not arrived:
-            arrived += zip(*typing.cast(tuple, more), strict=True)
-        while len(arrived) < largest and not waiting.empty():
-            if (more := waiting.get()) is None:
-                waiting.put(None)  # the end, seen early: the generator failed
-                break
-            arrived += zip(*more, strict=True)
+    while True:
+        while len(arrived) < largest and not (arrived and waiting.empty()):
+            if (samples := waiting.get()) is None:  # all are answered, or the generator failed
+                return told.result()
+            arrived += zip(*samples, strict=True)
         taken, arrived = arrived[:largest], arrived[largest:]
         numbers, indices = zip(*taken, strict=True)
         torch.index_select(pixels, 0, torch.tensor(indices), out=batch[: len(taken)])
         network.finish(network.enqueue(batch[: len(taken)]))
         answer(numbers)
-    thread.join()
-    return told
 
 
 def offline(network: Network, pixels: torch.Tensor) -> tuple[dict, float]:
@@ -176,23 +141,19 @@ def offline(network: Network, pixels: torch.Tensor) -> tuple[dict, float]:
         return network.backend.predict(x)
 
     timed = timing.warm_up(call, wait, 3, MIN_SECONDS / 2, 30)
-    waiting, done, told = queue.SimpleQueue(), queue.SimpleQueue(), {}
+    waiting = queue.SimpleQueue()
     settings = {"offline_expected_qps": batch_size / timing.trimmed_mean(timed) * 1000}
     settings["min_duration_ms"] = int(2000 * MIN_SECONDS)  # handing over all images takes a while, too
-    thread = in_background("Offline", len(pixels), waiting, told, **settings)
-    answering = threading.Thread(target=answer_all, args=[done], daemon=True)
-    answering.start()  # beside the next batch: else each costs what its answers do
+    told = in_background("Offline", len(pixels), waiting, **settings)
     (numbers, _), timed = waiting.get() or ([], []), []
-    for first in range(0, len(numbers), batch_size):
-        start = time.perf_counter()
-        call()
-        wait()
-        timed.append((time.perf_counter() - start) * 1000)
-        done.put(numbers[first : first + batch_size])
-    done.put(None)
-    answering.join()
-    thread.join()
-    return told, batch_size / timing.trimmed_mean(timed) * 1000
+    with ThreadPoolExecutor(1) as answering:  # beside the next batch: else each costs what its answers do
+        for first in range(0, len(numbers), batch_size):
+            start = time.perf_counter()
+            call()
+            wait()
+            timed.append((time.perf_counter() - start) * 1000)
+            answering.submit(answer, numbers[first : first + batch_size])
+    return told.result(), batch_size / timing.trimmed_mean(timed) * 1000
 
 
 def measure(where: dict, network: Network, pixels: torch.Tensor, max_latency_ms: float) -> list[Row]:

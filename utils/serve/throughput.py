@@ -27,13 +27,9 @@ LOAD_IMAGES = 256  # under load at most: they lie in memory
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class Asked(choices.Served):
     """What one process is asked: a measured row of the table, and how."""
 
-    sweep: str
-    backend: str
-    precision: str
-    image_size: int
     batch_size: int
     device: str
     batch_sizes: tuple[int, ...]  # of the table, so that the engine that was measured is the one that serves
@@ -49,13 +45,16 @@ class Asked:
         return checkpoint_path(self.weights, self.image_size)
 
 
-def load_backend(asked: Asked, further: Iterable[int] = ()):
-    """The backend for the table's batch sizes and, if its engine takes any, `further` ones."""
+def open_network(asked: Asked, under_load: bool = False) -> Network:
+    """The backend, loaded for the table's batch sizes; under load it serves all of these and, if its engine
+    takes any, powers of two as well, so that 2 images don't cost as much as 8."""
     backend = backends.make(asked.backend)
     backend.data = asked.data  # to calibrate with
-    batch_sizes = sorted({*asked.batch_sizes, *(further if backend.any_batch else ())})
-    backend.load(asked.checkpoint, asked.image_size, batch_sizes, asked.device)
-    return backend, batch_sizes
+    powers = {2**k for k in range(asked.batch_size.bit_length())}
+    sizes = sorted(powers.union(asked.batch_sizes) if under_load and backend.any_batch else asked.batch_sizes)
+    backend.load(asked.checkpoint, asked.image_size, sizes, asked.device)
+    serving = [size for size in sizes if size <= asked.batch_size] if under_load else [asked.batch_size]
+    return Network(backend, serving, asked.image_size, asked.device)
 
 
 def measure_here(asked: Asked, parity: bool) -> list[dict]:
@@ -64,17 +63,16 @@ def measure_here(asked: Asked, parity: bool) -> list[dict]:
     loader, files, truth = read_test_set(asked)
     files = choices.find_images(asked.photos)[0] if asked.photos else files
     with inference(asked.device):
-        backend, _ = load_backend(asked)
-        network = Network(backend, [asked.batch_size], asked.image_size, asked.device)
+        network = open_network(asked)
         for name in asked.decoders:
-            figures = {"decoder": name, "precision": backend.precision}
+            figures = {"decoder": name, "precision": network.backend.precision}
             found.append(figures)
             if name == "dali" and (reason := why_no_dali()):
                 figures |= {"status": "unavailable", "reason": reason}
                 continue
-            what = asked.image_size, asked.batch_size, asked.device, files
-            decoder = open_decoder(name, *what)
+            decoder = open_decoder(name, asked.image_size, asked.batch_size, asked.device, files)
             with contextlib.closing(decoder):
+                decoder.get_ready(asked.device)
                 figures |= throughput(decoder, network, files, asked)
                 if parity and not asked.photos:
                     figures |= compare(decoder.batches(files), network, loader, truth)
@@ -108,8 +106,7 @@ def throughput(decoder, network, files: list[str], asked: Asked) -> dict:
     decode, infer, both = ((a + b) / 2 for a, b in zip(early, reversed(late), strict=True))
     figures = {"images_per_s": both, "decode_images_per_s": decode, "infer_images_per_s": infer}
     if decoder.name == "pillow":
-        steps = one_after_another(decoder, network, endless, asked.batch_size)
-        figures["serial_images_per_s"] = rate(steps, 1, half)
+        figures["serial_images_per_s"] = rate(one_after_another(decoder, network, endless), 1, half)
     possible = min(decode, infer) if on_gpu else 1 / (1 / decode + 1 / infer)
     limit = "decode" if decode < infer else "inference"
     if on_gpu and limit == "decode" and rate(copied(itertools.repeat(first), "cuda"), 2, 0.2) < 2 * decode:
@@ -137,16 +134,13 @@ def compare(batches, network, loader, truth: tuple[int, ...]) -> dict:
 
 def load_here(asked: Asked, max_latency_ms: float) -> list:
     """Rows of latency under load."""
-    between = [2**k for k in range(asked.batch_size.bit_length())]  # so that 2 images don't cost as much as 8
     files = read_test_set(asked)[1][:LOAD_IMAGES]
     with inference(asked.device):
-        backend, sizes = load_backend(asked, between)
-        sizes = [size for size in sizes if size <= asked.batch_size]
-        network = Network(backend, sizes, asked.image_size, asked.device)
+        network = open_network(asked, under_load=True)
         with contextlib.closing(Pillow(asked.image_size, 16, len(files))) as decoder:
             pixels = torch.cat([torch.tensor(batch.pixels) for batch in decoder.batches(files)])
-        where = {name: getattr(asked, name) for name in ("sweep", "backend", "image_size")}
-        where |= {"precision": backend.precision, "batch_size_max": sizes[-1]}
+        where = {"sweep": asked.sweep, "backend": asked.backend, "image_size": asked.image_size}
+        where |= {"precision": network.backend.precision, "batch_size_max": network.batch_sizes[-1]}
         return load.measure(where, network, pixels, max_latency_ms)
 
 
@@ -186,10 +180,8 @@ def inferred(network: Network, pixels: torch.Tensor) -> Iterator[int]:
         started = following
 
 
-def one_after_another(
-    decoder: Pillow, network: Network, files: Iterator[str], batch_size: int
-) -> Iterator[int]:
+def one_after_another(decoder: Pillow, network: Network, files: Iterator[str]) -> Iterator[int]:
     """Decode a batch, then classify it, then decode the next one: nothing overlaps."""
     while True:
-        for batch in decoder.batches(itertools.islice(files, batch_size)):
+        for batch in decoder.batches(itertools.islice(files, decoder.batch_size)):
             yield len(network.finish(network.enqueue(batch.pixels)))

@@ -20,10 +20,10 @@ from utils.utils import UserError, number, run_main
 if TYPE_CHECKING:  # imported where it is needed, so that --help answers at once
     import pandas as pd
 
-LIMITS = {  # column: what a row that misses the limit does, and the limit's unit
-    "p95_ms": ("takes longer than", "ms (p95)"),
-    "memory_mb": ("takes more than", "MB of memory, or unknown"),
-    "accuracy": ("has less than", "top-1 accuracy"),
+LIMITS = {  # column: flag, its largest value, what it bounds
+    "p95_ms": ("--max-latency-ms", 1e9, "95th percentile of a batch"),
+    "memory_mb": ("--max-memory-mb", 1e9, "of the process: GPU memory, on a CPU the host's"),
+    "accuracy": ("--min-accuracy", 1, "top-1 on the test set, 0 to 1"),
 }
 PASSING = ["short", "settings", "packages", "date", "command", "commit", "clean", "sweep", "ceilings"]
 
@@ -46,22 +46,16 @@ def best_lines(rows: "pd.DataFrame", limits: dict[str, float | None]) -> tuple[l
     and whether one does."""
     from utils.report import analysis, words
 
-    total = len(analysis.measured(rows))
-    if not total:
-        return ["No row was measured, so none can be best; see: python compare.py"], False
     fitting, missed = analysis.best_within(rows, limits)
     if fitting.empty:
-        lines, nearest = ["No row fits."], []
+        lines = [f"None of {len(analysis.measured(rows))} measured rows fits; see: python compare.py"]
         for column, count, best in missed:
-            verb, unit = LIMITS[column]
-            lines.append(f"{count} of {total} rows: {verb} {limits[column]:g} {unit}")
-            nearest.append(f"{column} {words.figure(best) or 'unknown'}")
-        return [*lines, "Best of each: " + ", ".join(nearest)], False
+            limit = f"{LIMITS[column][0]} {limits[column]:g}"
+            lines.append(f"{count} miss {limit}; the best has {words.figure(best) or 'no such figure'}")
+        return lines, False
     ordered = [row for _, row in fitting.iloc[:2].iterrows()]
-    one_round = any(row.fps_low != row.fps_low for row in ordered)  # NaN
-    places = ("Most images/s", "Next") if one_round else ("Fastest", "Runner-up")
-    lines = [f"{place}: {costs(row)}" for place, row in zip(places, ordered, strict=False)]
-    if one_round:
+    lines = [f"{place}: {costs(row)}" for place, row in zip(("Most images/s", "Next"), ordered, strict=False)]
+    if any(row.fps_low != row.fps_low for row in ordered):  # NaN
         lines.append("Measured in one round, which supports no verdict: use --rounds 3.")
     elif len(ordered) > 1 and analysis.indistinguishable(*ordered):
         lines.append("The two are indistinguishable in throughput: their intervals overlap.")
@@ -88,23 +82,18 @@ def comparison(both: "pd.DataFrame") -> list[str]:
     from utils.measure.schema import BASELINE
     from utils.report import analysis, words
 
-    columns = [
-        ("Method", lambda row: words.label(row.backend, row.precision_after)),
-        *words.HEAD[1:],
-        ("Ratio", lambda row: f"{row.fps_ratio:.3f}"),
-        (
-            "Ratio, 95 % CI",
-            lambda row: words.interval(row.fps_ratio_low, row.fps_ratio_high, "{:.3f}".format),
-        ),
-        ("Verdict", lambda row: "can't judge: one round" if row.verdict == "can't judge" else row.verdict),
-    ]
-    judged = both[both.verdict != "can't judge"]
+    def limits(row) -> str:
+        return words.interval(row.fps_ratio_low, row.fps_ratio_high, "{:.3f}".format)
+
+    ratio = ("Ratio", lambda row: f"{row.fps_ratio:.3f}")
+    columns = [*words.HEAD, ratio, ("Ratio, 95 % CI", limits), ("Verdict", "verdict")]
     lines = [words.aligned(words.lines_of(columns, both))]
-    count = int(analysis.agrees(judged, "fps").sum())
-    lines.append(f"Throughput agrees within the 95 % intervals in {count} of {len(judged)} configurations.")
-    speed = judged[(judged.backend != BASELINE) & judged.speedup_ratio_low.notna()]
-    count = int(analysis.agrees(speed, "speedup").sum())
-    return lines + ([f"Speedup over PyTorch FP32 agrees in {count} of {len(speed)}."] if len(speed) else [])
+    others = both[both.backend != BASELINE]
+    for of, figure, rows in (("Throughput", "fps", both), ("Speedup over PyTorch FP32", "speedup", others)):
+        known = rows[rows[f"{figure}_ratio_low"].notna()]
+        count = f"{int(analysis.agrees(known, figure).sum())} of {len(known)} configurations"
+        lines.append(f"{of} agrees within the 95 % intervals in {count}.")
+    return lines
 
 
 def environment_changes(before: dict, after: dict) -> list[str]:
@@ -130,13 +119,12 @@ def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | 
         raise UserError(f"{paths[0]} and {paths[1]} have no measured configuration in common; {see}")
     print(f"throughput, {paths[1]} / {paths[0]}, with 95 % intervals")
     print("\n".join(comparison(both)))
-    median, ends = words.figure(both.fps_ratio.median()), (both.fps_ratio.min(), both.fps_ratio.max())
-    grid = f"Median over {len(both)} configurations: {median}x {paths[0]}"
-    print(f"{grid} (range {words.interval(*ends) or median}).")
+    median, low, high = map(words.figure, both.fps_ratio.quantile([0.5, 0, 1]))
+    print(f"Median over {len(both)} configurations: {median}x {paths[0]} (range {low}-{high}).")
     changes = environment_changes(old.get(first, {}), new.get(second, {}))
     print("\n".join(["Environment: " + ("no difference" if not changes else ""), *changes]))
     chart = (paths[1].parent if paths[1].suffix == ".csv" else paths[1]) / "comparison.png"
-    count = f"no difference in {int(analysis.agrees(both, 'fps').sum())} of {len(both)} configurations"
+    count = f"no difference in {int(analysis.agrees(both, 'fps').sum())} of {len(both)}"
     plot_utils.draw_comparison(both, f"{paths[0]} → {paths[1]}: {count}", chart)
     print(f"written: {chart}")
     return 0 if slower_by is None else gate(before, after, both, slower_by)
@@ -153,18 +141,16 @@ def gate(before: "pd.DataFrame", after: "pd.DataFrame", both: "pd.DataFrame", sl
     """The exit code: 0 only if something could be judged, nothing is slower and nothing was lost."""
     from utils.report import analysis, words
 
-    judged = both[both.verdict != "can't judge"]
-    slower, (lost, missing) = judged[judged.fps_ratio_high < 1 - slower_by], analysis.lost(before, after)
+    judged, lost = both[both.fps_ratio_low.notna()], analysis.lost(before, after)
+    slower = judged[judged.fps_ratio_high < 1 - slower_by]
     beyond = f"slower by more than {slower_by:.1%} beyond their intervals"
     print(f"{len(slower)} of {len(judged)} configurations are {beyond}")
     if len(judged) < len(both):
         print(f"{len(both) - len(judged)} more can't be judged: measured in one round; use --rounds 3")
     for row in lost.itertuples():
-        where = f"{row.image_size} px, batch {row.batch_size}"
-        print(f"no longer ok: {words.name(row)}, {where}: {row.status.replace('_', ' ')}: {row.reason}")
-    for row in missing.itertuples():
-        print(f"no longer there: {words.name(row)}, {row.image_size} px, batch {row.batch_size}")
-    return int(judged.empty or any(map(len, (slower, lost, missing))))
+        where = f"{words.name(row)}, {row.image_size} px, batch {row.batch_size}"
+        print(f"no longer ok: {where}: {row.status.replace('_', ' ')}: {row.reason}")
+    return int(judged.empty or len(slower) > 0 or len(lost) > 0)
 
 
 # ---- README.md
@@ -200,24 +186,8 @@ def share(text: str) -> float:
     return value
 
 
-def check(args: argparse.Namespace, limits: dict[str, float | None]) -> None:
-    """Raise UserError where an argument would have no effect: a gate that was not asked passes silently."""
-    two, see = len(args.results) == 2, "see: python compare.py --help"
-    wrong = {
-        "one results folder or two can be compared": len(args.results) > 2,
-        "--fail-if-slower and --sweeps need two results folders": not two
-        and (args.fail_if_slower is not None or args.sweeps),
-        "--sweeps takes one name, or two": len(args.sweeps or []) > 2,
-        "--best and --write-readme take one results folder": two and (args.best or args.write_readme),
-        "--max-latency-ms, --max-memory-mb and --min-accuracy need --best": not args.best
-        and any(limit is not None for limit in limits.values()),
-        "--best and --write-readme are two commands": args.best and args.write_readme,
-    }
-    for sentence in (sentence for sentence, is_so in wrong.items() if is_so):
-        raise UserError(f"{sentence}; {see}")
-
-
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """The arguments.  One without effect is refused: a gate that was not asked passes silently."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     which = "one folder (or its CSV), or two to compare"
@@ -226,31 +196,40 @@ def main() -> None:
     slower = "exit code 1 if one is slower by more, beyond its interval, or nothing could be judged"
     parser.add_argument("--fail-if-slower", type=share, metavar="5%", help=slower)
     parser.add_argument("--best", action="store_true", help="only the fastest within the limits below")
-    parser.add_argument("--max-latency-ms", type=number(float, 0, 1e9), help="95th percentile of a batch")
-    parser.add_argument(
-        "--max-memory-mb", type=number(float, 0, 1e9), help="of the process: GPU memory, on a CPU the host's"
-    )
-    parser.add_argument("--min-accuracy", type=number(float, 0, 1), help="top-1 on the test set, 0 to 1")
+    for column, (flag, most, of) in LIMITS.items():
+        parser.add_argument(flag, dest=column, metavar="X", type=number(float, 0, most), help=of)
     anew = "renew the charts, README.md's generated parts and the results' READMEs"
     parser.add_argument("--write-readme", action="store_true", help=anew)
     args = parser.parse_args()
-    limits = dict(zip(LIMITS, (args.max_latency_ms, args.max_memory_mb, args.min_accuracy), strict=True))
-    check(args, limits)
-    code = 0
+    two, limited = len(args.results) == 2, any(vars(args)[column] is not None for column in LIMITS)
+    if len(args.results) > 2 or len(args.sweeps or []) > 2:
+        parser.error("one results folder or two can be compared, and --sweeps takes one name, or two")
+    if not two and (args.sweeps or args.fail_if_slower is not None):
+        parser.error("--fail-if-slower and --sweeps need two results folders")
+    if args.best + args.write_readme + two > 1:
+        parser.error("--best and --write-readme are two commands, which take one results folder")
+    if limited and not args.best:
+        parser.error("--max-latency-ms, --max-memory-mb and --min-accuracy need --best")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    fits, code = True, 0
     if len(args.results) == 2:
         code = compare_two(args.results, args.sweeps, args.fail_if_slower)
     elif args.best:
         from utils.report import tables
 
+        limits = {column: vars(args)[column] for column in LIMITS}
         lines, fits = best_lines(tables.read_table(args.results[0])[0], limits)
         print("\n".join(lines))
-        code = 0 if fits else 1
     elif args.write_readme:
         write_readmes(Path("README.md"))
     else:
         tell(args.results[0])
-    if code:
-        sys.exit(code)
+    if code or not fits:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

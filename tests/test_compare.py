@@ -30,9 +30,10 @@ def table(*rows, **changes) -> pd.DataFrame:
         else:
             row |= {"fps": fps, "fps_low": fps * 0.995, "fps_high": fps * 1.005, "std_ms": 0.1, "p95_ms": 1.0}
             row |= {"mean_ms": batch / fps * 1000, "agreement": 1.0, "accuracy": 0.9, "build_s": 1.0}
-            if backend != "pytorch" and (size, batch) in base:
-                speedup = fps / base[size, batch]
-                row |= {"speedup": speedup, "speedup_low": speedup * 0.99, "speedup_high": speedup * 1.01}
+            if (size, batch) in base:
+                speedup, width = fps / base[size, batch], 0.0 if backend == "pytorch" else 0.01
+                ends = speedup * (1 - width), speedup * (1 + width)
+                row |= {"speedup": speedup, "speedup_low": ends[0], "speedup_high": ends[1]}
         made.append(row)
     figures = ["fps", "fps_low", "fps_high", "mean_ms", "speedup", "speedup_low", "speedup_high", "accuracy"]
     return pd.DataFrame(made).astype(dict.fromkeys(figures, float)).assign(**changes)
@@ -78,14 +79,14 @@ def test_best_within_limits_names_the_cost_the_runner_up_or_why_none_fits():
         return compare.best_lines(rows, dict.fromkeys(compare.LIMITS) | limits)
 
     lines, fits = best()
-    assert fits and "ONNX Runtime FP32, 64 px, batch 4" in lines[0] and lines[1].startswith("Runner-up")
+    assert fits and "ONNX Runtime FP32, 64 px, batch 4" in lines[0] and lines[1].startswith("Next: ")
     assert "unknown GPU memory" in lines[0]
     assert "batch 1: 150 images/s, p95 7 ms, 600 MB of GPU memory" in best(p95_ms=10)[0][0]
     assert "batch 1" in best(memory_mb=1000)[0][0]  # unknown memory does not fit
     lines, fits = best(p95_ms=5, accuracy=0.95)
     text = "\n".join(lines)
-    assert not fits and "No row fits" in text and "3 of 3 rows: takes longer than 5 ms" in text
-    assert "p95_ms 7" in text and "3 of 3 rows: has less than 0.95 top-1 accuracy" in text
+    assert not fits and "None of 3 measured rows fits" in text
+    assert "3 miss --max-latency-ms 5; the best has 7" in text and "3 miss --min-accuracy 0.95;" in text
     rows["device"] = "cpu"
     assert "batch 1: 150 images/s, p95 7 ms, 200 MB of host memory, " in best(p95_ms=10)[0][0]
     assert "batch 4" in best(memory_mb=150)[0][0] and not best(memory_mb=50)[1]
@@ -202,23 +203,11 @@ def test_a_damaged_or_foreign_table_is_named_in_one_sentence(tmp_path, capsys, c
     assert path.read_bytes() == content and [*tmp_path.iterdir()] == [path]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"[1, 2]", b'{"main": 3}', b"\xff", b'{"main": {"packages": [2]}}']
-    + [b'{"main": {"ceilings": {"a": 1}}}', b'{"main": {"date": true}}', b'{"main": {"short": [1]}}'],
-)
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b'{"main": 3}', b"\xff"])
 def test_a_damaged_environment_is_named_in_one_sentence(tmp_path, capsys, content):
     folder = write(tmp_path / "a", table(("onnx", 64, 1, 100.0)))
     (folder / "environment.json").write_bytes(content)
     assert "environment.json does not say" in refused(capsys, folder)
-
-
-def test_a_table_of_an_earlier_version_is_read(tmp_path):
-    rows = table(("onnx", 64, 1, 100.0)).drop(columns=tables.NEW_COLUMNS)
-    read, environments = tables.read_table(write(tmp_path / "a", rows))
-    assert list(read) == COLUMNS and read.adds[0] == "" and math.isnan(read.load_s[0])
-    (tmp_path / "a" / "environment.json").unlink()
-    assert tables.read_table(tmp_path / "a" / "benchmark_results.csv")[1] == {}
 
 
 def test_the_gate_passes_only_where_something_was_judged(tmp_path, capsys):
@@ -241,14 +230,14 @@ def test_the_gate_passes_only_where_something_was_judged(tmp_path, capsys):
     code, said = gated(write(tmp_path / "broken", broken))
     assert code == 1 and "no longer ok: ONNX Runtime FP32, 64 px, batch 1: failed: why" in said
     code, said = gated(write(tmp_path / "fewer", rows[:1]))
-    assert code == 1 and "no longer there: ONNX Runtime FP32, 64 px, batch 1" in said
+    assert code == 1 and "no longer ok: ONNX Runtime FP32, 64 px, batch 1: missing" in said
 
 
 def test_the_best_that_does_not_fit_is_exit_code_1(tmp_path, capsys):
     a = write(tmp_path / "a", table(("onnx", 64, 1, 100.0)))
     assert say(capsys, a, "--best")[0] == 0
     code, said, _ = say(capsys, a, "--best", "--max-latency-ms", 0.5)
-    assert code == 1 and "No row fits" in said
+    assert code == 1 and "None of 1 measured rows fits" in said and "1 miss --max-latency-ms 0.5" in said
 
 
 def test_help_answers_without_loading_pandas_or_matplotlib():
@@ -299,16 +288,16 @@ def test_two_machines_are_a_sentence_and_every_published_folder_is_renewed(tmp_p
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("<!-- begin answers results -->\n\n# Mine\n", "line 1: <!-- begin answers results --> marks no"),
+        ("<!-- begin answers results -->\n\n# Mine\n", "<!-- begin answers results --> marks no"),
         (
             "a\n<!-- begin answers x -->\n<!-- begin summary x -->\n<!-- end -->\n",
-            "line 2: <!-- begin answers x --> marks no",
+            "<!-- begin answers x --> marks no",
         ),
-        ("<!-- begin poem results -->\n<!-- end -->\n", "line 1: <!-- begin poem results --> marks no"),
-        ("mine\n<!-- end -->\n", "line 2: <!-- end --> marks no generated part"),
-        ("<!-- begin answers -->\n<!-- end -->\n", "line 1: <!-- begin answers --> marks no"),
-        ("<!-- begin machines a -->\n<!-- end -->\n", "line 1: <!-- begin machines a --> marks no"),
-        ("<!-- begin summary a b -->\n<!-- end -->\n", "line 1: <!-- begin summary a b --> marks no"),
+        ("<!-- begin poem results -->\n<!-- end -->\n", "<!-- begin poem results --> marks no"),
+        ("mine\n<!-- end -->\n", "<!-- end --> marks no generated part"),
+        ("<!-- begin answers -->\n<!-- end -->\n", "<!-- begin answers --> marks no"),
+        ("<!-- begin machines a -->\n<!-- end -->\n", "<!-- begin machines a --> marks no"),
+        ("<!-- begin summary a b -->\n<!-- end -->\n", "<!-- begin summary a b --> marks no"),
     ],
 )
 def test_a_readme_with_a_broken_marker_is_left_alone(tmp_path, text, said):

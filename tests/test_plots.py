@@ -134,30 +134,25 @@ def test_a_number_has_three_digits_and_thousands_apart(value, expected):
 def test_findings_of_a_case_worked_by_hand():
     rows = table()  # TensorRT: 400 images/s at batch 1, 1600 at batch 16; PyTorch: 100 and 400
     assert "TensorRT FP16 is fastest: 1,600 images/s at 224 px, batch 16" in say(rows)
-    reached = "TensorRT FP16 reaches 4.00x (3.92-4.08) PyTorch FP32 at 224 px, batch 1"
-    assert reached in say(rows, SPEEDUP)
+    assert "at 224 px, batch 16, 4.00x (3.92-4.08) PyTorch FP32" in say(rows, SPEEDUP)
     assert "From batch 1 to 16 at 224 px, throughput grows by a factor of 4" in say(rows, BATCH)
     assert "PyTorch FP32 takes most GPU memory: 900 MB at 224 px, batch 1" in say(rows, MEMORY)
 
 
 def test_no_winner_while_the_intervals_overlap():
     rows = table({**BACKENDS, "onnx": ("fp16", 390.0)})  # 390 + 2 % reaches 400 - 2 %
-    values = {FPS: "1,600 images/s and 1,560 images/s"}
-    values[SPEEDUP] = "4.00x (3.92-4.08) PyTorch FP32 and 3.90x (3.82-3.98) PyTorch FP32"
-    for name, said in values.items():
-        assert f"TensorRT FP16 and ONNX Runtime FP16 are indistinguishable: {said} at 224 px" in say(
-            rows, name
-        )
-        assert "fastest" not in say(rows, name)
+    said = (
+        "TensorRT FP16 and ONNX Runtime FP16 are indistinguishable: up to 1,600 images/s at 224 px, batch 16"
+    )
+    for name in (FPS, SPEEDUP):
+        assert said in say(rows, name) and "fastest" not in say(rows, name)
     assert "is fastest" in say(table({**BACKENDS, "onnx": ("fp16", 380.0)}))  # 380 + 2 % does not
     three = table({**BACKENDS, "onnx": ("fp16", 390.0), "torch-tensorrt": ("fp16", 395.0)})
-    assert "TensorRT FP16 and 2 others are indistinguishable" in say(three)
-    close = table({"pytorch": ("fp32", 100.0), "onnx": ("fp32", 101.0)})
-    assert "Nothing is clearly faster than PyTorch FP32" in say(close, SPEEDUP)
+    assert "TensorRT FP16 and Torch-TensorRT FP16 and ONNX Runtime FP16 are indistinguishable" in say(three)
     for name in (FPS, SPEEDUP):
         single = say(table(interval=None), name)
         assert "One round supports no verdict: TensorRT FP16" in single and "fastest" not in single
-        assert "4.00" not in single and (name == FPS or "| one round |" in single)
+        assert "4.00" not in single
 
 
 def test_a_row_that_is_not_ok_is_never_drawn_and_never_wins():
@@ -169,29 +164,23 @@ def test_a_row_that_is_not_ok_is_never_drawn_and_never_wins():
         legend = [text.get_text() for part in fig.findobj(Legend) for text in part.get_texts()]
         assert "TensorRT FP16" not in [*data_lines(fig), *legend] and "TensorRT FP16" not in texts(fig)
     assert "ONNX Runtime FP16 is fastest: 1,000 images/s" in say(rows)
-    assert "reaches 2.50x" in say(rows, SPEEDUP)
 
 
-def test_what_is_missing_is_said_and_marked():
+def test_what_is_missing_is_said_and_leaves_a_gap():
     rows = spoil(table(), "out_of_memory", backend="onnx", image_size=512, batch_size=16)
     rows = spoil(rows, "unavailable", backend="tensorrt")
     note = "ONNX Runtime FP16 (512 px batch 16): out of memory, TensorRT FP16: unavailable"
-    assert f"Not measured (×): {note}" in say(rows)
-    assert f"Not measured: {note}" in say(rows, SPEEDUP)
-    assert "OOM" in texts(draw(CHARTS[SPEEDUP], rows, {}))
+    assert f"Not measured: {note}" in say(rows) and f"Not measured: {note}" in say(rows, SPEEDUP)
     fig = draw(CHARTS[FPS], rows, {})
-    crosses = [line for ax in fig.axes for line in ax.lines if line.get_marker() == "x"]
-    assert len(crosses) == 1 and to_hex(crosses[0].get_color()) == names.ORANGE.lower()
     assert pandas.isna(
         data_lines(fig)["ONNX Runtime FP16"][1].get_ydata()[1]
     )  # the panel of batch 16, at 512 px
 
 
 def test_a_missing_baseline_is_said():
-    rows = spoil(table(), "failed", backend="pytorch", image_size=512)
-    assert "no baseline" in texts(draw(CHARTS[SPEEDUP], rows, {}))
     nothing = spoil(table(), "failed", backend="pytorch")
-    assert "No speedups: PyTorch FP32 was not measured" in say(nothing, SPEEDUP)
+    assert "Not measured: PyTorch FP32: failed" in say(nothing, SPEEDUP)
+    assert not [ax for ax in draw(CHARTS[SPEEDUP], nothing, {}).axes if ax.axison]
 
 
 def test_a_line_leaves_a_gap_where_it_was_tried_and_none_where_it_was_not():
@@ -220,7 +209,6 @@ def test_one_panel_set_holds_every_method_of_a_machine_across_its_environments()
     said = " | ".join(texts(fig))
     assert "a: GPU one, torch 2.11" in said and "b: GPU one, torch 2.2" in said
     assert said.count("Trained on the drawn sample images (a)") == 1
-    assert "TensorRT FP16, CUDA graph reaches 8.00x (7.84-8.16)" in say(two_environments(), SPEEDUP)
 
 
 def test_a_panel_with_a_single_point_is_not_drawn_where_others_have_more():
@@ -239,12 +227,7 @@ def test_every_chart_has_the_same_colours_units_and_a_zero():
         assert panels and all(ax.get_ylim()[0] == 0 for ax in panels)
         assert panels[0].get_ylabel() == chart.unit and panels[-1].get_xlabel() in plot_utils.AXIS.values()
         assert any("GPU one, torch 2.11 Trained on the drawn sample" in text for text in texts(fig))
-        if chart.bars:
-            (legend,) = fig.findobj(Legend)
-            shown = zip(legend.get_texts(), legend.get_patches(), strict=True)
-            colours = {text.get_text(): to_hex(bar.get_facecolor()) for text, bar in shown}
-        else:
-            colours = {text: to_hex(lines[0].get_color()) for text, lines in data_lines(fig).items()}
+        colours = {text: to_hex(lines[0].get_color()) for text, lines in data_lines(fig).items()}
         assert colours["ONNX Runtime FP16"] == names.ORANGE.lower(), name
         assert colours["TensorRT FP16"] == names.GREEN.lower(), name
 
@@ -269,9 +252,9 @@ def test_nothing_is_squeezed_or_printed_over_something_else():
 
 
 def test_styles_differ_and_variants_keep_their_backends_colour():
-    looks = [look[:3] for look in chart_style.LOOKS]
-    variants = [name for look in chart_style.LOOKS for name in look[-1]]
-    assert len(set(map(str, looks))) == len(looks) and len(set(variants)) == len(variants)
+    variants = ["", "-graph", "-static", "-static-graph", "-int8", "-int8-graph", "-int8-static-graph"]
+    looks = [chart_style.style(f"tensorrt{variant}", "FP16") for variant in variants]
+    assert len(set(map(str, looks))) == len(looks)
     for backend in ("tensorrt-int8-graph", "tensorrt-static", "tensorrt-of-tomorrow"):
         assert chart_style.style(backend, "fp16")["color"] == names.GREEN
     assert chart_style.style("torch-tensorrt-graph", "fp16")["marker"] == "D"
@@ -320,7 +303,5 @@ def test_the_same_rows_give_the_same_bytes_and_a_stale_chart_goes(tmp_path, monk
     again = {path.name: path.read_bytes() for path in draw_all(read, ENVIRONMENT, tmp_path)}
     assert again == first
     monkeypatch.setattr(plot_utils, "CHARTS", {})
-    (tmp_path / "ladder.png").write_bytes(b"as an earlier version called methods.png")
     assert MEMORY not in [path.name for path in draw_all(table(memory=None), {}, tmp_path)]
-    assert not (tmp_path / "ladder.png").exists()
     assert not (tmp_path / MEMORY).exists()

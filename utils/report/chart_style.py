@@ -1,94 +1,71 @@
 """How charts look and what they say: a colour for each backend, a marker for each variant, titles."""
 
 import io
-import re
 import textwrap
 import typing
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from utils.measure.schema import BASELINE
 from utils.report import analysis
-from utils.report.names import FAMILIES, family, label
+from utils.report.names import FAMILIES, family, parts
 from utils.report.words import SAMPLE, batches, figure, gaps, times
 from utils.utils import write_atomic
 
 WIDTH, DPI = 10.0, 150  # inches, dots per inch; shown about 850 pixels wide on GitHub
 INK, GREY = "#222222", "#666666"
-LOOKS = [  # marker, line style and hatch of a bar, and the variants that have them; the last is any other
-    ("o", "-", None, [""]),
-    ("s", "--", "//", ["tf32", "channels-last", "nhwc", "static"]),
-    ("^", "-.", "\\\\", ["fp16", "bf16"]),
-    ("D", ":", "..", ["graph", "fp16-graph", "nhwc-graph"]),
-    ("P", "-.", "xx", ["static-graph"]),
-    ("v", (0, (5, 1)), "--", ["int8"]),
-    ("<", (0, (3, 1, 1, 1)), "++", ["int8-graph"]),
-    (">", (0, (5, 1, 1, 1)), "**", ["int8-static-graph"]),
-    ("X", (0, (1, 1)), "oo", []),
-]
-HATCH = {marker: hatch for marker, _, hatch, _ in LOOKS}
+MARKERS = ["o", "s", "D", "P"]  # of a plain method, another variant of it, in a CUDA graph, both
+FILLS = {"FP32": ("none", "-"), "TF32": ("top", ":"), "BF16": ("bottom", ":"), "INT8": ("left", "-.")}
 
 # ---- looks
 
 
-def look_of(backend: str) -> int:
-    """Which of LOOKS a backend has."""
-    variant = backend.removeprefix(family(backend)).removeprefix("-")
-    return next((k for k, look in enumerate(LOOKS) if variant in look[-1]), len(LOOKS) - 1)
+def colour(backend: str) -> str:
+    return FAMILIES.get(family(backend), ("", GREY))[1]
 
 
 def style(backend: str, precision: str) -> dict:
-    """How a line looks; open markers are FP32; an unknown variant takes its backend's colour."""
-    marker, dashes, *_ = LOOKS[look_of(backend)]
-    colour = FAMILIES.get(family(backend), ("", GREY))[1]
-    face = "white" if label(backend, precision).split(",")[0].endswith("FP32") else colour
-    look = dict(color=colour, marker=marker, linestyle=dashes, markersize=5.5, markerfacecolor=face)
-    return look | {"linewidth": 1.8 if marker == "o" else 1.2}
-
-
-def bar_look(look: dict) -> dict:
-    """The bar that goes with a line: its colour, and a hatch for its marker."""
-    bar = dict(facecolor=look["color"], hatch=HATCH.get(look["marker"]), edgecolor="white", linewidth=0)
-    return bar | {"alpha": look.get("alpha")}
+    """How a line looks: colour for the backend, marker for the variant, fill and dashes for the precision."""
+    _, precision, extras = parts(backend, precision)
+    graph = "graph" in extras
+    fill, dashes = FILLS.get(precision, ("full", "--"))
+    marker = dict(marker=MARKERS[2 * graph + (len(extras) > graph)], markersize=5.5, fillstyle=fill)
+    return marker | dict(color=colour(backend), linestyle=dashes, linewidth=1.2)
 
 
 def dress(ax, x_label: str, y_label: str) -> None:
-    """What every panel has: units, a light grid."""
+    """What every panel has: units, plain figures on its axes, a light grid."""
     ax.set_xlabel(x_label, color=INK)
     ax.set_ylabel(y_label, color=INK)
-    ax.tick_params(labelsize=9.5, color=GREY, labelcolor=INK)
-    ax.tick_params("x", labelsize=9)
+    ax.tick_params(labelsize=8.5, color=GREY, labelcolor=INK)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:,.6g}")
+        if axis.get_scale() == "log":
+            axis.set_major_locator(LogLocator(subs=[1, 2, 5]))
+            axis.set_minor_formatter("")
     ax.grid(axis="y", color="#dddddd", linewidth=0.7)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def thousands(axis) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-
-
-def log_ticks(*axes) -> None:
-    """1, 2, 5, 10, ... in plain figures."""
-    for axis in axes:
-        axis.set_major_locator(LogLocator(subs=[1, 2, 5]))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter("")
-
-
 def sheet(height: float, title: str, small_print: list[str]):
     """A figure and its part for panels, `height` inches high, under the title and over the small print."""
     lines = [line for text in small_print for line in textwrap.wrap(text, 140)]
-    title = re.sub(r" (px|images/s)|(?<=batch) (?=\d)", "\u00a0\\1", title)  # no line breaks here
     size = WIDTH, height + 0.7 + 0.2 * len(lines)
     fig = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
     fig.supxlabel("\n".join(lines), fontsize=9, color=GREY, x=0.01, ha="left")
     part: typing.Any = fig.subfigures(1, 1)
     part.suptitle(textwrap.fill(title, 84), fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left")
     return fig, part
+
+
+def legend(part, ax) -> None:
+    """The panel's methods under all panels."""
+    handles = ax.get_legend_handles_labels()
+    part.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
 
 def write_png(fig: Figure, path: Path) -> None:
@@ -110,46 +87,36 @@ def feet_of(sweeps: list[str], environments: dict) -> list[str]:
 # ---- titles: what was found, and the note on what is missing
 
 
-def leader(rows: pd.DataFrame, column: str = "fps") -> str:
-    """The fastest (or the largest speedup) and where; no winner where the first are indistinguishable."""
-    lead, ok = analysis.leaders(rows, column), analysis.measured(rows)
+def leader(rows: pd.DataFrame) -> str:
+    """The fastest and where; no winner where the first are indistinguishable."""
+    lead = analysis.leaders(rows)
     if not lead:
-        return "Nothing was measured" if ok.empty else "No speedups: PyTorch FP32 was not measured"
-    best, last = lead[0], lead[-1]
-    where = f"at {best.image_size} px, batch {best.batch_size}"
-    if ok.label.nunique() == 1:
-        return f"Only {best.label} was measured: {value_of(best, 'fps')} {where}"
-    if analysis.at(ok, best.image_size, best.batch_size).fps_low.isna().any():
-        return f"One round supports no verdict: {best.label} {value_of(best, 'fps')} {where}"
-    if column == "speedup" and BASELINE in [row.backend for row in lead]:
-        return f"Nothing is clearly faster than PyTorch FP32 {where}"
-    if len(lead) == 1:
-        verb = "reaches" if column == "speedup" else "is fastest:"
-        return f"{best.label} {verb} {value_of(best, column)} {where}"
-    others = last.label if len(lead) == 2 else f"{len(lead) - 1} others"
-    both = f"{value_of(best, column)} and {value_of(last, column)}"
-    return f"{best.label} and {others} are indistinguishable: {both} {where}"
+        return "Nothing was measured"
+    best = lead[0]
+    where = f"{figure(best.fps)} images/s at {best.image_size} px, batch {best.batch_size}"
+    if any(pd.isna(row.fps_low) for row in lead):
+        return f"One round supports no verdict: {best.label} {where}"
+    if len(lead) > 1:
+        return f"{' and '.join(row.label for row in lead)} are indistinguishable: up to {where}"
+    return f"{best.label} is fastest: {where}" + (f", {times(best)} PyTorch FP32" if times(best) else "")
 
 
-def value_of(row, column: str) -> str:
-    return f"{times(row)} PyTorch FP32" if column == "speedup" else f"{figure(row.fps)} images/s"
-
-
-def batching(rows: pd.DataFrame, column: str) -> str:
+def batching(rows: pd.DataFrame) -> str:
     """What a larger batch gains."""
     ok = analysis.measured(rows)
     return (batches(ok) if len(ok) else "") or leader(rows)
 
 
-def memory(rows: pd.DataFrame, column: str) -> str:
+def memory(rows: pd.DataFrame) -> str:
     """Which method takes most memory, and where."""
-    if rows[column].isna().all():
+    if rows.gpu_memory_mb.isna().all():
         return "GPU memory was not read"
-    most = rows.loc[rows[column].idxmax()]
+    most = rows.loc[rows.gpu_memory_mb.idxmax()]
     where = f"at {most.image_size} px, batch {most.batch_size}"
-    return f"{most.label} takes most GPU memory: {figure(most[column])} MB {where}"
+    return f"{most.label} takes most GPU memory: {figure(most.gpu_memory_mb)} MB {where}"
 
 
-def not_measured(rows: pd.DataFrame) -> str:
-    """ "TensorRT FP16: unavailable, PyTorch FP32 (512 px batch 16): out of memory" of what was tried."""
-    return ", ".join(f"{called}: {status}" for called, status, _ in gaps(rows))
+def not_measured(rows: pd.DataFrame) -> list[str]:
+    """ "Not measured: TensorRT FP16: unavailable, PyTorch FP32 (512 px batch 16): out of memory" """
+    found = [f"{called}: {status}" for called, status, _ in gaps(rows)]
+    return [f"Not measured: {', '.join(found)}"] if found else []

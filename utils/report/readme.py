@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.measure import roofline
 from utils.measure.schema import BASELINE
 from utils.report import analysis, words
 from utils.report.tables import read_serving, read_table
@@ -22,21 +21,13 @@ PART = re.compile(
     r"(?P<end><!-- end -->)$",
     re.MULTILINE,
 )
-CHARTS = {  # files that plot_utils draws, and what they show
-    "methods.png": "Every method at one image and batch size",
-    "fps_vs_image_size.png": "Throughput against image size",
-    "fps_vs_batch_size.png": "Throughput against batch size",
-    "speedup_vs_image_size.png": "Speedup over PyTorch FP32",
-    "memory_vs_batch_size.png": "GPU memory against batch size",
-    "roofline.png": "Roofline: rate of operations under the measured limits",
-    "end_to_end.png": "From files to labels",
-    "load.png": "Latency under load",
-    "training.png": "Training",
-}
+CHARTS = ["methods", "fps_vs_image_size", "fps_vs_batch_size", "speedup_vs_image_size"]
+CHARTS += ["memory_vs_batch_size", "roofline", "end_to_end", "load", "training"]
 SERVING = {
     "end_to_end.csv": ("From files to labels", words.END_TO_END),
     "load.csv": ("Latency under load", words.LOAD),
 }
+FACTS = {"ceilings": "measured limits", "sweep": "time"}  # of environment.json: what people call them
 Table = tuple[pd.DataFrame, dict]  # rows, and sweep -> environment: what tables.read_table() gives
 
 # ---- the parts
@@ -87,24 +78,21 @@ def summary(rows: pd.DataFrame, environments: dict) -> str:
     ok = analysis.measured(rows)
     if ok.empty:
         return "Nothing has been measured here yet."
-    columns, marks = summary_columns(ok), {sweep: k + 1 for k, sweep in enumerate(ok.sweep.unique())}
-    shown = pd.concat([analysis.at(rows, *column) for column in columns])
-    shown = shown[shown.groupby(["sweep", "backend"]).status.transform(lambda status: (status == "ok").any())]
-    order = shown.assign(fps=shown.fps.where(shown.status == "ok")).groupby(["backend", "sweep"]).fps.max()
+    columns, sweeps = summary_columns(ok), list(ok.sweep.unique())
+    marks = {sweep: f"<sup>{k}</sup> " if len(sweeps) > 1 else "" for k, sweep in enumerate(sweeps, 1)}
     lines = [["Method", *(f"{size} px, batch {batch}" for size, batch in columns), "Accuracy"]]
+    shown = pd.concat([analysis.at(rows, *column) for column in columns])
+    order = analysis.measured(shown).groupby(["backend", "sweep"]).fps.max()
     for backend, sweep in order.sort_values(ascending=False, kind="stable").index:
         own = shown[(shown.backend == backend) & (shown.sweep == sweep)]
         cells = {(row.image_size, row.batch_size): summary_cell(row) for row in own.itertuples()}
-        mark = f" <sup>{marks[sweep]}</sup>" if len(marks) > 1 else ""
         ends = dict.fromkeys(f"{share * 100:.0f}" for share in (own.accuracy.min(), own.accuracy.max()))
-        called, accuracy = name(own.iloc[0]) + mark, f"{'-'.join(ends)} %"
+        called, accuracy = f"{name(own.iloc[0])} {marks[sweep]}".rstrip(), f"{'-'.join(ends)} %"
         lines.append([called, *(cells.get(column, "") for column in columns), accuracy])
     notes = ["images/s; below, the speedup over PyTorch FP32 in the same environment with its 95 % interval"]
     for sweep, mark in marks.items():
-        text = foot(environments.get(sweep, {}))
-        notes.append(f"<sup>{mark}</sup> {sweep}: {text}" if len(marks) > 1 else text)
-    missing = rows[(rows.status != "ok") & ~rows.backend.isin(ok.backend)]
-    notes += words.reasons(missing.assign(notes=[[]] * len(missing), adds=""))
+        notes.append((f"{mark}{sweep}: " if mark else "") + foot(environments.get(sweep, {})))
+    notes += [": ".join(gap) for gap in words.gaps(rows[~rows.backend.isin(ok.backend)])]
     return f"{markdown(lines)}\n\n<sub>{'<br>'.join(filter(None, notes))}</sub>"
 
 
@@ -124,27 +112,21 @@ PARTS = {"headline": headline, "summary": summary, "answers": answers}
 # ---- README.md
 
 
-def marked(path: Path) -> list[Path]:
-    """The folders that README.md shows parts of.  Raises UserError at a marker that belongs to no part."""
-    text = read_text(path)
-    found = list(PART.finditer(text))
-    whole = {start for match in found for start in (match.start(), match.start("end"))}
-    for mark in re.finditer(r"^<!-- (begin|end).*", text, re.MULTILINE):
-        if mark.start() not in whole:
-            line = text[: mark.start()].count("\n") + 1
-            says = (
-                f"{mark[0]} marks no generated part, such as <!-- begin summary results --> to <!-- end -->"
-            )
-            raise UserError(f"{path}, line {line}: {says}; mend it, then: python compare.py --write-readme")
-    return [path.parent / match["folder"] for match in found]
-
-
 def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         mend = "run compare.py in the repository's root, where README.md is, in UTF-8"
         raise UserError(f"{path} can't be read ({error}); {mend}") from None
+
+
+def marked(path: Path) -> list[Path]:
+    """The folders that README.md shows parts of.  Raises UserError at a marker that belongs to no part."""
+    text = read_text(path)
+    if stray := re.search(r"^<!-- (begin|end).*", PART.sub("", text), re.MULTILINE):
+        says = f"{stray[0]} marks no generated part, such as <!-- begin summary results --> to <!-- end -->"
+        raise UserError(f"{path}: {says}; mend it, then: python compare.py --write-readme")
+    return [path.parent / match["folder"] for match in PART.finditer(text)]
 
 
 def read_folders(path: Path, measuring: Path | None = None) -> dict[Path, Table]:
@@ -185,16 +167,17 @@ def folder_readme(folder: Path, rows: pd.DataFrame, environments: dict) -> str:
     machine = known.get("gpu") or known.get("cpu") or "an unknown machine"
     parts = [f"# Results: {machine}", made, headline(rows, environments)]
     parts += [summary(rows, environments), answers(rows, environments)]
-    parts += [f"![{text}]({file})" for file, text in CHARTS.items() if (folder / file).is_file()]
-    parts += ["## Every row", *by_size(rows, results_table)]
+    drawn = [chart for chart in CHARTS if (folder / f"{chart}.png").is_file()]
+    parts += [f"![{chart.replace('_', ' ')}]({chart}.png)" for chart in drawn]
+    parts += ["## Every row", *by_size(rows, words.results_lines)]
     parts += [f"<sub>{line}</sub>" for line in words.reasons(rows)]
     if len(ok := analysis.measured(rows)):
         parts += ["## What the device was doing"]
-        parts += by_size(ok, lambda group: markdown(words.lines_of(words.DEVICE, group)))
+        parts += by_size(ok, lambda group: words.lines_of(words.DEVICE, group))
     for file, (title, table) in SERVING.items():
         if (folder / file).is_file():
             found = read_serving(folder / file)
-            old = "Measured by an earlier version; python end_to_end.py makes it anew."
+            old = f"{file} is damaged or of an earlier version; python end_to_end.py makes it anew."
             parts += [f"## {title}", old if found is None else markdown(words.lines_of(table, found))]
     return "\n\n".join([*parts, "## Environment", environment_table(environments)]) + "\n"
 
@@ -203,72 +186,24 @@ def write_folder_readme(folder: Path, rows: pd.DataFrame, environments: dict) ->
     write_atomic(folder / "README.md", folder_readme(folder, rows, environments))
 
 
-def by_size(rows: pd.DataFrame, table: Callable) -> list[str]:
+def by_size(rows: pd.DataFrame, lines: Callable) -> list[str]:
     """A folded table for each image size, the first one open."""
     parts = []
     for size, group in rows.groupby("image_size"):
-        opened = "" if parts else " open"
-        parts.append(f"<details{opened}><summary>{size} px</summary>\n\n{table(group)}\n\n</details>")
+        opened, table = "" if parts else " open", markdown(lines(group))
+        parts.append(f"<details{opened}><summary>{size} px</summary>\n\n{table}\n\n</details>")
     return parts
 
 
-def results_table(rows: pd.DataFrame) -> str:
-    """TABLE in Markdown; the fastest row is bold where it is so beyond doubt at its batch size."""
-    ok = analysis.measured(rows)
-    best = analysis.decided(ok[ok.batch_size == ok.loc[ok.fps.idxmax()].batch_size]) if len(ok) else None
-    return markdown(words.results_lines(rows.assign(bold=rows.index == (-1 if best is None else best.name))))
-
-
-def limits_text(known: dict) -> str:
-    """What a sweep's machine reached at most and its theoretical peaks; "" where nothing was measured."""
-    found = known.get("ceilings")
-    if not found:
-        return ""
-    texts = []
-    for precision, tflops in found["tflops"].items():
-        peak = roofline.peak_tflops(known, precision)
-        texts.append(f"{precision} {figure(tflops)}{f' of {figure(peak)}' if peak else ''} TFLOP/s")
-    context = known.get("context_mb")
-    share = f"; the CUDA context alone takes {figure(context)} MB of each row's GPU memory" if context else ""
-    return f"a matrix product reaches {', '.join(texts)}; a copy {figure(found['gb_per_s'])} GB/s{share}"
-
-
 def environment_table(environments: dict) -> str:
-    """A column for each environment in people's words, without what is not known."""
-    found = {sweep: facts_of(known) for sweep, known in environments.items()}
-    names = dict.fromkeys(fact for facts in found.values() for fact, text in facts.items() if text)
-    lines = [[fact, *(facts.get(fact) or "" for facts in found.values())] for fact in names]
-    return markdown([["", *found], *lines])
+    """A column for each environment: every fact of environment.json that is known of one."""
+    names = dict.fromkeys(fact for known in environments.values() for fact in known if fact != "short")
+    lines = [[fact, *(text_of(known.get(fact)) for known in environments.values())] for fact in names]
+    shown = [[FACTS.get(fact, fact), *texts] for fact, *texts in lines if any(texts)]
+    return markdown([["", *environments], *shown])
 
 
-def facts_of(known: dict) -> dict[str, str | None]:
-    gpu = "none"
-    if known.get("gpu"):
-        power = f"power limit {known.get('power_limit_w')} W"
-        gpu = f"{known['gpu']}, {known.get('gpu_memory_mb')} MB, {power}, driver {known.get('driver')}"
-    packages = [f"{package} {version}" for package, version in known.get("packages", {}).items()]
-    changed = "" if known.get("clean") else " with uncommitted changes"
-    variables = known.get("variables") or {}
-    return {
-        "GPU": gpu,
-        "CPU": f"{known.get('cpu')}, {known.get('cores')} cores, {known.get('threads')} threads used",
-        "CPU quota": known.get("cpu_quota") and f"{figure(known['cpu_quota'])} cores",
-        "Variables": ", ".join(f"{variable}={value}" for variable, value in variables.items()),
-        "System": f"{known.get('os')}, Python {known.get('python')}",
-        "CUDA": known.get("cuda") and f"{known['cuda']}, cuDNN {known.get('cudnn')}",
-        "Packages": ", ".join(packages),
-        "Measured limits": limits_text(known),
-        "Data": f"{known.get('data')}{' (the drawn sample)' if known.get('sample_data') else ''}",
-        "Time": time_spent(known.get("sweep")),
-        "Command": f"`{known.get('command')}`",
-        "Commit": known.get("commit") and f"{known['commit']}{changed}",
-        "Date": known.get("date"),
-    }
-
-
-def time_spent(sweep: dict | None) -> str | None:
-    """Where the sweep's time went, as a sentence."""
-    if not sweep or not sweep.get("total_s") or "timed_s" not in sweep:  # or an earlier version's
-        return None
-    timed = f"{sweep['timed_s']:.0f} s of them timed runs"
-    return f"{sweep['processes']} processes in {sweep['total_s']:.0f} s, {timed}"
+def text_of(fact) -> str:
+    if isinstance(fact, dict):
+        return ", ".join(f"{name} {text_of(part)}" for name, part in fact.items() if name != "settings_key")
+    return "" if fact is None else str(fact)

@@ -86,22 +86,24 @@ COLUMNS = [field.name for field in dataclasses.fields(Row)]
 
 def read_rows(results: Path) -> pd.DataFrame:
     """The rows of every sweep under results/raw/, sorted; empty where there are none."""
-    rows = []
-    for folder in sweeps_of(results).values():
-        found, note, limits = read_sweep(folder)
-        rows += rows_of(found, note, limits)
+    rows = [row for folder in sweeps_of(results).values() for row in rows_of(*read_sweep(folder))]
     return pd.DataFrame([vars(row) for row in rows], columns=COLUMNS)
 
 
 def rows_of(found: list[Record], note: dict, limits: dict | None = None) -> list[Row]:
-    """The rows of one sweep, against PyTorch FP32 and against what its machine can do at most."""
+    """The rows of one sweep, against PyTorch FP32 and against what its machine can do at most; the backends
+    in the order of measuring."""
+    groups: dict[str, dict[int, dict[int, Record]]] = {}  # backend -> image size -> round
+    for record in found:
+        groups.setdefault(record.backend, {}).setdefault(record.image_size, {})[record.round] = record
     rows = []
-    for backend in dict.fromkeys(record.backend for record in found):  # in the order of measuring
-        for size in sorted({record.image_size for record in found if record.backend == backend}):
-            rounds = rounds_of(found, backend, size)
-            baseline = rounds_of(found, BASELINE, size)
+    for sizes in groups.values():
+        for size, by_round in sorted(sizes.items()):
+            rounds = dict(sorted(by_round.items()))
+            baseline = groups.get(BASELINE, {}).get(size, {})
+            asked = {batch_size for record in rounds.values() for batch_size in record.batch_sizes}
             tried = {batch["batch_size"] for record in rounds.values() for batch in record.batches}
-            for batch_size in sorted(tried.union(*(record.batch_sizes for record in rounds.values()))):
+            for batch_size in sorted(asked | tried):
                 row = row_of(rounds, baseline, batch_size, note.get("precision_pct", TARGET_PCT))
                 if row.fps:
                     add_roofline(row, rounds, note.get("environment", {}), limits)
@@ -109,98 +111,79 @@ def rows_of(found: list[Record], note: dict, limits: dict | None = None) -> list
     return rows
 
 
-def rounds_of(found: list[Record], backend: str, image_size: int) -> dict[int, Record]:
-    chosen = [record for record in found if (record.backend, record.image_size) == (backend, image_size)]
-    return {record.round: record for record in sorted(chosen, key=lambda record: record.round)}
-
-
 def row_of(rounds: dict[int, Record], baseline: dict[int, Record], batch_size: int, target: float) -> Row:
     """The row of one configuration from its records, and the baseline's, by round.
 
     `target` is the half-width of the interval that the sweep aimed at, in percent.
     """
-    first = rounds[min(rounds)]
+    first = next(iter(rounds.values()))
     status, reason = status_of(rounds, batch_size)
     row = Row(first.sweep, first.backend, first.precision, first.device, first.image_size, batch_size, status)
     row.reason, row.adds = reason, first.adds
+    batches = {k: batch for k, record in rounds.items() if (batch := record.batch(batch_size))}
+    add_accuracy(row, rounds, batches)
     builds = [record.build for record in rounds.values() if record.build]
-    add_build(row, builds)
-    add_accuracy(row, rounds)
-    batches = {k: record.batch(batch_size) for k, record in rounds.items()}
-    timed = {k: batch for k, batch in batches.items() if batch and "host_ms" in batch}
+    if builds:  # how long building took, or, where it was never built, finding it in the cache
+        row.build_s = max(builds, key=lambda build: not build["from_cache"])["seconds"]
+        loads = [build for build in builds if build["from_cache"] or not build["seconds"]]
+        row.load_s = min((build["load_s"] for build in loads if "load_s" in build), default=None)
+    timed = {k: batch for k, batch in batches.items() if "host_ms" in batch}
     if not timed:
         return row
-    vars(row).update(timing.summarize([batch["host_ms"] for batch in timed.values()], batch_size))
-    add_gpu_time(row, list(timed.values()))
-    add_memory(row, list(timed.values()), [timed[k] for k in timed if (rounds[k].build or {})["from_cache"]])
-    add_sustained(row, list(timed.values()))
-    if status == "ok":
-        add_speedup(row, timed, baseline)
-    row.notes = warnings_of(row, list(timed.values()), first.runs, target) + build_notes(builds)
-    return row
-
-
-def add_build(row: Row, builds: list[dict]) -> None:
-    """How long building took, or, where it was never built, finding it in the cache; and how long loading."""
-    if builds:
-        row.build_s = max(builds, key=lambda build: not build["from_cache"])["seconds"]
-    loads = [build for build in builds if build["from_cache"] or not build["seconds"]]
-    row.load_s = min((build["load_s"] for build in loads if "load_s" in build), default=None)
-
-
-def add_gpu_time(row: Row, results: list[dict]) -> None:
-    """Time on the GPU by CUDA events, the part of it spent computing, and what the first call took."""
+    results = list(timed.values())
+    vars(row).update(timing.summarize([batch["host_ms"] for batch in results], batch_size))
     on_gpu = [ms for batch in results for ms in batch["gpu_ms"]]
     row.gpu_ms = timing.trimmed_mean(on_gpu) if on_gpu else None
     row.busy_ms = next((batch["busy_ms"] for batch in results if batch.get("busy_ms")), None)
-    fresh = results[1] if len(results) > 1 else results[0]  # round 0 has classified the test set before
-    row.first_call_ms = fresh.get("first_call_ms")
-
-
-def add_memory(row: Row, results: list[dict], cached: list[dict]) -> None:
-    """The largest of what was read; on the GPU of rounds that built nothing, since building takes its own."""
-    row.gpu_memory_mb = largest(cached or results, "gpu_memory_mb")
+    row.first_call_ms = results[:2][-1].get("first_call_ms")  # round 0 has classified the test set before
+    cached = [batch for k, batch in timed.items() if (rounds[k].build or {})["from_cache"]]
+    row.gpu_memory_mb = largest(cached or results, "gpu_memory_mb")  # building takes its own
     row.torch_memory_mb = largest(results, "torch_memory_mb")
     row.host_memory_mb = largest(results, "host_memory_mb")
+    add_sustained(row, results)
+    if status == "ok":
+        add_speedup(row, timed, baseline)
+    row.notes = warnings_of(row, results, first.runs, target) + build_notes(builds)
+    return row
 
 
-def add_accuracy(row: Row, rounds: dict[int, Record]) -> None:
+def largest(results: list[dict], name: str) -> float | None:
+    """The largest of what was read, or None where nothing was: what can't be read is empty, never 0."""
+    return max((batch[name] for batch in results if batch[name]), default=None)
+
+
+def add_accuracy(row: Row, rounds: dict[int, Record], batches: dict[int, dict]) -> None:
     """What the pass over the test set gave, and the largest difference seen there and before timing."""
-    differences = []
-    for record in rounds.values():
-        if record.check:
-            images = record.check["images"]
-            row.accuracy = record.check["correct"] / images
-            row.agreement = 1 - record.check["different"] / images
-            differences.append(record.check["max_abs_diff"])
-        batch = record.batch(row.batch_size) or {}
-        if "max_abs_diff" in batch:
-            differences.append(batch["max_abs_diff"])
-    row.max_abs_diff = max(differences, default=None)
+    differences = [batch["max_abs_diff"] for batch in batches.values() if "max_abs_diff" in batch]
+    for check in (record.check for record in rounds.values() if record.check):
+        row.accuracy = check["correct"] / check["images"]
+        row.agreement = 1 - check["different"] / check["images"]
+        differences.append(check["max_abs_diff"])
+    row.max_abs_diff = float(np.max(differences)) if differences else None  # NaN if one is
 
 
 def add_sustained(row: Row, results: list[dict]) -> None:
     """What the driver said beside the sustained loop, if there was one."""
     seen = next((batch["sustained"] for batch in results if batch["sustained"]), None)
-    if not seen:
-        return
-    for name in ("gpu_util_pct", "power_w", "sm_clock_mhz", "temperature_c", "throttled"):
-        setattr(row, name, seen[name])
-    images = seen["calls"] * row.batch_size
-    row.sustained_fps = images / seen["loop_s"]
-    if seen["energy_j"]:
-        row.mj_per_image = seen["energy_j"] * 1000 / images
+    if seen:
+        for name in ("gpu_util_pct", "power_w", "sm_clock_mhz", "temperature_c", "throttled"):
+            setattr(row, name, seen[name])
+        images = seen["calls"] * row.batch_size
+        row.sustained_fps = images / seen["loop_s"]
+        row.mj_per_image = seen["energy_j"] * 1000 / images if seen["energy_j"] else None
 
 
 def add_speedup(row: Row, timed: dict[int, dict], baseline: dict[int, Record]) -> None:
-    """How many times as fast as the baseline: the geometric mean over the rounds, each formed turn by turn.
+    """How many times as fast as the baseline: the geometric mean over the rounds, each formed block by block.
 
-    Where the baseline had no turns beside it, the means of the same round serve.
+    Where the baseline had no blocks beside it, the means of the same round serve.
     """
-    ratios = [1.0] * len(timed) if row.backend == BASELINE else []
-    for round_, batch in timed.items() if not ratios else []:
+    ratios = []
+    for round_, batch in timed.items():
         base = baseline[round_].batch(row.batch_size) if round_ in baseline else None
-        if batch.get("baseline_ms"):
+        if row.backend == BASELINE:
+            ratios.append(1.0)
+        elif batch.get("baseline_ms"):
             ratios.append(timing.speedup(batch["baseline_ms"], batch["host_ms"], batch["block_runs"]))
         elif base and base.get("host_ms"):
             ratios.append(timing.trimmed_mean(base["host_ms"]) / timing.trimmed_mean(batch["host_ms"]))
@@ -247,7 +230,7 @@ def status_of(rounds: dict[int, Record], batch_size: int) -> tuple[str, str]:
 
 def width_pct(row) -> float:
     """Half the width of a row's interval in percent: the speedup's, or of the baseline the throughput's."""
-    if row.backend == BASELINE or row.speedup is None or row.speedup != row.speedup:
+    if row.backend == BASELINE or pd.isna(row.speedup):
         return timing.half_width_pct(row.fps_low, row.fps_high)
     return timing.half_width_pct(row.speedup_low, row.speedup_high)
 
@@ -296,8 +279,3 @@ def build_notes(builds: list[dict]) -> list[str]:
     notes = [f"{builds[0]['artefact_mb']} MB"]
     notes += [f"built in {built[0]:.1f} s"] if built else []
     return notes + ([f"from the cache in {cached[0]:.2f} s"] if cached else [])
-
-
-def largest(results: list[dict], name: str) -> float | None:
-    """The largest of what was read, or None where nothing was: what can't be read is empty, never 0."""
-    return max((batch[name] for batch in results if batch[name]), default=None)

@@ -5,28 +5,22 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from utils.report.chart_style import write_png
+from utils.report.chart_style import dress, sheet, write_png
 from utils.report.names import PALETTE
-from utils.report.tables import load_csv, no_table
+from utils.report.tables import load_csv
 from utils.report.words import SAMPLE
 from utils.utils import write_atomic
 
-NUMBERS = ["image_size", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]
-NUMBERS += ["train_images", "test_images"]
-TEXTS = ["device", "precision", "sample"]
+COLUMNS = ["image_size", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]
+COLUMNS += ["train_images", "test_images", "device", "precision", "data", "sample"]
 
 
 def read_table(path: Path) -> pd.DataFrame | None:
     """training.csv, or None where there is none.  Raises UserError where it is not what train.py wrote."""
-    mend = "move it away, then run the same command again"
     try:
-        table = load_csv(path, ["data"], mend)
-        table.astype(dict.fromkeys(TEXTS, object) | dict.fromkeys(NUMBERS, float))
+        return load_csv(path, COLUMNS, "move it away, then run the same command again")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError) as error:
-        raise no_table(path, error, mend) from error
-    return table
 
 
 def write_results(results: Path, rows: list[dict]) -> None:
@@ -42,27 +36,21 @@ def write_results(results: Path, rows: list[dict]) -> None:
 
 def draw_chart(table: pd.DataFrame) -> Figure:
     """Loss and accuracy per epoch; one colour per image size, the test set solid, training dotted."""
-    figure, epochs = Figure(figsize=(11, 5), dpi=120, layout="constrained"), table["epoch"].max()
-    loss, accuracy = figure.subplots(1, 2)
-    for index, (size, rows) in enumerate(table.groupby("image_size")):
-        look = {"color": PALETTE[index % len(PALETTE)]}
-        for axis, quantity, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
-            test, trained = scale * rows[f"test_{quantity}"], scale * rows[f"train_{quantity}"]
-            axis.plot(rows["epoch"], test, marker="o", linewidth=2, label=f"{size} px", **look)
-            axis.plot(rows["epoch"], trained, linestyle=":", **look)
-    accuracy.set_ylim(0, 102)
-    loss.set_ylim(0, None)
-    for axis, quantity, unit in ((loss, "loss", "nats"), (accuracy, "accuracy", "%")):
-        axis.set(xticks=range(1, epochs + 1), xlabel="epoch", ylabel=f"{quantity} ({unit})")
-        axis.set_title(f"{quantity}: test set solid, training dotted")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside right center", frameon=False)
     best = 100 * table.groupby("image_size")["test_accuracy"].max()
     span = " to ".join(dict.fromkeys([f"{best.min():.0f}", f"{best.max():.0f}"]))
-    title = f"ResNet-18 classifies up to {span} % of the test images right within {epochs} epochs"
-    figure.suptitle(title, fontsize=14)
     made = table[["device", "precision", "train_images", "test_images"]].drop_duplicates().values
     texts = [f"{on}, {kind}; {train} training and {test} test images" for on, kind, train, test in made]
-    sample = f" · {SAMPLE}" if table["sample"].any() else ""
-    figure.supxlabel("; ".join(texts) + sample, fontsize=8, x=0.01, ha="left")
+    texts += [SAMPLE.capitalize()] if table["sample"].any() else []
+    epochs = table["epoch"].max()
+    title = f"ResNet-18 classifies up to {span} % of the test images right within {epochs} epochs"
+    figure, part = sheet(4.4, title, [*texts, "Solid: test set; dotted: training"])
+    axes = part.subplots(1, 2)
+    for ax, quantity, unit, scale in zip(axes, ("loss", "accuracy"), ("nats", "%"), (1, 100), strict=True):
+        for index, (size, rows) in enumerate(table.groupby("image_size")):
+            look = {"color": PALETTE[index % len(PALETTE)]}
+            ax.plot(rows["epoch"], scale * rows[f"test_{quantity}"], marker="o", label=f"{size} px", **look)
+            ax.plot(rows["epoch"], scale * rows[f"train_{quantity}"], linestyle=":", **look)
+        ax.set_ylim(0)
+        dress(ax, "epoch", f"{quantity} ({unit})")
+    part.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure

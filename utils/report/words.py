@@ -26,25 +26,19 @@ def percent(value: float) -> str:
     return "" if pd.isna(value) else f"{value:.1%}"
 
 
-def span(values) -> str:
-    low, high = figure(min(values)), figure(max(values))
-    return low if low == high else f"{low} to {high}"
-
-
 def interval(low: float, high: float, text: Callable = figure) -> str:
     """ "12-14"; nothing where there is none."""
     return "" if pd.isna(low) or low == high else f"{text(low)}-{text(high)}"
 
 
-def three_digits(value: float) -> str:
-    """Three digits also where the last is 0, as the ends of an interval are compared: "7.90", "13.3"."""
-    return f"{value:#.3g}".rstrip(".")
-
-
 def times(row) -> str:
-    """A speedup over PyTorch FP32 with its 95 % interval: "7.88x (7.88-7.89)"; nothing where it has none."""
-    limits = interval(row.speedup_low, row.speedup_high, three_digits)
-    return f"{three_digits(row.speedup)}x ({limits})" if limits and row.backend != BASELINE else ""
+    """A speedup over PyTorch FP32 with its 95 % interval: "7.90x (7.88-7.92)"; nothing where it has none."""
+
+    def digits(value: float) -> str:  # three, also where the last is 0, as the ends are compared
+        return f"{value:#.3g}".rstrip(".")
+
+    limits = interval(row.speedup_low, row.speedup_high, digits)
+    return f"{digits(row.speedup)}x ({limits})" if limits and row.backend != BASELINE else ""
 
 
 def foot(known: dict) -> str:
@@ -57,10 +51,10 @@ def foot(known: dict) -> str:
 
 def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with `label`, what their method is called, with its sweep where several have the method."""
-    labels = [label(*pair) for pair in zip(rows.backend, rows.precision, strict=True)]
     several = rows.groupby("backend").sweep.transform("nunique") > 1
-    told = zip(labels, rows.sweep, several, strict=True)
-    named = [f"{text} ({sweep})" if more else text for text, sweep, more in told]
+    named = [
+        name(row) + f" ({row.sweep})" * more for row, more in zip(rows.itertuples(), several, strict=True)
+    ]
     return rows.assign(label=pd.Series(named, rows.index, dtype=object))
 
 
@@ -93,22 +87,16 @@ def warnings_text(row) -> str:
     return ", ".join(f"{name} {percent_width(row)}" if name in wide else name for name in warnings(row))
 
 
-def bold(text: str, row) -> str:
-    return f"**{text}**" if row.get("bold") else text
-
-
-def is_of_photos(row) -> bool:
-    """Whether a row of end_to_end.csv is of the user's photos, not of the test set."""
-    return getattr(row, "images", "") == "photos"
-
-
 def whole_command(row) -> str:
+    """How long `python predict.py` took in all, known of a user's photos."""
+    if row.get("images") != "photos":
+        return ""
     return f"{figure(row.files)} files in {row.whole_s:.1f} s, of which {row.start_s:.1f} s to start"
 
 
 HEAD = [
-    ("Method", lambda row: bold(name(row), row)),
-    ("Environment", lambda row: row.get("environment", "")),
+    ("Method", name),
+    ("Environment", "environment"),
     ("Size", lambda row: str(row.image_size)),
     ("Batch", lambda row: str(row.batch_size)),
 ]
@@ -117,7 +105,7 @@ TABLE = [
     ("Mean ms", lambda row: figure(row.mean_ms) if row.status == "ok" else row.status.replace("_", " ")),
     ("Std ms", "std_ms"),
     ("p95 ms", "p95_ms"),
-    ("Images/s", lambda row: bold(figure(row.fps), row)),
+    ("Images/s", "fps"),
     ("Images/s, 95 % CI", lambda row: interval(row.fps_low, row.fps_high)),
     ("Speedup", lambda row: times(row).partition("x")[0]),
     ("Speedup, 95 % CI", lambda row: times(row).partition("(")[2].rstrip(")")),
@@ -145,7 +133,8 @@ DEVICE = [
 ]
 END_TO_END = [
     *HEAD,
-    ("Decoder", lambda row: f"{row.decoder}{', photos' * is_of_photos(row)}"),
+    ("Decoder", "decoder"),
+    ("Images", "images"),
     ("Images/s", lambda row: figure(row.images_per_s) if row.status == "ok" else row.status),
     ("Images/s, 95 % CI", lambda row: interval(row.images_per_s_low, row.images_per_s_high)),
     ("Decoding alone", "decode_images_per_s"),
@@ -154,7 +143,7 @@ END_TO_END = [
     ("One after the other", "serial_images_per_s"),
     ("Bottleneck", "limit"),
     ("Agreement", lambda row: percent(row.agreement)),
-    ("python predict.py", lambda row: whole_command(row) if is_of_photos(row) else ""),
+    ("python predict.py", whole_command),
     ("Reason", "reason"),
 ]
 LOAD = [
@@ -177,14 +166,11 @@ def lines_of(table: list[tuple[str, str | Callable]], rows: pd.DataFrame) -> lis
         rows = rows.assign(environment=rows.sweep)
     columns = []
     for header, show in table:
-        cells = [show(row) if callable(show) else cell(row[show]) for _, row in rows.iterrows()]
+        values = [show(row) if callable(show) else row.get(show, "") for _, row in rows.iterrows()]
+        cells = [value if isinstance(value, str) else figure(value) for value in values]
         if any(cells) or header in ("Method", "Size", "Batch"):
             columns.append([header, *cells])
     return [list(line) for line in zip(*columns, strict=True)]
-
-
-def cell(value) -> str:
-    return value if isinstance(value, str) else figure(value)
 
 
 def results_lines(rows: pd.DataFrame) -> list[list[str]]:
@@ -233,11 +219,9 @@ def gaps(rows: pd.DataFrame) -> list[tuple[str, str, str]]:
 
 def reasons(rows: pd.DataFrame) -> list[str]:
     """A line for each reason why rows have no figures or can't win, each variant and each warning."""
-    lines = [": ".join(gap) for gap in gaps(rows)]
-    lines += [
-        f"{name(row)}: {row.adds}" for row in rows[rows.adds != ""].drop_duplicates("backend").itertuples()
-    ]
+    variants = rows[rows.adds != ""].drop_duplicates("backend").itertuples()
     named = {warning for row in rows.itertuples() for warning in warnings(row)}
+    lines = [": ".join(gap) for gap in gaps(rows)] + [f"{name(row)}: {row.adds}" for row in variants]
     return lines + [f"{warning}: {remedy}" for warning, remedy in WARNINGS.items() if warning in named]
 
 
@@ -267,9 +251,9 @@ def which(ok: pd.DataFrame) -> str:
     return ", ".join(texts) + (f"; {ties} {'is' if ties == 1 else 'are'} too close to call" if ties else "")
 
 
-def range_of(factors) -> str:
-    text = span(factors)
-    return f"{text}, depending on the method" if " to " in text else text
+def range_of(factors: list[float]) -> str:
+    low, high = figure(min(factors)), figure(max(factors))
+    return low if low == high else f"{low} to {high}, depending on the method"
 
 
 def sizes(ok: pd.DataFrame) -> str:
@@ -283,34 +267,22 @@ def batches(ok: pd.DataFrame) -> str:
     gains, size = analysis.batch_gain(ok), analysis.usual_size(ok)
     own = ok[ok.image_size == size]
     ends = f"From batch {own.batch_size.min()} to {analysis.shared_batch(own)} at {size} px"
-    return f"{ends}, throughput grows by a factor of {range_of(gains)}" if len(gains) else ""
+    return f"{ends}, throughput grows by a factor of {range_of(gains)}" if gains else ""
 
 
 def saturation(ok: pd.DataFrame) -> str:
     """Of every plain method and the fastest of all, at the usual image size."""
-    size, found, last = analysis.usual_size(ok), {}, 0
-    own = ok[ok.image_size == size]
-    plain = own.backend.map(family) == own.backend
-    for _, group in own[plain | (own.backend == own.loc[own.fps.idxmax()].backend)].groupby(
-        "backend", sort=False
-    ):
+    own, found = ok[ok.image_size == analysis.usual_size(ok)], {}
+    told = (own.backend.map(family) == own.backend) | (own.backend == own.loc[own.fps.idxmax()].backend)
+    for _, group in own[told].groupby("backend", sort=False):
         longest = max((rows for _, rows in group.groupby("sweep")), key=len)  # where several have the method
         if len(longest) > 1:
-            found.setdefault(analysis.saturation(longest), []).append(sentence_name(longest.iloc[0]))
-            last = max(last, longest.batch_size.max())
-    growing = found.pop(None, [])
-    texts = [f"from batch {batch} on for {listed(names)}" for batch, names in sorted(found.items())]
-    if not texts:
-        return (
-            f"At {size} px, {listed(growing)} still gain from a batch larger than {last}" if growing else ""
-        )
-    more = f"; {listed(growing)} still gain{'s' * (len(growing) == 1)} more" if growing else ""
-    return f"At {size} px, doubling the batch gains less than 5 % {', '.join(texts)}{more}"
-
-
-def listed(names: list[str]) -> str:
-    """ "a, b and c" """
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+            batch, last = analysis.saturation(longest), longest.batch_size.max()
+            reached = f"from batch {batch} on" if batch else f"at no batch up to {last}"
+            found.setdefault(reached, []).append(sentence_name(longest.iloc[0]))
+    texts = [f"{reached} with {', '.join(names)}" for reached, names in found.items()]
+    gain = f"At {analysis.usual_size(ok)} px, doubling the batch gains less than 5 %"
+    return f"{gain} {'; '.join(texts)}" if texts else ""
 
 
 def optimum(ok: pd.DataFrame) -> str:

@@ -36,10 +36,10 @@ from utils.utils import (
     run_main,
 )
 
-EPOCHS, BATCH_SIZE = 5, 8  # 8 learns from 18 sample heroes a class what 16 does from 24
+EPOCHS, BATCH_SIZE = 5, 8  # of small batches there are more: 45 steps on the sample heroes
 LEARNING_RATE = 5e-4  # AdamW's peak; the best of 3e-4 to 4e-3, and better than SGD, on the sample heroes
 WEIGHT_DECAY = 0.05
-MOMENTUM = 0.2  # of batch norm's statistics; torch's 0.1 lags behind in so few steps (95, not 98 % right)
+MOMENTUM = 0.2  # of batch norm's statistics; torch's 0.1 lags behind in so few steps
 WARMUP = 0.2  # share of all steps in which the learning rate rises; then it falls to 0 along a cosine
 REQUEST = ["epochs", "batch_size", "learning_rate", "seed", "pretrained"]  # what a checkpoint is made by
 BEST_MB, LAST_MB = 45, 135  # a network; with the optimizer's state and the best epoch so far
@@ -125,20 +125,10 @@ class Training:
             weights = {name: value.cpu().clone() for name, value in self.network.state_dict().items()}
             self.best = {"epoch": epoch, "accuracy": accuracy, "loss": loss, "model": weights}
 
-    def save(self, path: Path) -> None:
-        """Write all that resume() needs."""
+    def save(self, path: Path, **facts) -> None:
         import model
 
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        model.save(path, self.network, **self.facts, **state, history=self.history, best=self.best)
-
-    def save_best(self, path: Path) -> None:
-        """Write the network of the best epoch, and what is known of all epochs."""
-        import model
-
-        self.network.load_state_dict(self.best["model"])
-        found = {name: self.best[name] for name in ("epoch", "accuracy")}
-        model.save(path, self.network, **self.facts, **found, history=self.history)
+        model.save(path, self.network, **self.facts, **facts, history=self.history)
 
 
 def evaluate(network, batches, device) -> dict[str, float]:
@@ -190,11 +180,6 @@ def train_size(settings: dict, images: dict, device, precision, batch_size: int,
     return train_size(settings, images, device, precision, batch_size, **paths)
 
 
-def name_of(precision) -> str:
-    """ "float16" for torch.float16."""
-    return str(precision).removeprefix("torch.")
-
-
 def train_network(
     settings: dict, images: dict, device, precision, batch_size: int, data: Path, weights: Path, workers: int
 ) -> list:
@@ -211,7 +196,8 @@ def train_network(
     training = Training(settings, images, classes, device, precision)
     training.resume(last)
     network = DistributedDataParallel(training.network) if processes > 1 else training.network
-    made_by = dict(device=devices.hardware(device), precision=name_of(precision), processes=processes)
+    kind = str(precision).removeprefix("torch.")
+    made_by = dict(device=devices.hardware(device), precision=kind, processes=processes)
     made_by |= dict(train_images=images["train_images"], data=images["fingerprint"], sample=images["sample"])
     for epoch in range(len(training.history) + 1, epochs + 1):
         train_loader.sampler.set_epoch(epoch)
@@ -225,15 +211,18 @@ def train_network(
         tested = evaluate(training.network, test_loader, device)
         training.note({"image_size": size, "epoch": epoch, **trained, **tested, **made_by})
         if rank() == 0:
-            training.save(last)
+            state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
+            training.save(last, **state, best=training.best)
         losses = f"training loss {trained['train_loss']:.3f}, test loss {tested['test_loss']:.3f}"
         accuracy = f"test accuracy {tested['test_accuracy']:.1%}, {trained['images_per_s']:.1f} images/s"
         print_rank0(f"{label}: {losses}, {accuracy}")  # only once it is saved
+    best = training.best
     if rank() == 0:
-        training.save_best(best_path)
+        training.network.load_state_dict(best["model"])
+        training.save(best_path, epoch=best["epoch"], accuracy=best["accuracy"])
         last.unlink(missing_ok=True)
-    accuracy = f"test accuracy {training.best['accuracy']:.1%} of {images['test_images']} images"
-    print_rank0(f"{size} px: best epoch {training.best['epoch']}, {accuracy} -> {best_path}")
+    accuracy = f"test accuracy {best['accuracy']:.1%} of {images['test_images']} images"
+    print_rank0(f"{size} px: best epoch {best['epoch']}, {accuracy} -> {best_path}")
     return training.history
 
 
@@ -315,7 +304,8 @@ def train_all(sizes: list[int], images: dict, args: argparse.Namespace, results:
     precision = devices.choose_precision(device)
     counts = f"{images['train_images']} training and {images['test_images']} test images"
     sample = " (sample data)" if images["sample"] else ""
-    print_rank0(f"{devices.hardware(device)}, {name_of(precision)}, {counts}{sample}")
+    kind = str(precision).removeprefix("torch.")
+    print_rank0(f"{devices.hardware(device)}, {kind}, {counts}{sample}")
     classes = datasets.class_names(args.data)
     for size in sizes:
         settings = {"image_size": size} | {name: getattr(args, name) for name in REQUEST}
@@ -323,8 +313,8 @@ def train_all(sizes: list[int], images: dict, args: argparse.Namespace, results:
         done = None if args.force else matching(path, settings=settings, **facts)
         devices.wait_for_all()
         if done:
-            again = "(--force trains again)"
-            print_rank0(f"{size} px: already trained, test accuracy {done['accuracy']:.1%} {again}")
+            known = f"already trained, test accuracy {done['accuracy']:.1%}"
+            print_rank0(f"{size} px: {known} (--force trains again)")
             rows = done["history"]
         else:
             how = dict(data=args.data, weights=args.weights, workers=args.workers)

@@ -2,7 +2,7 @@
 AVX-512 cores.
 
 Draws the sample in a temporary folder, trains on it with the real train.py and prints two figures: the test
-accuracy after 5 epochs from random weights (at least 90 %), and that of a classifier that only knows each
+accuracy after 5 epochs from random weights (at least 80 %), and that of a classifier that only knows each
 class's mean colour (under 60 %).  Exit code 1 if either bound fails.
 
     python tests/check_sample_data.py
@@ -65,10 +65,10 @@ def main() -> None:
         )
         facts = model.load_facts(checkpoint_path(weights, args.image_size))
     epochs, last = len(facts["history"]), facts["history"][-1]["test_accuracy"]
-    after = f"{last:.1%} after {epochs} epochs, {facts['accuracy']:.1%} at best (at least 90 %)"
+    after = f"{last:.1%} after {epochs} epochs, {facts['accuracy']:.1%} at best (at least 80 %)"
     print(f"test accuracy at {args.image_size} px: {after}")
     print(f"nearest mean colour: {colour:.1%} (under 60 %)")
-    sys.exit(0 if last >= 0.9 and colour < 0.6 else 1)
+    sys.exit(0 if last >= 0.8 and colour < 0.6 else 1)
 
 
 if __name__ == "__main__":

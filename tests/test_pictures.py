@@ -65,22 +65,20 @@ def test_what_is_no_number_or_transparent_in_deep_grey(tmp_path):
     assert [pixel(tmp_path / "t.png", (x, 0))[0] for x in range(3)] == [0, 255, 255]
 
 
-def test_the_pixels_decoded_at_a_time_are_bounded(tmp_path, monkeypatch):
-    paths = [paint(tmp_path / f"{index}.png", size=(300, 300)) for index in range(12)]
-    budget, least = images.Budget(200_000), []
-    monkeypatch.setattr(images, "pixels", budget)
-    really = images.to_rgb
+def test_huge_pictures_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    paths = [paint(tmp_path / f"{index}.png", size=(300, 300)) for index in range(6)]
+    monkeypatch.setattr(images, "HUGE", 80_000)
+    really, going, most = images.to_rgb, [], []
 
     def slowly(image):
-        least.append(budget.free)
+        going.append(image)
         time.sleep(0.02)
-        return really(image)
+        most.append(len(going))
+        return really(going.pop())
 
     monkeypatch.setattr(images, "to_rgb", slowly)
     assert set(images.in_threads(datasets.image_size_of, paths)) == {(300, 300)}
-    assert len(least) == 12 and min(least) == 200_000 - 2 * 90_000 and budget.free == 200_000
-    large = paint(tmp_path / "large.png", size=(1000, 1000))  # larger than the whole budget: alone
-    assert datasets.image_size_of(large) == (1000, 1000) and budget.free == 200_000
+    assert most == [1] * 6
 
 
 def test_cmyk(tmp_path):

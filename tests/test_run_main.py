@@ -18,7 +18,7 @@ from utils.utils import (
     UserError,
     check_folder,
     file_lock,
-    read_json,
+    read_dict,
     remove_leftovers,
     rename_to_backup,
     write_atomic,
@@ -139,11 +139,11 @@ def test_names_of_any_bytes_are_printed_and_stored(tmp_path, locale):
     body = f"""import os
 names = os.listdir({str(tmp_path)!r})
 print(names[0], sha256(names[0])[:4], flush=True)
-write_json(Path({str(tmp_path / "names.json")!r}), names)"""
+write_json(Path({str(tmp_path / "names.json")!r}), {{"names": names}})"""
     environment = {"LC_ALL": locale}
     code, out, errors = run(body, environment)
     assert code == 0 and "caf" in out, errors
-    assert read_json(tmp_path / "names.json") == [name]
+    assert read_dict(tmp_path / "names.json") == {"names": [name]}
 
 
 @posix
@@ -252,13 +252,13 @@ def test_a_folder_is_looked_at_and_not_made(tmp_path):
         check_folder(tmp_path, room_mb=1e12)
 
 
-def test_damaged_json_is_none(tmp_path):
+def test_damaged_json_is_an_empty_dict(tmp_path):
     path = tmp_path / "a.json"
     for content in (b"", b'{"a": ', b"\xff\xfe", b"[" * 200_000):
         path.write_bytes(content)
-        assert read_json(path) is None
+        assert read_dict(path) == {}
     write_json(path, {"a": [1, 2]})
-    assert read_json(path) == {"a": [1, 2]}
+    assert read_dict(path) == {"a": [1, 2]}
 
 
 # ---- what holds from the first import on

@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,9 +28,7 @@ UNREAD = re.compile(
     r"|x3f|jxl|jxr|bpg|exr|svgz?|wmf|emf|xcf)"
 )
 LITTER = {".ipynb_checkpoints", ".git", ".cache"}  # hidden folders that are no classes of the user's
-# A picture may have twice Pillow's limit, 179 million pixels.  So many in all are decoded at a time, whatever
-# the number of threads: at 4 bytes and about three copies each that is at most 2 GB.
-PIXELS_IN_FLIGHT = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+HUGE = 25_000_000  # pixels beyond which threads decode one picture at a time, to bound their memory
 # Bytes; Pillow's 1 MB refuses long profiles.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
 ORIENTATION = 0x0112  # EXIF's tag: how to turn the picture upright
@@ -61,12 +59,8 @@ def is_image(path: str | Path) -> bool:
     suffix = os.path.splitext(name)[1].lower()
     if name.startswith(".") or (suffix and suffix not in image_suffixes()):
         return False
-    if os.path.isfile(path):
-        return bool(suffix) or has_image_content(path)
-    return not os.path.exists(path)
-
-
-def has_image_content(path: str | Path) -> bool:
+    if suffix or not os.path.isfile(path):
+        return os.path.isfile(path) or not os.path.exists(path)
     with contextlib.suppress(Exception), open_image(path) as image:  # plugins raise also struct.error
         return image.format not in STUBS
     return False
@@ -153,15 +147,14 @@ def in_threads(function, items: list, label: str | None = None) -> list:
 
 
 def content_hashes(paths: list[Path]) -> list[str]:
+    def content_hash(path: Path) -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):  # as many large files as threads need not be in memory whole
+                digest.update(piece)
+        return digest.hexdigest()
+
     return in_threads(content_hash, paths)
-
-
-def content_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):  # as many large files as threads need not be in memory whole
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def fingerprint(data: Path) -> str:
@@ -183,34 +176,18 @@ def is_sample(data: Path) -> bool:
 # ---- files -> pictures
 
 
-class Budget:
-    """So much of something (pixels) may be taken at a time, by all threads together."""
-
-    def __init__(self, total: int):
-        self.total, self.free, self.changed = total, total, threading.Condition()
-
-    @contextlib.contextmanager
-    def take(self, amount: int) -> Iterator[None]:
-        amount = min(amount, self.total)
-        with self.changed:
-            self.changed.wait_for(lambda: self.free >= amount)
-            self.free -= amount
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.free += amount
-                self.changed.notify_all()
-
-
-pixels = Budget(PIXELS_IN_FLIGHT)
+alone = threading.Lock()  # held around a huge picture
 
 
 def load_rgb(path: str | Path) -> Image.Image:
     """The picture as RGB, 8 bits: upright (EXIF), transparency on white, 16-bit grey scaled, not clipped."""
-    with open_image(path) as image, pixels.take(image.width * image.height):
+    with open_image(path) as image, alone if image.width * image.height > HUGE else contextlib.nullcontext():
         image.load()
-        return to_rgb(upright(image))
+        turn = None
+        # ImageOps.exif_transpose() would write the EXIF anew, which fails on odd fields.
+        with contextlib.suppress(Exception):  # damaged EXIF says nothing: as it lies
+            turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        return to_rgb(image if turn is None else image.transpose(turn))
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -223,15 +200,6 @@ def open_image(path: str | Path) -> Image.Image:
 
             pillow_heif.register_heif_opener()
         return Image.open(path)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says.  ImageOps.exif_transpose() writes the EXIF anew, which fails on odd fields."""
-    try:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged EXIF, which says nothing: as it lies
-        orientation = 1
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

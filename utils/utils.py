@@ -305,17 +305,12 @@ def rename_to_backup(path: Path) -> Path:
     return path.rename(free)
 
 
-def read_json(path: Path):
-    """The content of a JSON file, or None where it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):  # ValueError: no JSON, or no UTF-8
-        return None
-
-
 def read_dict(path: Path) -> dict:
-    """The content of a JSON file that holds a dict, or an empty one."""
-    found = read_json(path)
+    """The content of a JSON file that holds a dict; {} where it is missing, damaged or anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):  # ValueError: no JSON, or no UTF-8
+        found = None
     return found if isinstance(found, dict) else {}
 
 

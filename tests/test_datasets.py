@@ -144,6 +144,9 @@ def test_a_small_dev_shm_is_named_and_fewer_processes_read(data, monkeypatch, ca
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "/dev/shm has 64 MB free, so 0 instead of 4 processes" in said
     assert "--shm-size" in said
+    words = "DataLoader worker (pid 7) is killed by signal: Bus error. It might be out of shared memory."
+    with pytest.raises(UserError, match="/dev/shm is full; use --workers 0"), datasets.readable_errors():
+        raise RuntimeError(words)
 
 
 @posix

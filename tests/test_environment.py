@@ -66,3 +66,14 @@ def test_on_a_cpu_no_gpu_is_named(monkeypatch):
     assert told["gpu"] is None and "driver" not in told
     assert environment.environment("cuda")["gpu"] == "NVIDIA GeForce GTX 1650"
     assert Path(told["command"].split()[0]).name == "python"
+
+
+def test_what_limits_the_processor_belongs_to_the_environment(monkeypatch):
+    for name, value in {
+        "cpu_quota": 0.5,
+        "affinity": "0-3,8",
+        "deciding_variables": {"OMP_WAIT": "x"},
+    }.items():
+        monkeypatch.setattr(environment, name, lambda value=value: value)
+    told = environment.environment("cpu")
+    assert (told["cpu_quota"], told["affinity"], told["variables"]) == (0.5, "0-3,8", {"OMP_WAIT": "x"})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.measure import records
+from utils.measure import interleave, records
 from utils.measure.interleave import InterleavedRound, Member, has_saturated, plan_blocks
 from utils.measure.schema import Job, Problem, Settings
 from utils.utils import UserError
@@ -186,3 +186,11 @@ def test_a_clock_that_gives_the_same_reading_twice_divides_nothing_by_zero():
 
     assert timing._ms(timing.np.zeros(2)) == [timing.RESOLUTION_MS] * 2
     assert timing.trimmed_mean(timing._ms(timing.np.zeros(2))) > 0
+
+
+def test_what_a_limit_on_processor_time_held_back_meanwhile_is_noted(monkeypatch):
+    readings = iter([7.0, 7.4])
+    monkeypatch.setattr(interleave, "throttled_s", lambda: next(readings))
+    one = member()
+    play(one)
+    assert [batch["held_back_s"] for batch in one.record.batches] == [0.4, 0.4]

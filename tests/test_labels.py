@@ -1,5 +1,8 @@
 """labels.csv and its parts as files: what is read back, merged, and left alone."""
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from utils.serve import labels
@@ -58,5 +61,22 @@ def test_any_field_and_any_name_is_read_back_as_it_was_written(tmp_path, monkeyp
     decoding = {"encoding": "utf-8", "errors": labels.TEXT["errors"]}
     name = "\ud83d half.jpg" if windows else "\udcff byte.jpg"
     row, part = [name, 'a "class"\rof\r\ntwo, or\nmore', "0.500000"], tmp_path / "part"
-    labels.write_rows(part, [["path", "cl\rass", "probability"], row])
-    assert labels.read_rows(part, 3)[name] == row
+    header, plain = ["path", "cl\rass", "probability"], ["b.jpg", "cl\rass", "0.500000"]
+    labels.write_rows(part, [header, row, plain])
+    assert labels.read_rows(part, 3) == {"path": header, name: row, "b.jpg": plain}
+
+
+def test_a_table_that_another_program_holds_open_is_said_before_anything_is_decoded(tmp_path, monkeypatch):
+    opened, out = Path.open, tmp_path / "labels.csv"
+    out.write_text("path,class,probability\n", encoding="utf-8")
+
+    def held(path, mode="r", **options):
+        if "+" in mode:  # Windows lets others read what is open in Excel, and no more
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", held)
+    monkeypatch.setattr(labels, "WINDOWS", True)
+    with pytest.raises(PermissionError) as error:
+        labels.check_out(out)
+    assert error.value.filename == str(out)

@@ -327,6 +327,8 @@ def test_damaged_notes_of_a_sweep_are_as_good_as_none(tmp_path, note, monkeypatc
             assert len(rows.rows_of(found, known, roofline)) == 1 and roofline is None
         assert records.note_sweep([job("k")], spent_s=2.5)["commands"] == ["python benchmark.py"]
     assert records.note_sweep([job("k")])["spent_s"] == 2.5
+    written = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    assert written["last"] == "s" and written["s"]["keys"] == {"64": "k"}
 
 
 def test_the_csv_is_a_pure_function_of_the_raw_records(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 from utils.measure.jobs import name_problem
+from utils.serve.labels import check_out
 from utils.utils import (
     UserError,
     check_folder,
@@ -89,6 +90,20 @@ write_atomic(Path({str(path)!r}), "x" * 100_000)"""
 @posix
 def test_a_closed_pipe_is_quiet():
     process = start("for number in range(100_000): print(number)")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 141
+
+
+@posix
+def test_windows_word_for_a_closed_pipe_is_quiet_too():
+    """Where a reader (`| more`) has closed its end, Windows says EINVAL."""
+    process = start("""import errno, utils.utils
+utils.utils.WINDOWS = True
+try:
+    for number in range(100_000): print(number)
+except BrokenPipeError:
+    raise OSError(errno.EINVAL, "Invalid argument") from None""")
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) == 141
@@ -263,6 +278,7 @@ def test_damaged_json_is_an_empty_dict(tmp_path):
 
 # ---- what holds from the first import on
 
+NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # whose package is not here
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_main(" in path.read_text("utf-8"))
 
 
@@ -308,10 +324,15 @@ run_main(main)
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_needs_neither_docstrings_nor_a_notebooks_backend(script):
-    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     command = [sys.executable, "-OO", ROOT / script, "--help"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **NOTEBOOK}, capture_output=True, text=True)
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+def test_charts_can_be_drawn_beside_a_notebooks_backend():
+    code = f"import sys; sys.modules['__main__'].__file__ = {str(ROOT / 'train.py')!r}\n"
+    code += "import utils, matplotlib"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **NOTEBOOK}, check=True)
 
 
 # ---- systems that lack something
@@ -338,6 +359,8 @@ def test_a_read_only_disk_is_called_so(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(**known))
     with pytest.raises(UserError, match="the disk is read-only; name another folder"):
         check_folder(tmp_path / "new")
+    with pytest.raises(UserError, match="the disk is read-only; name another folder"):
+        check_out(tmp_path / "labels.csv")
 
 
 def test_a_drive_that_is_not_there_is_named(monkeypatch):

@@ -59,6 +59,15 @@ def test_a_picture_is_squeezed_into_the_square_and_normalised():
     torch.testing.assert_close(tensor[:, 10, 10], expected)
 
 
+def test_a_picture_becomes_the_tensor_that_torchvision_makes_of_it():
+    v2 = pytest.importorskip("torchvision.transforms.v2", reason="torchvision is what it is compared with")
+    picture = Image.effect_noise((50, 33), 90).convert("RGB")
+    moments = ([255 * x for x in of] for of in (datasets.MEAN, datasets.STD))
+    resize, to_float = v2.Resize((24, 24), antialias=True), v2.ToDtype(torch.float32)
+    theirs = v2.Compose([resize, v2.ToImage(), to_float, v2.Normalize(*moments, inplace=True)])
+    assert torch.equal(datasets.to_normalised(picture, 24), theirs(picture))
+
+
 def test_no_batch_of_a_single_image_reaches_batch_norm(data):
     for batch_size, batches in (
         (5, [5]),

@@ -36,7 +36,7 @@ from utils.devices import choose_device
 from utils.environment import is_out_of_memory, keep_to_share
 from utils.serve import choices, decoder, labels
 from utils.serve.dali import open_decoder
-from utils.utils import UserError, add_path_arguments, number, run_main, sha256, write_json
+from utils.utils import UserError, add_path_arguments, fresh_processes, number, run_main, sha256, write_json
 
 # PyTorch is imported only once the first files are being decoded, then DALI and the backend.
 STARTED = utils.STARTED
@@ -244,7 +244,7 @@ def report(problems: dict[str, str]) -> int:
 def classify_all(args: argparse.Namespace, images: list[str], problems: dict, out: Path, progress) -> int:
     """Choose what classifies, then have it done; the exit code."""
     if len(images) > decoder.FEW:
-        decoder.start_server()
+        fresh_processes(decoder.__name__, large=())  # their server imports while others go on
     checkpoint, facts = choices.choose_checkpoint(args.weights, args.image_size, args.data)
     # By the driver, since asking PyTorch takes seconds; where it can't use that GPU, choose_device() says so.
     gpu = args.device == "auto" and choices.gpu_name()

@@ -7,8 +7,6 @@ import datetime
 import importlib.util
 import io
 import pickle
-import re
-import sys
 import zipfile
 from pathlib import Path
 
@@ -219,15 +217,5 @@ def choose_decoder(name: str, device: str, count: int) -> str:
     """DALI where a GPU, many images and the package are there, else Pillow; nothing is imported yet."""
     if name != "auto":
         return name
-    return "dali" if device == "cuda" and count >= DALI_PAYS and not why_not_installed() else "pillow"
-
-
-def why_not_installed() -> str | None:
-    """None if NVIDIA DALI is here, else one sentence that a user can act on."""
-    if sys.platform != "linux":
-        return "NVIDIA DALI exists for Linux only; Pillow decodes instead: --decoder pillow"
-    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
-        return None
-    cuda = re.search(r"\+cu(\d\d)", package_version("torch") or "")
-    package = f"nvidia-dali-cuda{cuda[1] if cuda else 13}0"
-    return f"NVIDIA DALI is not installed, which decodes on the GPU; run: pip install {package}"
+    there = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+    return "dali" if device == "cuda" and count >= DALI_PAYS and there else "pillow"

@@ -6,6 +6,7 @@ Every file is looked at beforehand: what DALI would not decode as Pillow does go
 import contextlib
 import itertools
 import os
+import re
 import sys
 import tempfile
 from collections import deque
@@ -17,8 +18,7 @@ import numpy as np
 from PIL import Image
 
 from utils.backend import why_not_importable
-from utils.environment import cores
-from utils.serve.choices import why_not_installed
+from utils.environment import cores, package_version
 from utils.serve.decoder import IN_FLIGHT, Batch, Pillow
 from utils.utils import UserError
 
@@ -43,18 +43,14 @@ class Dali:
         PyTorch is not needed before get_ready(), so that it is imported while the pipelines start.
         """
         only_jpegs = all(path.lower().endswith((".jpg", ".jpeg")) for path in paths)
-        self.device, self.index, self.count = (
-            device,
-            index if device == "cuda" else None,
-            1 if only_jpegs else 2,
-        )
-        self.image_size, self.batch_size, self.targets = image_size, batch_size, iter(())
+        self.count, self.index = 1 if only_jpegs else 2, index if device == "cuda" else None
+        self.image_size, self.batch_size, self.device = image_size, batch_size, device
         self.folder = tempfile.TemporaryDirectory()
         names = ("filler.jpg",) if only_jpegs else ("filler.png", "filler.jpg")[:batch_size]
         self.fillers = [str(Path(self.folder.name, name)) for name in names]
         for path in self.fillers:  # a JPEG too: the first one of a process takes longer
             Image.new("RGB", (64, 64)).save(path)
-        self.pipelines, self.looked_at, self.fed = [], iter(()), deque()
+        self.pipelines, self.looked_at, self.fed, self.targets = [], iter(()), deque(), iter(())
         self.helper = ThreadPoolExecutor(1)
         self.started = self.helper.submit(self.start)
         self.pillow = Pillow(image_size, batch_size, count, for_dali=True, hold=self.count * PREFETCH + 1)
@@ -136,10 +132,9 @@ class Dali:
                 done = batch and self.on_device(batch, images.as_tensor())
                 self.fed.popleft()
                 self.pipelines[number].release_outputs()
-                if not done:
-                    continue
-                self.pipelines[number].schedule_run()
-                yield done
+                if done:
+                    self.pipelines[number].schedule_run()
+                    yield done
         except GeneratorExit:
             self.drain()
             raise
@@ -197,7 +192,9 @@ class Dali:
 
     def by_pillow(self, batch: Batch) -> Batch:
         """The same, all decoded by Pillow."""
-        return self.on_device(self.pillow.collect(*self.pillow.submit(batch.paths, batch.slot, again=True)))
+        if batch.plain:
+            batch = self.pillow.collect(*self.pillow.submit(batch.paths, batch.slot, again=True))
+        return self.on_device(batch)
 
 
 def open_decoder(
@@ -211,4 +208,8 @@ def open_decoder(
 
 def why_no_dali() -> str | None:
     """None if DALI can be used here, else one sentence that a user can act on."""
-    return why_not_installed() or why_not_importable("nvidia.dali", "pip install nvidia-dali-cuda130")
+    if sys.platform != "linux":
+        return "NVIDIA DALI exists for Linux only; Pillow decodes instead: --decoder pillow"
+    cuda = re.search(r"\+cu(\d\d)", package_version("torch") or "")
+    install = f"pip install nvidia-dali-cuda{cuda[1] if cuda else 13}0"
+    return why_not_importable("nvidia", install) or why_not_importable("nvidia.dali", install)

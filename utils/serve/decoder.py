@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import itertools
 import os
 import signal
@@ -112,11 +113,6 @@ def is_plain(path: str) -> bool:
 # ---- in the process that classifies
 
 
-def start_server() -> None:
-    """On Linux: start the process that decoding ones are forked from, which imports while others go on."""
-    fresh_processes(__name__, large=())
-
-
 class Pillow:
     """Decodes in worker processes, which write into memory that they share with this one.
 
@@ -133,7 +129,7 @@ class Pillow:
         needed = MOST_WORKERS if count is None else max(1, -(-count // self.chunk))
         workers, threads = min(cores(), needed, MOST_WORKERS), count is not None and count <= FEW
         self.ahead = max(2, -(-2 * workers * self.chunk // batch_size))  # two chunks for every worker
-        self.slots, self.pinned = self.ahead + hold + 1, False
+        self.slots, self.unpin = self.ahead + hold + 1, None
         shape = self.slots * batch_size, image_size, image_size, 3
         memory: typing.Any = None
         if threads:
@@ -153,21 +149,20 @@ class Pillow:
 
     def get_ready(self, device: str) -> None:
         """To be called once PyTorch is imported: on a GPU, lock the memory that it copies from."""
-        if device == "cuda" and not self.pinned:
+        if device == "cuda" and not self.unpin:
             import torch
 
-            cuda: typing.Any = torch.cuda.cudart()
-            error = cuda.cudaHostRegister(self.pixels.ctypes.data, self.pixels.nbytes, 0)
-            self.pinned = int(error) == 0  # copies run beside all else; if not, they are only slower
+            cuda, where = typing.cast(typing.Any, torch.cuda.cudart()), self.pixels.ctypes.data
+            if (
+                int(cuda.cudaHostRegister(where, self.pixels.nbytes, 0)) == 0
+            ):  # if not, copies are only slower
+                self.unpin = functools.partial(cuda.cudaHostUnregister, where)
 
     def close(self) -> None:
         self.broken_off.value = True
         self.pool.shutdown()
-        if self.pinned:
-            import torch
-
-            cuda: typing.Any = torch.cuda.cudart()
-            cuda.cudaHostUnregister(self.pixels.ctypes.data)
+        if self.unpin:
+            self.unpin()
 
     def batches(self, paths: Iterable[str]) -> Generator[Batch, None, None]:
         """The batches of all paths, in order, the next ones decoded meanwhile.  `paths` may be endless.

@@ -27,6 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils import environment
+from utils.devices import choose_device
 from utils.images import fingerprint
 from utils.serve import choices
 from utils.utils import (
@@ -70,7 +71,7 @@ class Row(choices.Served):
 
 
 def make_asked(args: argparse.Namespace) -> list:
-    """The fastest batch of every backend of the table.  Raises UserError where there is none."""
+    """The fastest batch of every backend of the table.  UserError where there is none, or no such device."""
     from utils.report import analysis, tables
     from utils.serve.throughput import Asked
 
@@ -83,6 +84,8 @@ def make_asked(args: argparse.Namespace) -> list:
         path = args.results / "benchmark_results.csv"
         wanted = f"sweep {args.sweep} for these --image-sizes and --backends"
         raise UserError(f"{path} has no measured row of {wanted}; make it with: python benchmark.py")
+    for device in sorted(set(chosen.device)):
+        choose_device(device)
     sizes, asked = tuple(sorted(set(rows.batch_size.tolist()))), []
     for row in chosen.itertuples():
         decoders = args.decoders or (["pillow", "dali"] if row.device == "cuda" else ["pillow"])

@@ -21,7 +21,6 @@ from filelock import FileLock
 
 import benchmark
 import compare
-import datasets
 import model
 import onnx_inference
 import pytorch_inference
@@ -31,7 +30,7 @@ from utils.measure.schema import Problem
 from utils.measure.timing import trimmed_mean
 from utils.report import tables
 from utils.report.rows import read_rows
-from utils.utils import run_main
+from utils.utils import UserError, run_main
 
 SMALL = ["--device", "cpu", "--backends", "pytorch", "onnx", "--image-sizes", "64", "--runs", "6", "--quick"]
 SMALL += ["--max-seconds", "30"]
@@ -322,12 +321,14 @@ def test_images_that_the_network_was_not_trained_on_are_told_of(project, tmp_pat
     monkeypatch.chdir(project)
     data = shutil.copytree(project / "data", tmp_path / "data")
     classes = sorted(path for path in (data / "test").iterdir() if path.is_dir())
-    args = argparse.Namespace(data=data, weights=Path("weights"), seed=0, image_sizes=[64], quick=True)
-    facts = jobs.check_checkpoints(args, [64])
-    jobs.print_other_images(data, datasets.fingerprint(data), facts)
+    parser = argparse.ArgumentParser()
+    jobs.add_arguments(parser, ["pytorch"])
+    args = parser.parse_args(["--quick", "--device", "cpu", "--data", str(data)])
+    make = functools.partial(jobs.make_jobs, args, {"pytorch": "pytorch_inference"}, {"cpu": ["pytorch"]})
+    make()
     assert not capsys.readouterr().err
     next(classes[0].iterdir()).unlink()
-    jobs.print_other_images(data, datasets.fingerprint(data), facts)
+    make()
     told = capsys.readouterr().err
     assert (
         "does not hold the images that the networks of 64 px were trained on" in told
@@ -335,8 +336,17 @@ def test_images_that_the_network_was_not_trained_on_are_told_of(project, tmp_pat
     )
     for split in ("test", "train"):
         shutil.copytree(classes[1], data / split / "unknown")
-    with pytest.raises(jobs.UserError, match="does not know the class unknown.*--force --image-sizes 64"):
-        jobs.check_checkpoints(args, [64])
+    with pytest.raises(UserError, match="does not know the class unknown.*--force --image-sizes 64"):
+        make()
+
+
+def test_a_broken_readme_is_found_before_anything_is_measured(call, monkeypatch):
+    def broken(results):
+        raise UserError("README.md, line 1: <!-- begin poem --> marks no generated part")
+
+    monkeypatch.setattr(benchmark, "tables_shown_beside", broken)
+    monkeypatch.setattr(benchmark, "sweep", lambda *_: pytest.fail("something was measured"))
+    assert "README.md, line 1" in call(benchmark, *SMALL, code=2).err
 
 
 def test_help_imports_nothing_that_takes_seconds():

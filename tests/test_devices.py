@@ -8,9 +8,11 @@ import sys
 import types
 
 import pytest
+import test_compare
 import torch
 from conftest import ROOT
 
+import end_to_end
 from utils import devices, environment
 from utils.environment import is_out_of_memory
 from utils.utils import UserError, number
@@ -84,6 +86,20 @@ def test_the_gpu_is_taken_where_it_can_be_and_the_cpu_where_there_is_none(driver
         devices.choose_device("cuda")
     with pytest.raises(UserError, match="--device tpu is none of"):
         devices.choose_device("tpu")
+
+
+def test_end_to_end_does_not_begin_on_a_gpu_that_pytorch_cannot_use(driver, tmp_path, monkeypatch):
+    driver(build=None)
+    rows = test_compare.table(("pytorch", 64, 1, 100.0))
+    test_compare.write(tmp_path / "cpu", rows)
+    test_compare.write(tmp_path / "gpu", rows.assign(device="cuda"))
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py"])
+    args = end_to_end.parse()
+    args.results = tmp_path / "cpu"
+    assert [one.device for one in end_to_end.make_asked(args)] == ["cpu"]
+    args.results = tmp_path / "gpu"
+    with pytest.raises(UserError, match="GTX 1650: torch .* build for CPUs only; run: python install.py"):
+        end_to_end.make_asked(args)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import itertools
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -315,10 +316,16 @@ def test_end_to_end_writes_a_row_for_every_backend_and_decoder(project, tmp_path
     assert row.files == 100 and 0 < row.start_s < row.whole_s and row.images_per_s > 0
 
 
-def test_where_the_network_was_trained_on_other_images_end_to_end_says_so(project, tmp_path, capsys):
+def test_where_the_network_was_trained_on_other_images_end_to_end_says_so(
+    project, tmp_path, monkeypatch, capsys
+):
     what = "main", "onnx", "FP32", 64, 4, "cpu", (4,), ("pillow",)
     asked = throughput.Asked(*what, tmp_path, project / "weights", tmp_path, 1.0)
-    end_to_end.warn_of_other_data([asked])
+    monkeypatch.setattr(end_to_end, "make_asked", lambda args: [asked])
+    monkeypatch.setattr(end_to_end, "measure_rounds", lambda asked, rounds: [])
+    monkeypatch.setattr(end_to_end, "write_table", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py"])
+    end_to_end.main()
     assert "best_resnet18_64.pth was trained on other images" in capsys.readouterr().err
 
 

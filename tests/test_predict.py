@@ -30,6 +30,7 @@ from test_pipeline import broken  # noqa: F401  (a fixture)
 import model
 import predict
 from utils import environment
+from utils.backend import Backend, Unavailable
 from utils.serve import choices, labels
 from utils.utils import UserError, sha256
 
@@ -347,6 +348,27 @@ def test_where_int8_has_no_images_to_be_made_of_the_next_fastest_serves(project,
     done, rows = label(photos, project, *itertools.chain(*where.items()))
     assert "onnx-int8 can't serve: " in done.stdout and "the next one by the table is pytorch" in done.stdout
     assert len(rows) == 100
+
+
+@pytest.mark.parametrize(
+    ("measured", "named", "asked"),
+    [(True, None, [None]), (True, "onnx-int8", [None, "data"]), (False, None, ["data"])],
+)
+def test_int8_serves_as_it_was_measured_whatever_images_came_since(measured, named, asked):
+    class Int8(Backend):
+        def load(self, *_):
+            seen.append(self.data)
+            raise Unavailable("no INT8 network of this checkpoint is there")
+
+        def predict(self, x):
+            return x
+
+    seen, args = [], types.SimpleNamespace(backend=named, data="data")
+    choice = choices.Choice("onnx-int8", 4, (4,), measured)
+    run = predict.Run(args, Path("best_resnet18_64.pth"), {"image_size": 64}, choice, "cpu", "pillow")
+    with pytest.raises(Unavailable):
+        run.load(Int8())
+    assert seen == asked
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does(project, photos, monkeypatch):

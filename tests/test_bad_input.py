@@ -5,46 +5,31 @@ this process; the first of every kind runs in a fresh one, as a user starts it.
 """
 
 import hashlib
-import importlib
 import os
 import pickle
 import re
 import shutil
 import struct
-import sys
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import run_script, shared_copy
-from PIL import Image
-
-from benchmark import measure_script
-from utils.utils import run_main
+from conftest import run_here, run_script, shared_copy, shorten_benchmark
 
 LARGE = 1 << 20  # bytes; what is larger is linked instead of copied, and known by its inode instead of a hash
 
 
-def noise(path: Path, seed: int, low: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(low, low + 120, (40, 40, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory) -> Path:
-    """Two classes, three training and two test images each; trained at 64 px and measured."""
+def whole(tmp_path_factory, tiny) -> Path:
+    """The tiny project, measured."""
 
     def make(folder: Path) -> None:
-        for low, name in ((0, "тёмный"), (120, "светлый")):
-            for index in range(5):
-                split = "train" if index < 3 else "test"
-                noise(folder / "data" / split / name / f"{index}.png", index, low)
-        run_script("train.py", "--quick", "--workers", 0, "--device", "cpu", cwd=folder)
-        short = ["--backends", "pytorch", "--rounds", 1, "--runs", 4]
-        run_script("benchmark.py", "--quick", *short, "--device", "cpu", cwd=folder)
+        shutil.copytree(tiny, folder)
+        short = ["--backends", "pytorch", "--rounds", 1, "--runs", 4, "--device", "cpu"]
+        with pytest.MonkeyPatch.context() as patch:
+            shorten_benchmark(patch)
+            run_here("benchmark.py", "--quick", *short, cwd=folder)
 
     return shared_copy(tmp_path_factory, "whole", make)
 
@@ -243,7 +228,7 @@ IMAGES = {  # and images by those that read them
     "another format's name": (put(f"{DARK}/0.jpg", b"\xff\xd8\xff\xe0 no more"), "0.jpg"),
     "link to nothing": (dangling, "link.png"),
     "30000 x 30000": (bomb, "0.png"),
-    "a test image": (put(f"{TEST}/3.png", b""), "3.png"),
+    "a test image": (put(f"{TEST}/2.png", b""), "2.png"),
 }
 CHECKPOINTS = {
     "emptied": put(BEST, b""),
@@ -338,31 +323,17 @@ FIRST = {
 }
 
 
-def run_here(script: str, arguments: list[str], monkeypatch, capsys) -> tuple[int, str]:
-    module = importlib.import_module(script)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-    main = getattr(module, "main", lambda: measure_script(module.__doc__, script, module.BACKENDS))
-    with pytest.raises(SystemExit) as stopped:
-        run_main(main)
-    return stopped.value.code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def test_bad_input_is_one_sentence_and_nothing_is_touched(case, folder, monkeypatch, capsys):
+def test_bad_input_is_one_sentence_and_nothing_is_touched(case, folder):
     kind, script, option, damage, culprit = case
-    monkeypatch.chdir(folder)
     if damage:
         damage(folder)
     before = manifest(folder)
-    arguments = [*BASE[script].split(), *option.split()]
-    if case is FIRST[kind]:
-        done = run_script(f"{script}.py", *arguments, cwd=folder, ok=False)
-        code, said = done.returncode, done.stderr
-    else:
-        code, said = run_here(script, arguments, monkeypatch, capsys)
-    assert code == 2, said
-    assert "Traceback" not in said
-    assert re.search(culprit, said, re.IGNORECASE), said
+    run = run_script if case is FIRST[kind] else run_here
+    done = run(f"{script}.py", *BASE[script].split(), *option.split(), cwd=folder, ok=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(culprit, done.stderr, re.IGNORECASE), done.stderr
     assert manifest(folder) == before
 
 

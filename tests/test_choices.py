@@ -4,13 +4,14 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT
 from PIL import Image
 
 import model
@@ -39,25 +40,20 @@ def test_images_are_listed_folder_by_folder_under_the_names_by_which_they_are_re
         assert choices.find_images(folder)[0] == [str(path) for path in wanted] and len(wanted) == 6
 
 
-def test_the_backend_is_the_fastest_measured_on_this_machine_and_no_other(project, tmp_path):
-    arguments = ["--quick", "--backends", "pytorch", "onnx", "--device", "cpu", "--runs", 5]
-    run_script("benchmark.py", *arguments, "--results", tmp_path / "quick", cwd=project)
-    rows = choices.measured_here(tmp_path / "quick", "cpu", 64)
-    assert {(row["backend"], row["batch_size"]) for row in rows} == set(
-        itertools.product(("pytorch", "onnx"), (1, 4))
-    )
+def test_the_backend_is_the_fastest_measured_on_this_machine_and_no_other(measured, tmp_path):
+    results = Path(shutil.copytree(measured / "results" / "quick", tmp_path / "quick"))
+    rows = choices.measured_here(results, "cpu", 64)
+    found = {(row["backend"], row["batch_size"]) for row in rows}
+    assert found == set(itertools.product(("pytorch", "onnx"), (1, 4)))
     fastest = max(rows, key=lambda row: row["fps"])
     first, second = choices.choose_backends(None, rows, 10**9, "cpu")
-    assert (first.backend, first.batch_size, first.batch_sizes) == (
-        fastest["backend"],
-        fastest["batch_size"],
-        (1, 4),
-    )
-    assert {first.backend, second.backend} == {"pytorch", "onnx"} and first.measured
+    assert (first.backend, first.batch_size) == (fastest["backend"], fastest["batch_size"])
+    assert first.batch_sizes == (1, 4) and first.measured
+    assert {first.backend, second.backend} == {"pytorch", "onnx"}
     assert [one.backend for one in choices.choose_backends("pytorch", rows, 9, "cpu")] == ["pytorch"]
-    path = tmp_path / "quick" / "environment.json"
+    path = results / "environment.json"
     path.write_text(path.read_text("utf-8").replace('"torch": "', '"torch": "0.'), encoding="utf-8")
-    assert choices.measured_here(tmp_path / "quick", "cpu", 64) == []  # measured by another version
+    assert choices.measured_here(results, "cpu", 64) == []  # measured by another version
     assert choices.measured_here(tmp_path, "cpu", 64) == []
 
 
@@ -146,9 +142,9 @@ def test_without_a_table_batches_are_of_one_size():
     assert (only.backend, only.batch_size, only.measured) == ("pytorch", 15, False)
 
 
-def checkpoint(project: Path, folder: Path, size: int, classes: list[str], accuracy: float, trained_on: str):
+def checkpoint(tiny: Path, folder: Path, size: int, classes: list[str], accuracy: float, trained_on: str):
     """A checkpoint of random weights that says so of itself."""
-    facts = model.load_facts(project / "weights" / "best_resnet18_64.pth")
+    facts = model.load_facts(tiny / "weights" / "best_resnet18_64.pth")
     facts |= {"classes": classes, "image_size": size, "accuracy": accuracy}
     facts["data"] = {**facts["data"], "fingerprint": trained_on}
     path = folder / f"best_resnet18_{size}.pth"
@@ -156,22 +152,22 @@ def checkpoint(project: Path, folder: Path, size: int, classes: list[str], accur
     return path
 
 
-def test_a_checkpoint_is_chosen_among_those_of_one_data_set_only(project, tmp_path):
+def test_a_checkpoint_is_chosen_among_those_of_one_data_set_only(tiny, tmp_path):
     pets, fruit, data = ["cat", "dog"], ["apple", "pear"], tmp_path / "data"
-    checkpoint(project, tmp_path, 64, pets, 1.0, "pets")
-    newer = checkpoint(project, tmp_path, 96, fruit, 0.33, fingerprint(project / "data"))
-    assert choices.choose_checkpoint(tmp_path, None, project / "data")[0] == newer  # though less accurate
-    assert choices.choose_checkpoint(tmp_path, 64, project / "data")[1]["classes"] == pets
+    checkpoint(tiny, tmp_path, 64, pets, 1.0, "pets")
+    newer = checkpoint(tiny, tmp_path, 96, fruit, 0.33, fingerprint(tiny / "data"))
+    assert choices.choose_checkpoint(tmp_path, None, tiny / "data")[0] == newer  # though less accurate
+    assert choices.choose_checkpoint(tmp_path, 64, tiny / "data")[1]["classes"] == pets
     with pytest.raises(UserError, match="different classes.*--image-size SIZE") as error:
         choices.choose_checkpoint(tmp_path, None, data)
     assert "best_resnet18_64.pth: classes cat, dog; trained 20" in str(error.value)
-    newer = checkpoint(project, tmp_path, 96, pets, 0.33, "more pets")
+    newer = checkpoint(tiny, tmp_path, 96, pets, 0.33, "more pets")
     os.utime(newer, (time.time() + 9, time.time() + 9))
     assert choices.choose_checkpoint(tmp_path, None, data)[0] == newer
 
 
-def test_facts_are_read_without_pytorch_and_what_is_odd_is_said(project, tmp_path):
-    path = project / "weights" / "best_resnet18_64.pth"
+def test_facts_are_read_without_pytorch_and_what_is_odd_is_said(tiny, tmp_path):
+    path = tiny / "weights" / "best_resnet18_64.pth"
     expected = model.load_facts(path)
     assert choices.load_facts(path) == expected
     code = f"from utils.serve import choices; import sys; choices.load_facts(choices.Path({str(path)!r}))"

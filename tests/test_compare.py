@@ -3,7 +3,6 @@ CSV renders to."""
 
 import json
 import math
-import subprocess
 import sys
 
 import pandas as pd
@@ -238,25 +237,6 @@ def test_the_best_that_does_not_fit_is_exit_code_1(tmp_path, capsys):
     assert say(capsys, a, "--best")[0] == 0
     code, said, _ = say(capsys, a, "--best", "--max-latency-ms", 0.5)
     assert code == 1 and "None of 1 measured rows fits" in said and "1 miss --max-latency-ms 0.5" in said
-
-
-def test_help_answers_without_loading_pandas_or_matplotlib():
-    code = "import sys, compare; print({'pandas', 'matplotlib', 'torch'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "set()", done.stderr
-
-
-@pytest.mark.parametrize("content", [None, "Größe".encode("latin-1")])
-def test_a_readme_that_is_missing_or_in_another_encoding_is_one_sentence(
-    tmp_path, monkeypatch, capsys, content
-):
-    write(tmp_path / "results", table(("onnx", 64, 1, 100.0)))
-    monkeypatch.chdir(tmp_path)
-    if content:
-        (tmp_path / "README.md").write_bytes(content)
-    assert "README.md can't be read" in refused(capsys, "--write-readme")
-    assert not content or (tmp_path / "README.md").read_bytes() == content
-    assert [path.name for path in (tmp_path / "results").glob("*.png")] == []
 
 
 def test_a_readme_without_generated_parts_is_one_sentence(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NAMES, ROOT, load_test_images, paint, run_script
+from conftest import NAMES, ROOT, load_test_images, paint, run_here
 from PIL import Image
 from test_run_main import start
 
@@ -249,7 +249,7 @@ def test_all_broken_images_are_named_at_once(data):
     (data / "train" / "Пудж" / "битый.jpg").write_bytes(b"no picture")
     whole = (data / "test" / "Пудж" / "проба 1.jpg").read_bytes()
     (data / "test" / "Пудж" / "обрезан.jpg").write_bytes(whole[: len(whole) // 2])
-    done = run_script("datasets.py", "--data", data, ok=False)
+    done = run_here("datasets.py", "--data", data, ok=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "2 of 10 images can't be read" in done.stderr and "python datasets.py" in done.stderr
     assert str(data / "train" / "Пудж" / "битый.jpg") in done.stderr and "обрезан.jpg" in done.stderr

@@ -1,16 +1,15 @@
 """The device every script takes: never silently the CPU where NVIDIA's driver knows a GPU; want of memory."""
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import test_compare
 import torch
-from conftest import ROOT
+from conftest import run_here, run_script
 
 import end_to_end
 from utils import devices, environment
@@ -159,7 +158,22 @@ def test_a_number_out_of_range_is_one_sentence(kind, text):
     assert number(int, 1, 9)("9") == 9 and number(float, 1, 9)("1.5") == 1.5
 
 
-# ---- each script, beside a counterfeit driver that lists a GTX 1650 and a PyTorch without CUDA
+# ---- each script, beside a driver that lists a GTX 1650 and a PyTorch without CUDA
+
+
+@pytest.mark.parametrize(
+    "script", ["train", "benchmark", "pytorch_inference", "onnx_inference", "tensorrt_inference"]
+)
+def test_no_script_runs_silently_on_the_cpu(script, driver, tiny):
+    driver(build=None)
+    refuses(run_here(f"{script}.py", "--quick", cwd=tiny, ok=False))
+
+
+def refuses(done) -> None:
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "GTX 1650" in done.stderr and "build for CPUs only" in done.stderr
+    assert "run: python install.py" in done.stderr
+
 
 COUNTERFEIT = """
 import types
@@ -182,51 +196,30 @@ def __getattr__(name):
     raise AttributeError(name)
 """
 MEASURE = ["benchmark.py", "--quick", "--backends", "pytorch", "--rounds", 1, "--runs", 4]
+PREDICT = ["predict.py", Path("data", "test")]
 
 
 @pytest.fixture
-def beside_counterfeit(project, tmp_path):
-    """Run a script in a copy of the project; returns its exit code and stderr."""
+def beside_counterfeit(tiny, tmp_path):
+    """Run a script in a fresh process in a copy of the project; its exit code and what it said."""
     (tmp_path / "pynvml.py").write_text(COUNTERFEIT, encoding="utf-8")
-    shutil.copytree(project, tmp_path / "here", ignore=shutil.ignore_patterns("results"))
+    shutil.copytree(tiny, tmp_path / "here", ignore=shutil.ignore_patterns("results"))
 
-    def run(*command) -> tuple[int, str]:
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONUTF8": "1"}
-        started = [sys.executable, str(ROOT / command[0]), *map(str, command[1:])]
-        done = subprocess.run(
-            started, cwd=tmp_path / "here", env=environment, capture_output=True, encoding="utf-8"
-        )
-        return done.returncode, done.stderr
+    def run(script: str, *arguments):
+        return run_script(script, *arguments, cwd=tmp_path / "here", ok=False, PYTHONPATH=str(tmp_path))
 
     return run
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["train.py", "--quick"],
-        MEASURE,
-        ["predict.py", "data/test/Пудж"],
-        ["pytorch_inference.py", "--quick"],
-        ["onnx_inference.py", "--quick"],
-        ["tensorrt_inference.py", "--quick"],
-    ],
-    ids=lambda command: command[0],
-)
-def test_no_script_runs_silently_on_the_cpu(command, beside_counterfeit):
-    code, said = beside_counterfeit(*command)
-    assert code == 2 and "Traceback" not in said
-    assert "GTX 1650" in said and "build for CPUs only" in said and "run: python install.py" in said
+def test_the_way_from_the_driver_to_the_sentence_is_whole(beside_counterfeit):
+    """As in the test above, but nothing in the process is replaced."""
+    refuses(beside_counterfeit(*PREDICT))
 
 
 def test_what_the_cpu_made_names_no_gpu(beside_counterfeit, tmp_path):
-    for command in (
-        ["train.py", "--quick", "--force", "--workers", 0],
-        MEASURE,
-        ["predict.py", "data/test/Пудж"],
-    ):
-        code, said = beside_counterfeit(*command, "--device", "cpu")
-        assert code == 0, said
+    for command in (["train.py", "--quick", "--force", "--workers", 0], MEASURE, PREDICT):
+        done = beside_counterfeit(*command, "--device", "cpu")
+        assert done.returncode == 0, done.stderr
     written = [path for path in (tmp_path / "here").rglob("*") if path.is_file()]
     assert any(path.name == "benchmark_results.csv" for path in written)
     assert not [path for path in written if b"GTX 1650" in path.read_bytes()]

@@ -75,7 +75,7 @@ def test_the_readme_is_short_enough_to_be_read():
     assert len(read_text(ROOT / "README.md").splitlines()) <= 170
 
 
-@pytest.mark.parametrize("script", ["benchmark.py", "predict.py", "end_to_end.py"])
+@pytest.mark.parametrize("script", ["benchmark.py", "compare.py", "predict.py", "end_to_end.py"])
 def test_help_comes_without_the_large_libraries(script):
     heavy = ["torch", "torchvision", "pandas", "matplotlib", "scipy", "onnx", "onnxruntime", "openvino"]
     code = f"""

@@ -77,20 +77,33 @@ def test_a_processor_with_vnni_does_not_saturate():
 # ---- ONNX Runtime on the CPU
 
 
+def for_cpu(exported: Path, data: Path | None) -> tuple[Path, bool]:
+    """The quantised network of an export, and whether it was there already."""
+    return onnx_export.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data)
+
+
 def test_the_quantised_network_is_kept_and_made_anew_when_damaged(project, exported, capsys):
-    data = project / "data"
-    path, fresh = onnx_export.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data)
-    assert not fresh and onnx_export.for_cpu(
-        exported, exported.with_name("best_resnet18_64.pth"), 64, data
-    ) == (path, True)
+    path, _ = for_cpu(exported, project / "data")
+    assert for_cpu(exported, project / "data") == (path, True)
     before = sha256(path)
+    capsys.readouterr()
     path.write_bytes(path.read_bytes()[:-1])
-    assert onnx_export.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data) == (
-        path,
-        False,
-    )
+    assert for_cpu(exported, project / "data") == (path, False)
     assert capsys.readouterr().err == f"{path} is damaged; building it anew\n"
     assert sha256(path) == before  # the same network again, to the byte
+
+
+def test_the_classifier_is_left_as_it_is(project, exported):
+    """Rounded like the rest it clips the features of a rare image, and with them half of its logits."""
+    import onnx
+
+    path, _ = for_cpu(exported, project / "data")
+    nodes = onnx.load(path).graph.node
+    made_by = {name: node.op_type for node in nodes for name in node.output}
+    (gemm,) = (node for node in nodes if node.op_type == "Gemm")
+    assert "DequantizeLinear" in made_by.values()
+    first, *weights = [made_by.get(name) for name in gemm.input]
+    assert first in ("Reshape", "Flatten") and weights == [None, None]  # by exporter
 
 
 def test_a_training_image_that_broke_meanwhile_is_named(project, exported, tmp_path):
@@ -98,26 +111,25 @@ def test_a_training_image_that_broke_meanwhile_is_named(project, exported, tmp_p
     broken = onnx_export.calibration_files(data)[-1]
     broken.write_bytes(b"hi")
     with pytest.raises(UserError, match=f"{re.escape(str(broken))} can't be read any more"):
-        onnx_export.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, data)
+        for_cpu(exported, data)
 
 
-def test_a_network_calibrated_on_other_images_is_made_anew(project, exported, tmp_path, capsys):
-    path, _ = onnx_export.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, project / "data")
-    write_images(tmp_path, 9)
-    assert onnx_export.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, tmp_path) == (
-        path,
-        False,
-    )
-    assert "was made for another images; building it anew" in capsys.readouterr().err
+def test_a_network_calibrated_on_other_images_is_made_anew(exported, tmp_path, capsys):
+    write_images(tmp_path / "a", 8)
+    write_images(tmp_path / "b", 9)
+    path, _ = for_cpu(exported, tmp_path / "a")
+    capsys.readouterr()
+    assert for_cpu(exported, tmp_path / "b") == (path, False)
+    assert capsys.readouterr().err == f"{path} was made for another images; building it anew\n"
 
 
-def test_without_images_the_network_that_is_there_is_used_and_none_is_made(project, exported, tmp_path):
-    checkpoint = exported.with_name("best_resnet18_64.pth")
-    path, _ = onnx_export.for_cpu(exported, checkpoint, 64, project / "data")
+def test_without_images_the_network_that_is_there_is_used_and_none_is_made(exported, tmp_path):
+    write_images(tmp_path, 8)
+    path, _ = for_cpu(exported, tmp_path)
     whole = path.read_bytes()
-    assert onnx_export.for_cpu(exported, checkpoint, 64, None) == (path, True)
+    assert for_cpu(exported, None) == (path, True)
     path.unlink()
-    backend = backends.make("onnx-int8")
+    backend, checkpoint = backends.make("onnx-int8"), exported.with_name("best_resnet18_64.pth")
     with pytest.raises(Unavailable, match="python benchmark.py"):
         backend.load(checkpoint, 64, [1], "cpu")
     path.write_bytes(whole)
@@ -142,19 +154,6 @@ def test_an_export_that_cannot_be_written_says_what_mends_it(project, tmp_path, 
     assert "run: pip install" in problem.reason or "a folder is where a file belongs" in problem.reason
 
 
-def test_the_classifier_is_left_as_it_is(project, exported):
-    """Rounded like the rest it clips the features of a rare image, and with them half of its logits."""
-    import onnx
-
-    path, _ = onnx_export.for_cpu(exported, exported.with_name("best_resnet18_64.pth"), 64, project / "data")
-    nodes = onnx.load(path).graph.node
-    made_by = {name: node.op_type for node in nodes for name in node.output}
-    (gemm,) = (node for node in nodes if node.op_type == "Gemm")
-    assert "DequantizeLinear" in made_by.values()
-    first, *weights = [made_by.get(name) for name in gemm.input]
-    assert first in ("Reshape", "Flatten") and weights == [None, None]  # by exporter
-
-
 def spoil(data: Path, kind: str) -> None:
     """Replace what every training image shows; the files' names and numbers stay."""
     random = np.random.default_rng(0)
@@ -166,16 +165,17 @@ def spoil(data: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["real", "constant", "noise"])
 def test_int8_calibrated_on_constant_images_or_noise_is_a_mismatch(project, exported, tmp_path, kind):
-    data = project / "data"
-    checkpoint = Path(shutil.copy(exported.with_name("best_resnet18_64.pth"), tmp_path))
-    shutil.copy(exported, tmp_path)
-    shutil.copy(f"{exported}.json", tmp_path)
+    data, folder = project / "data", exported.parent
+    if kind != "real":
+        data, folder = Path(shutil.copytree(data, tmp_path / "data")), tmp_path
+        spoil(data, kind)
+        for name in ("best_resnet18_64.pth", exported.name, f"{exported.name}.json"):
+            shutil.copy(exported.with_name(name), folder)
+    checkpoint = folder / "best_resnet18_64.pth"
     network, facts = model.load(checkpoint, "cpu")
     pictures, labels = load_test_images(data, 64, facts["classes"])
     backend = backends.make("onnx-int8")
-    backend.data = data if kind == "real" else Path(shutil.copytree(data, tmp_path / "data"))
-    if kind != "real":
-        spoil(backend.data, kind)
+    backend.data = data
     with torch.inference_mode():
         backend.load(checkpoint, 64, [len(pictures)], "cpu")
         logits, expected = backend.predict(backend.prepare(pictures)), network(pictures)

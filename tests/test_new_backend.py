@@ -21,7 +21,7 @@ def edit(path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-def test_a_backend_is_added_by_the_steps_of_the_readme(project, tmp_path):
+def test_a_backend_is_added_by_the_steps_of_the_readme(tiny, tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code = re.search(r"## Adding a backend.*?```python\n(.*?)```", readme, re.DOTALL)[1]
     repo = copy_of_the_repo(tmp_path / "repo")
@@ -31,8 +31,8 @@ def test_a_backend_is_added_by_the_steps_of_the_readme(project, tmp_path):
     first = '    "pytorch": '
     colour = f'    "torchscript": ("TorchScript", YELLOW),\n{first}'
     edit(repo / "utils" / "report" / "names.py", first, colour)
-    paths = ["--data", project / "data", "--weights", project / "weights", "--results", tmp_path]
-    small = ["--backends", "pytorch", "torchscript", "--quick", "--runs", 4, "--device", "cpu", *paths]
+    paths = ["--data", tiny / "data", "--weights", tiny / "weights", "--results", tmp_path]
+    small = ["--backends", "pytorch", "torchscript", "--quick", "--rounds", 1, "--device", "cpu", *paths]
     said = run_script(repo / "benchmark.py", *small, cwd=repo).stdout
     rows = pd.read_csv(tmp_path / "quick" / "benchmark_results.csv").set_index("backend")
     assert set(rows.loc["torchscript"].status) == {"ok"} and (rows.loc["torchscript"].speedup > 0).all()

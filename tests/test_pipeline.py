@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import itertools
 import os
+import shutil
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import load_test_images, run_script
+from conftest import load_test_images, noise, run_here, run_script
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -31,15 +32,6 @@ from utils.serve import dali, decoder, pipeline, throughput
 SIZE, BATCH = 32, 4
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 WITH_DALI = pytest.mark.skipif(bool(dali.why_no_dali()), reason="DALI is not installed")
-
-
-def noise(width: int = 60, height: int = 40, channels: int = 3) -> np.ndarray:
-    return np.random.default_rng(width * height).integers(0, 255, (height, width, channels), dtype=np.uint8)
-
-
-def jpeg(path: Path, **options) -> Path:
-    Image.fromarray(noise()).save(path, **options)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -60,36 +52,11 @@ def odd(tmp_path_factory) -> dict[str, Path]:
     for name in ("moving.gif", "moving.png"):
         plain.save(paths[name], save_all=True, append_images=[plain.rotate(90)])
     plain.save(paths["plain.webp"])
-    paths["trailing.jpg"] = jpeg(folder / "trailing.jpg")
+    paths["trailing.jpg"] = folder / "trailing.jpg"
+    plain.save(paths["trailing.jpg"])
     with paths["trailing.jpg"].open("ab") as file:
         file.write(b"more bytes")
     return paths
-
-
-@pytest.fixture(scope="module")
-def broken(tmp_path_factory) -> dict[str, Path]:
-    """Files that can't be read, in ten ways."""
-    folder = tmp_path_factory.mktemp("broken")
-    whole = jpeg(folder / "whole.jpg").read_bytes()
-    Image.fromarray(noise()).save(folder / "whole.png")
-    png = (folder / "whole.png").read_bytes()
-    contents = {
-        "empty.jpg": b"",
-        "short.jpg": whole[:1],
-        "text.jpg": b"this is no image at all",
-        "truncated.jpg": whole[: len(whole) // 2],
-        "header only.jpg": whole[:300],
-        "truncated.png": png[: len(png) // 2],
-        "signature.png": png[:8],
-        "damaged.png": png[:100] + b"\0" * 200 + png[300:],
-        "html.png": b"<html><body>404</body></html>",
-    }
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    (folder / "folder.jpg").mkdir()
-    (folder / "whole.jpg").unlink()
-    (folder / "whole.png").unlink()
-    return {name: folder / name for name in [*contents, "folder.jpg"]}
 
 
 def as_training_reads(path) -> np.ndarray:
@@ -283,14 +250,13 @@ def test_logits_from_files_are_those_of_the_test_set(project, name):
 # ---- end_to_end.py
 
 
-def test_end_to_end_writes_a_row_for_every_backend_and_decoder(project, tmp_path):
-    arguments = ["--quick", "--backends", "pytorch", "onnx", "--device", "cpu", "--runs", 5]
-    arguments += ["--sustain-seconds", 0]
-    run_script("benchmark.py", *arguments, "--results", tmp_path / "quick", cwd=project)
-    short = ["--results", tmp_path / "quick", "--rounds", 2, "--seconds", 0.2, "--backends", "onnx"]
-    decoders = ["pillow"] if dali.why_no_dali() else ["pillow", "dali"]
-    said = run_script("end_to_end.py", *short, "--decoders", *decoders, cwd=project).stdout
-    table = pd.read_csv(tmp_path / "quick" / "end_to_end.csv")
+def test_end_to_end_writes_a_row_for_every_backend_and_decoder(measured, tmp_path, monkeypatch):
+    results = Path(shutil.copytree(measured / "results" / "quick", tmp_path / "quick"))
+    path, decoders = results / "end_to_end.csv", ["pillow"] if dali.why_no_dali() else ["pillow", "dali"]
+    short = ["--results", results, "--seconds", 0.1]
+    asked = ["--rounds", 2, "--backends", "onnx", "--decoders", *decoders]
+    said = run_script("end_to_end.py", *short, *asked, cwd=measured).stdout
+    table = pd.read_csv(path)
     assert list(table) == [*end_to_end.Row.__dataclass_fields__, "cores", "date"]
     assert list(table.decoder) == decoders
     assert set(table.status) == {"ok"} and said.count("images/s") == len(table)
@@ -298,22 +264,21 @@ def test_end_to_end_writes_a_row_for_every_backend_and_decoder(project, tmp_path
     assert row.agreement == 1 and row.max_abs_diff < 1e-4 and 0 < row.accuracy <= 1
     assert row.images_per_s_low < row.images_per_s < row.images_per_s_high
     assert row.limit in ("decode", "inference")
-    table.drop(columns=["images", "files", "start_s", "whole_s"]).to_csv(  # as an earlier version wrote it
-        tmp_path / "quick" / "end_to_end.csv", index=False
-    )
-    again = [*short[:2], "--rounds", 1, "--seconds", 0.2, "--backends", "pytorch"]
-    photos = project / "data" / "test"
-    said = run_script("end_to_end.py", *again, "--images", photos, cwd=project)
-    assert "; predict.py: 100 files in " in said.stdout and "was trained on other images" not in said.stderr
-    table = pd.read_csv(tmp_path / "quick" / "end_to_end.csv")
-    assert sorted(table.backend + table.images) == [
-        *(["onnxtest set"] * len(decoders)),
-        "pytorchphotos",
-        "pytorchtest set",
-    ]
+
+    earlier = table.drop(columns=["images", "files", "start_s", "whole_s"])
+    earlier.to_csv(path, index=False)  # as an earlier version wrote it
+    photos = next((measured / "data" / "test").iterdir())
+    asked = ["--rounds", 1, "--backends", "pytorch", "--images", photos]
+    monkeypatch.setattr(end_to_end, "in_fresh_process", lambda function, *asked: function(*asked))
+    monkeypatch.setattr(throughput, "WARM_UP_SECONDS", 0.01)
+    done = run_here("end_to_end.py", *short, *asked, cwd=measured)
+    assert "; predict.py: 25 files in " in done.stdout and "was trained on other images" not in done.stderr
+    table = pd.read_csv(path)
+    rows = sorted(table.backend + table.images)
+    assert rows == [*(["onnxtest set"] * len(decoders)), "pytorchphotos", "pytorchtest set"]
     assert table[table.backend == "pytorch"].images_per_s_low.isna().all()  # one round has no interval
     row = table[table.images == "photos"].iloc[0]
-    assert row.files == 100 and 0 < row.start_s < row.whole_s and row.images_per_s > 0
+    assert row.files == 25 and 0 < row.start_s < row.whole_s and row.images_per_s > 0
 
 
 def test_where_the_network_was_trained_on_other_images_end_to_end_says_so(
@@ -344,8 +309,8 @@ def test_rates_and_overlap_are_put_together_by_round():
     assert (failed.status, failed.reason) == ("failed", "it died") and failed.images_per_s_low is None
 
 
-def test_a_missing_table_is_one_sentence(project, tmp_path):
-    done = run_script("end_to_end.py", "--results", tmp_path, cwd=project, ok=False)
+def test_a_missing_table_is_one_sentence(tmp_path):
+    done = run_here("end_to_end.py", "--results", tmp_path, ok=False)
     assert done.returncode == 2 and "python benchmark.py" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -85,11 +85,8 @@ def test_what_the_device_did_against_hand_worked_figures():
     assert row.pct_measured_peak == pytest.approx(100 * 0.4 / 8)
     assert row.flops_per_byte == pytest.approx(1e9 / (2 * (2e6 + 8e6 / 4)))  # 250 x 10 GB/s = 2.5 TFLOP/s < 8
     assert row.limit == "memory" and row.sustained_fps == 500 and row.mj_per_image == 1500
-    assert (
-        row.temperature_c == 40
-        and row.host_memory_mb == 500
-        and any("device memory" in note for note in row.notes)
-    )
+    assert row.temperature_c == 40 and row.host_memory_mb == 500
+    assert any("device memory" in note for note in row.notes)
     rounds[0].batches[0]["busy_ms"] = 4.0  # of 10 ms
     assert rows_of(rounds, limits, **gpu)[0].limit == "launch"
     assert rows_of(rounds, **gpu)[0].limit is None  # no roofline measured
@@ -133,9 +130,8 @@ def test_a_single_round_has_no_interval_and_what_missed_its_target_says_by_how_m
 
 def test_a_further_round_adds_to_a_row_and_takes_nothing_away():
     rounds = [record(round_=k) for k in range(3)]
-    killed = record(
-        round_=3, further=True, batches=[{"batch_size": 4, "status": "failed", "reason": "killed"}]
-    )
+    failed = {"batch_size": 4, "status": "failed", "reason": "killed"}
+    killed = record(round_=3, further=True, batches=[failed])
     (row,) = rows_of([*rounds, killed])
     assert row.status == "ok" and row.rounds == 3
     (row,) = rows_of([*rounds, record(round_=3, further=True, batch_sizes=[4])])

@@ -1,19 +1,14 @@
 """The drawn sample: the same for the same seed, marked, and never over a user's images."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, paint
+from conftest import paint
 
 import datasets
-from utils.sample_images import HEROES
+from utils import sample_images
 from utils.utils import UserError
 
 FEW = {"train": 2, "test": 1}
@@ -37,7 +32,7 @@ def test_the_sample_is_drawn_the_same_for_the_same_seed(sample, tmp_path):
     listed = datasets.list_images(sample)
     assert {
         split: {name: len(images) for name, images in classes.items()} for split, classes in listed.items()
-    } == {split: dict.fromkeys(sorted(HEROES), count) for split, count in FEW.items()}
+    } == {split: dict.fromkeys(sorted(sample_images.HEROES), count) for split, count in FEW.items()}
     assert all(200 <= side <= 700 for size in datasets.check_images(sample).values() for side in size)
 
 
@@ -106,18 +101,17 @@ def test_hidden_classes_are_a_users_too(tmp_path, monkeypatch):
     assert not (tmp_path / "data" / "SAMPLE.txt").exists()
 
 
-def test_an_interrupted_drawing_leaves_no_half_data_set(tmp_path):
-    drawing = subprocess.Popen(
-        [sys.executable, str(ROOT / "datasets.py"), "--draw-sample", "--data", str(tmp_path)],
-        stderr=subprocess.PIPE,
-    )
-    while not list(tmp_path.glob("sample.part/train/*/*")) and drawing.poll() is None:
-        time.sleep(0.05)
-    drawing.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
-    drawing.communicate(timeout=60)
-    assert (
-        drawing.returncode != 0 and not datasets.has_data(tmp_path) and not (tmp_path / "SAMPLE.txt").exists()
-    )
+def test_an_interrupted_drawing_leaves_no_half_data_set(tmp_path, monkeypatch):
+    def draw_and_stop(folder, seed, what):
+        draw_file(folder, seed, what)
+        raise KeyboardInterrupt
+
+    draw_file = sample_images.draw_file
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample_images, "draw_file", draw_and_stop)
+        datasets.draw_sample(tmp_path, seed=3, counts=FEW)
+    assert list(tmp_path.glob("sample.part/train/*/*"))
+    assert not datasets.has_data(tmp_path) and not (tmp_path / "SAMPLE.txt").exists()
     datasets.draw_sample(tmp_path, seed=3, counts=FEW)
     assert len(datasets.all_images(tmp_path)) == 12 and not (tmp_path / "sample.part").exists()
 

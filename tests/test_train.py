@@ -4,20 +4,16 @@ two processes."""
 import functools
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import ROOT, load_test_images
+from conftest import ROOT, load_test_images, start_script, write_noise
 from filelock import FileLock
-from PIL import Image
 
 import datasets
 import model
@@ -28,15 +24,8 @@ from utils.utils import UserError, checkpoint_path
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A project whose two classes, light and dark noise, have five training images each, and four and three
-    test images."""
-    numbers = np.random.default_rng(0)
-    for name, low in (("светлый", 120), ("тёмный", 0)):
-        for split, count in (("train", 5), ("test", 4 if low else 3)):
-            for index in range(count):
-                path = tmp_path / "data" / split / name / f"{index}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(numbers.integers(low, low + 120, (40, 40, 3), dtype=np.uint8)).save(path)
+    """A project whose data are a few images of noise."""
+    write_noise(tmp_path / "data")
     return tmp_path
 
 
@@ -109,9 +98,8 @@ def test_retraining_one_size_keeps_the_rows_of_the_others(folder, run):
 def test_other_images_and_force_train_again(folder, run):
     run("--image-sizes", 32, 40, "--epochs", 1)
     assert "epoch 1/1" in run("--image-sizes", 32, 40, "--epochs", 1, "--force")
-    shutil.copy(
-        folder / "data" / "test" / "тёмный" / "0.png", folder / "data" / "train" / "тёмный" / "new.png"
-    )
+    data = folder / "data"
+    shutil.copy(data / "test" / "тёмный" / "0.png", data / "train" / "тёмный" / "new.png")
     first = checkpoint_path(folder / "weights", 32)
     before = first.read_bytes()
     with pytest.raises(UserError, match="best_resnet18_32.pth was trained on other images.*--force"):
@@ -121,34 +109,28 @@ def test_other_images_and_force_train_again(folder, run):
     assert first.with_name(f"{first.name}.1").read_bytes() == before != first.read_bytes()
 
 
-def test_an_interrupted_run_goes_on_after_its_last_epoch(folder, run):
-    request = ["--image-sizes", 64, "--epochs", 6]
-    last = folder / "weights" / "last_resnet18_64.pth"
-    command = [sys.executable, str(ROOT / "train.py"), *arguments(folder, *request)]
-    training = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUTF8": "1"}
-    )
-    while not last.exists() and training.poll() is None:
-        time.sleep(0.02)
-    training.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
-    _, errors = training.communicate(timeout=60)
-    if os.name == "posix":
-        assert (
-            training.returncode == 130
-            and b"run the same command again" in errors
-            and b"Traceback" not in errors
-        )
+def test_an_interrupted_run_goes_on_after_its_last_epoch(folder, run, monkeypatch):
+    request, say = ["--image-sizes", 32, "--epochs", 6], train.print_rank0
+    last = folder / "weights" / "last_resnet18_32.pth"
+
+    def say_and_stop(text: str) -> None:
+        say(text)
+        if "epoch 2/6" in text:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "print_rank0", say_and_stop)
+        run(*request)
     done = model.load_facts(last)["history"]
-    assert 1 <= len(done) < 6 and not checkpoint_path(folder / "weights", 64).exists()
+    assert len(done) == 2 and not checkpoint_path(folder / "weights", 32).exists()
     said = run(*request)
-    assert f"resuming after epoch {len(done)}" in said and "epoch 1/6" not in said
-    history = model.load_facts(checkpoint_path(folder / "weights", 64))["history"]
+    assert "resuming after epoch 2" in said and "epoch 3/6" in said
+    history = model.load_facts(checkpoint_path(folder / "weights", 32))["history"]
     assert [row["epoch"] for row in history] == list(range(1, 7)) and history[: len(done)] == done
     assert not last.exists() and len(rows_of(folder)) == 6
-    run(
-        *request, "--weights", folder / "again", "--workers", 1
-    )  # in one go; any number of workers sees the same
-    straight = model.load_facts(checkpoint_path(folder / "again", 64))["history"]
+    # In one go; any number of workers sees the same.
+    run(*request, "--weights", folder / "again", "--workers", 1)
+    straight = model.load_facts(checkpoint_path(folder / "again", 32))["history"]
     for name in ("train_loss", "test_loss", "test_accuracy"):
         assert [row[name] for row in straight] == [row[name] for row in history]
 
@@ -184,19 +166,11 @@ def test_any_batch_size_works(run, batch_size):
 
 
 def test_two_processes_train_one_network(folder):
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(ROOT / "train.py"),
-    ]
-    environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, *arguments(folder, "--image-sizes", 32, "--epochs", 2, "--batch-size", 4)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "train.py"), *arguments(folder, "--image-sizes", 32, "--epochs", 2)]
+    environment = {**os.environ, "PYTHONUTF8": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300
+        [*command, "--batch-size", "4"], env=environment, capture_output=True, encoding="utf-8", timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/2") == 1
@@ -240,9 +214,7 @@ train.run_main(train.main)"""
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_a_killed_reader_is_one_sentence(folder):
     command = [*arguments(folder, "--image-sizes", 64, "--epochs", 500), "--workers=1"]
-    training = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    training = start_script("train.py", *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while b"epoch 1/" not in training.stdout.readline():
         assert training.poll() is None
     reader = max(psutil.Process(training.pid).children(), key=lambda process: process.pid)
@@ -263,12 +235,8 @@ def test_a_second_training_waits_for_the_first_or_says_so(folder, run, monkeypat
 
 def test_the_learning_rate_rises_and_falls_to_zero():
     rates = [train.learning_rate_at(step / 100, 2.0) for step in range(101)]
-    assert (
-        rates[0] == 0
-        and rates[20] == max(rates) == pytest.approx(2)
-        and rates[60] == pytest.approx(1)
-        and rates[100] == pytest.approx(0)
-    )
+    assert rates[0] == 0 and rates[20] == max(rates) == pytest.approx(2)
+    assert rates[60] == pytest.approx(1) and rates[100] == pytest.approx(0)
 
 
 def test_mistakes_are_one_sentence(folder, run):

@@ -125,7 +125,7 @@ def main() -> None:
                 samples = timing.sample(call, synchronize, args.runs, new_event)
                 loop = bare_loop(bare, args.runs)
                 if block:  # the first one warms up
-                    ours, theirs = ours + samples.host_ms, theirs + loop
+                    ours, theirs = ours + samples["host_ms"], theirs + loop
         own, bare_ms = timing.trimmed_mean(ours), timing.trimmed_mean(theirs)
         ratio = own / bare_ms
         worst = max(worst, abs(ratio - 1))

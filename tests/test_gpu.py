@@ -111,7 +111,7 @@ def test_runs_with_and_without_nvml_beside_them_agree(call):
         else:
             timing.warm_up(run, torch.cuda.synchronize, 1, 0.3, 1.0)
         samples = timing.sample(run, torch.cuda.synchronize, 100, new_event)
-        means[watched].append(timing.trimmed_mean(samples.host_ms))
+        means[watched].append(timing.trimmed_mean(samples["host_ms"]))
     noise = max(np.ptp(values) / np.mean(values) for values in means.values())
     assert np.mean(means[True]) == pytest.approx(np.mean(means[False]), rel=max(0.02, noise))
 
@@ -129,7 +129,7 @@ def test_busy_time_lies_within_the_time_of_a_call(call):
     run = call(224, 16)
     timing.warm_up(run, torch.cuda.synchronize, 10, 0.3, 5.0)
     samples = timing.sample(run, torch.cuda.synchronize, 50, new_event)
-    assert 0.2 < gpu.busy_ms(run) / timing.trimmed_mean(samples.gpu_ms) < 1.1
+    assert 0.2 < gpu.busy_ms(run) / timing.trimmed_mean(samples["gpu_ms"]) < 1.1
 
 
 def test_measured_rates_stay_under_the_theoretical_peaks():

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from utils.measure import interleave, records
+import backends
+from utils.measure import interleave
 from utils.measure.interleave import InterleavedRound, Member, has_saturated, plan_blocks
 from utils.measure.schema import Job, Problem, Settings
+from utils.measure.sweep import new_record, resume
 from utils.utils import UserError
 
 SETTINGS = Settings(runs=6, rounds=3, warmup=1, min_seconds=0.0, max_seconds=3.0, sustain_seconds=0.0, seed=0)
@@ -26,7 +28,6 @@ JOB = Job(
     data=Path("data"),
     checkpoint=Path("weights/best_resnet18_64.pth"),
     results=Path("results"),
-    record=Path("results/raw/main/onnx_64_round0.json"),
     settings_key="s",
     key="k",
 )
@@ -50,7 +51,7 @@ class Steps:
         if problem:
             raise problem
         timed = {"host_ms": [self.run_ms], "enqueue_ms": [], "gpu_ms": [], "block_runs": [1], "core_ms": []}
-        found = {"describe": {"adds": "x"}, "open": OPENED, "end": {**timed, "sustained": None}}
+        found = {"open": OPENED, "end": {**timed, "sustained": None}}
         found |= {"begin": {"run_ms": self.run_ms, "max_abs_diff": 0.5}, "run": self.run_ms}
         return found[step]
 
@@ -66,8 +67,9 @@ def play(*members: Member, sequential: bool = False):
 
 
 def member(fails=None, run_ms: float = 2.0, **changes) -> Member:
-    job = dataclasses.replace(JOB, **changes)
-    return Member(job, Steps(fails, run_ms), records.start(job))
+    script = backends.SCRIPTS[changes.get("backend", JOB.backend)]
+    job = dataclasses.replace(JOB, script=script, **changes)
+    return Member(job, Steps(fails, run_ms), new_record(job))
 
 
 def statuses(one: Member) -> dict[int, str]:
@@ -91,7 +93,7 @@ def test_want_of_memory_beside_others_is_not_held_against_a_member_and_what_it_m
     onnx = member({("begin", 8): NO_MEMORY})
     round_, _ = play(member(backend="pytorch"), onnx)
     assert round_.again == [onnx] and statuses(onnx) == {1: "ok"}
-    alone = Member(JOB, Steps(), records.resume(JOB, onnx.record))
+    alone = Member(JOB, Steps(), resume(JOB, onnx.record))
     round_, _ = play(alone, sequential=True)
     assert statuses(alone) == {1: "ok", 8: "ok"} and not round_.again
     assert ("begin", 1, True) not in alone.steps.asked  # only what lacks is measured
@@ -144,7 +146,8 @@ def test_a_further_round_that_fails_takes_nothing_away():
 
 
 def test_a_failure_does_not_replace_a_measurement():
-    record = records.start(JOB, batches=[{"batch_size": 1, "status": "ok", "reason": "", "host_ms": [2.0]}])
+    record = new_record(JOB)
+    record.batches = [{"batch_size": 1, "status": "ok", "reason": "", "host_ms": [2.0]}]
     onnx = Member(JOB, Steps({("open", None): BROKEN}), record)
     play(onnx)
     assert onnx.record.status == "ok" and statuses(onnx) == {1: "ok", 8: "failed"}
@@ -167,7 +170,7 @@ def test_growing_batch_sizes_stop_where_doubling_gains_too_little_or_fails():
         2,
         4,
     ]
-    level = records.start(JOB)
+    level = new_record(JOB)
     level.batches = [{"batch_size": n, "status": "ok", "host_ms": [float(n)]} for n in (1, 2)]
     assert has_saturated(level)
 
@@ -184,8 +187,7 @@ def test_blocks_share_the_runs_and_the_slowest_decides_how_often_they_change():
 def test_a_clock_that_gives_the_same_reading_twice_divides_nothing_by_zero():
     from utils.measure import timing
 
-    assert timing._ms(timing.np.zeros(2)) == [timing.RESOLUTION_MS] * 2
-    assert timing.trimmed_mean(timing._ms(timing.np.zeros(2))) > 0
+    assert timing.ms([1.0, 2.0], [1.0, 2.0]) == [timing.RESOLUTION_MS] * 2
 
 
 def test_what_a_limit_on_processor_time_held_back_meanwhile_is_noted(monkeypatch):

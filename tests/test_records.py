@@ -180,11 +180,9 @@ def test_a_record_comes_back_as_it_was_written_its_samples_on_one_line(tmp_path)
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda found: found["batches"][0].update(host_ms="1.5"),
-        lambda found: found["batches"][0].update(host_ms=[1.5, -2.0]),
-        lambda found: found["batches"][0].update(host_ms=[]),
-        lambda found: found["batches"][0].update(batch_size="4"),
+        lambda found: found["batches"][0].pop("host_ms"),
         lambda found: found["batches"][0].pop("batch_size"),
+        lambda found: found["batches"].append("4"),
         lambda found: found["batches"][0].update(status="oj"),
         lambda found: found["check"].pop("images"),
         lambda found: found.update(batches=None),
@@ -231,15 +229,11 @@ def test_what_was_measured_last_is_noted_and_no_clock_decides_it(tmp_path):
 
 
 def job(key: str, settings_key: str = "s") -> Job:
-    results = Path("results")
     known = dict.fromkeys(("sweep", "script", "checkpoint", "data"), "main")
-    known |= {
-        "settings": Settings(6, 3, 1, 0.0, 1.0, 0.0, 0),
-        "environment": {"command": "python benchmark.py"},
-    }
-    known |= {"results": results, "record": results / "raw" / "main" / "pytorch_64_round0.json"}
-    known |= {"backend": "pytorch", "image_size": 64, "batch_sizes": (4,), "auto": False, "round": 0}
-    return Job(**known, device="cpu", key=key, settings_key=settings_key)
+    known |= {"settings": Settings(6, 3, 1, 0.0, 1.0, 0.0, 0), "results": Path("results")}
+    known |= {"environment": {"command": "python benchmark.py"}, "auto": False, "round": 0}
+    known |= {"backend": "pytorch", "image_size": 64, "batch_sizes": (4,), "device": "cpu"}
+    return Job(**known, key=key, settings_key=settings_key)
 
 
 def test_records_of_another_checkpoint_are_put_away_and_come_back(tmp_path, monkeypatch, capsys):
@@ -308,17 +302,15 @@ def test_a_packed_sweep_replaces_nothing_in_a_folder_beside_it(tmp_path):
     assert records.read_record(folder / name).runs == 99 and len(list(folder.glob("*_round*"))) == 2
 
 
-@pytest.mark.parametrize(
-    "note", [1, {"environment": {}}, {"keys": 3, "commands": "x", "spent_s": "1", "settings": []}]
-)
+@pytest.mark.parametrize("note", [1, {"environment": {}}])
 def test_damaged_notes_of_a_sweep_are_as_good_as_none(tmp_path, note, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = job("k").record.parent
     keep(folder, record())
     for content in ([note], {"s": note, "last": [1]}):
         write_json(folder / "sweep.json", content)
-        for limits in ({"tflopt": {}}, {"tflops": 3, "gb_per_s": 2.0}, {"tflops": {}, "gb_per_s": "2"}):
-            write_json(folder / "ceilings.json", {"settings_key": "s"} | limits)
+        for limits in ([], {"settings_key": "t"}):
+            write_json(folder / "ceilings.json", limits)
             found, known, roofline = records.read_sweep(folder)
             assert len(rows.rows_of(found, known, roofline)) == 1 and roofline is None
         assert records.note_sweep([job("k")], spent_s=2.5)["commands"] == ["python benchmark.py"]

@@ -156,7 +156,7 @@ class Device:
 def device(monkeypatch):
     shared = Device()
     monkeypatch.setattr(gpu, "read_driver", shared.read)
-    monkeypatch.setattr(gpu, "_own", {"risen": 0, "began": None})
+    monkeypatch.setattr(gpu, "_risen", 0)
     return shared
 
 
@@ -164,7 +164,7 @@ def test_only_what_rises_in_a_processs_own_phases_is_its_memory(device):
     assert gpu.memory_mb() == (None, None)
     with gpu.own_phase():
         device.used += 300
-        assert gpu.memory_mb() == (300, "device")
+    assert gpu.memory_mb() == (300, "device")
     device.used += 5000  # a neighbour loads
     assert gpu.memory_mb() == (300, "device")
     with gpu.own_phase():

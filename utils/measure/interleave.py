@@ -6,7 +6,7 @@ order, one process at work while the others wait, the blocks of each batch size 
 A block is later compared with the baseline's of the same pass.
 """
 
-import functools
+import contextlib
 import math
 import random
 import sys
@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils.environment import throttled_s
-from utils.measure import records, timing
+from utils.measure import timing
 from utils.measure.schema import BASELINE, Job, Problem, Record, Settings
-from utils.measure.worker import LONGEST_REASON, problem_of, serve
-from utils.utils import UserError, fresh_processes
+from utils.measure.worker import LONGEST_REASON, serve
+from utils.utils import fresh_processes
 
 # Of a block at least: below, what the others left in the caches shows.  A core that shares its hardware with
 # a neighbour's changes between two speeds several times a second, which shows where launching is the limit.
@@ -65,12 +65,10 @@ class Remote:
     def last_words(self) -> str:
         """How the process ended, and the end of what it wrote into the log."""
         self.stop()
-        code = self.process.exitcode or 0
+        written = self.log.read_bytes()[self.log_size_before :].decode("utf-8", errors="replace").strip()
+        code, last = self.process.exitcode or 0, written.rpartition("\n")[2][-LONGEST_REASON:]
         reason = f"its process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
-        written = self.log.read_bytes()[self.log_size_before :].decode("utf-8", errors="replace").split("\n")
-        lines = [line.strip() for line in written if line.strip()]
-        more = f": {lines[-1][-LONGEST_REASON:]}" if lines else ""
-        return f"{reason}{more}; {self.log} says more; run the same command to try again"
+        return f"{reason}: {last}; {self.log} says more; run the same command to try again"
 
     def is_gone(self) -> bool:
         return self.process.exitcode is not None
@@ -86,36 +84,17 @@ class Remote:
 class Member:
     """A backend in a round: where its steps happen, and the record that grows by what they return.
 
-    `record` is what the job goes on with, see records.resume(); None for a baseline that only runs beside
-    others, whose figures are not wanted.
+    `record` is what the job goes on with, see sweep.resume(); it is not `recorded` of a baseline that only
+    runs beside others.
     """
 
-    def __init__(self, job: Job, steps: Remote, record: Record | None):
-        self.job, self.steps, self.recorded = job, steps, record is not None
-        self.record = record or records.start(job)
+    def __init__(self, job: Job, steps: Remote, record: Record, recorded: bool = True):
+        self.job, self.steps, self.record, self.recorded = job, steps, record, recorded
         self.record.wall = steps.seconds
-        self.begun = {}  # batch size -> what begin() returned
+        self.begun = {}  # batch size -> what the step "begin" returned
 
     def missing(self) -> list[int]:
         return [size for size in self.job.to_measure if not self.record.batch(size)]
-
-    def open(self) -> None:
-        for step in ("describe", "open"):
-            vars(self.record).update(self.steps.ask(step))
-
-    def begin(self, batch_size: int, only: bool) -> float:
-        """Check and warm up; the milliseconds that a run takes."""
-        self.begun[batch_size] = self.steps.ask("begin", batch_size, only)
-        return self.begun[batch_size]["run_ms"]
-
-    def run(self, batch_size: int, runs: int) -> float:
-        return self.steps.ask("run", batch_size, runs, self.begun[batch_size]["run_ms"])
-
-    def end(self, batch_size: int, **beside) -> None:
-        """Note what one batch size gave, and `beside` it."""
-        self.note(
-            batch_size, "ok", "", **self.begun[batch_size], **self.steps.ask("end", batch_size), **beside
-        )
 
     def note(self, batch_size: int, status: str, reason: str, **found) -> None:
         batch = {"batch_size": batch_size, "status": status, "reason": reason, **found}
@@ -128,10 +107,9 @@ class Member:
             return
         lost = [batch_size] if batch_size and not self.steps.is_gone() else self.missing()
         for size in lost[:1] if self.job.auto else lost:
-            known = self.begun.get(size, {}).get("max_abs_diff", problem.max_abs_diff)
-            self.note(
-                size, problem.status, problem.reason, **({} if known is None else {"max_abs_diff": known})
-            )
+            difference = self.begun.get(size, {}).get("max_abs_diff", problem.max_abs_diff)
+            known = {} if difference is None else {"max_abs_diff": difference}
+            self.note(size, problem.status, problem.reason, **known)
 
     def profile(self, only: bool) -> None:
         """Ask for the time that the GPU works in a call, where that is watched."""
@@ -139,26 +117,17 @@ class Member:
             for size in self.begun:
                 batch = self.record.batch(size)
                 if batch and batch["status"] == "ok" and not self.steps.is_gone():
-                    busy_ms = attempt(self.steps.ask, "busy_ms", size, only)
-                    batch["busy_ms"] = None if isinstance(busy_ms, Problem) else busy_ms
-
-
-def attempt(step, *arguments):
-    """What the step returns, or the Problem that it raised."""
-    try:
-        return step(*arguments)
-    except UserError:
-        raise
-    except Exception as error:
-        return problem_of(error)
+                    batch["busy_ms"] = None
+                    with contextlib.suppress(Problem):
+                        batch["busy_ms"] = self.steps.ask("busy_ms", size, only)
 
 
 class InterleavedRound:
     """Members at one image size.  play() fills their records with what was measured and what failed.
 
     `keep` is called with every member whose record has grown.  `sequential`: one batch size after another,
-    each alone in memory.  `again` collects the members whose failure is not held against them yet: they ran
-    out of memory beside others or other batch sizes, or their process ended though it was not sequential.
+    each alone in memory.  `again` collects the members to be tried again less crowded: they ran out of memory
+    beside others or other batch sizes, or their process ended.
     """
 
     def __init__(self, members: list[Member], keep: Callable[[Member], object], sequential: bool = False):
@@ -172,10 +141,8 @@ class InterleavedRound:
         """Measure every member at every batch size that its record lacks."""
         missing = {}
         for member in self.members:
-            problem = attempt(member.open)
-            if isinstance(problem, Problem):
-                self.handle_failure(member, problem)
-            else:
+            if found := self.step(member, None, "open"):
+                vars(member.record).update(found)
                 missing[member] = member.missing()
         opened = [member for member in missing if member.recorded]
         sizes = self.job.batch_sizes
@@ -207,15 +174,15 @@ class InterleavedRound:
         for schedule in schedules:
             schedule.end(held_back_s)
 
-    def step(self, member: Member, batch_size: int, step, *arguments):
+    def step(self, member: Member, batch_size: int | None, step: str, *arguments):
         """What the step returns, or None where it failed, which is noted."""
-        result = attempt(step, batch_size, *arguments)
-        if isinstance(result, Problem):
-            self.handle_failure(member, result, batch_size)
+        try:
+            return member.steps.ask(step, *([batch_size] if batch_size else []), *arguments)
+        except Problem as problem:
+            self.handle_failure(member, problem, batch_size)
             return None
-        return result
 
-    def handle_failure(self, member: Member, problem: Problem, batch_size: int | None = None) -> None:
+    def handle_failure(self, member: Member, problem: Problem, batch_size: int | None) -> None:
         """Have the member tried again, or note its failure: at one batch size, or on the whole at None."""
         crowded = len(self.members) > 1 or (batch_size and not self.sequential)
         short_of_memory = problem.status == "out_of_memory" and crowded
@@ -229,41 +196,40 @@ class BatchSchedule:
     """The members that are timed in turn at one batch size, block by block."""
 
     def __init__(self, round_: InterleavedRound, batch_size: int, members: list[Member]):
-        self.round, self.batch_size, ready = round_, batch_size, {}
+        self.round, self.batch_size = round_, batch_size
+        self.means = {}  # member -> milliseconds, block by block
         for member in members:
-            if member not in round_.again:
-                run_ms = round_.step(member, batch_size, member.begin, round_.sequential)
-                ready |= {} if run_ms is None else {member: run_ms}
-        self.blocks, runs = plan_blocks(list(ready.values()), round_.job.settings, round_.job.device)
-        self.runs = dict(zip(ready, runs, strict=True))
-        self.means = {member: [] for member in ready}  # milliseconds, block by block
+            if member in round_.again:
+                continue
+            if found := round_.step(member, batch_size, "begin", round_.sequential):
+                member.begun[batch_size], self.means[member] = found, []
+        self.run_ms = {member: member.begun[batch_size]["run_ms"] for member in self.means}
+        self.blocks, runs = plan_blocks(list(self.run_ms.values()), round_.job.settings, round_.job.device)
+        self.runs = dict(zip(self.means, runs, strict=True))
 
     def time_blocks(self) -> None:
         """One block of each member, in random order."""
         for member in self.round.rng.sample(list(self.means), len(self.means)):
-            mean = self.round.step(member, self.batch_size, member.run, self.runs[member])
+            asked = self.runs[member], self.run_ms[member]
+            mean = self.round.step(member, self.batch_size, "run", *asked)
             if mean is None:
                 del self.means[member]
             else:
                 self.means[member].append(mean)
 
     def end(self, held_back_s: float) -> None:
-        baseline = next(
-            (means for member, means in self.means.items() if member.job.backend == BASELINE), None
-        )
+        """Note what the batch size gave each member, and the baseline in the blocks beside it."""
+        beside = [means for member, means in self.means.items() if member.job.backend == BASELINE]
         for member in self.means:
-            if member.recorded:
-                baseline_ms = None if member.job.backend == BASELINE else baseline
-                beside = {"baseline_ms": baseline_ms, "held_back_s": held_back_s}
-                self.round.step(member, self.batch_size, functools.partial(member.end, **beside))
+            if member.recorded and (found := self.round.step(member, self.batch_size, "end")):
+                baseline_ms = None if member.job.backend == BASELINE or not beside else beside[0]
+                found |= {"baseline_ms": baseline_ms, "held_back_s": held_back_s}
+                member.note(self.batch_size, "ok", "", **member.begun[self.batch_size], **found)
 
 
 def plan_blocks(run_ms: list[float], settings: Settings, device: str) -> tuple[int, list[int]]:
-    """How many blocks a round has at one batch size, and how many runs each member then times in a block.
-
-    `run_ms` is what a run takes each of them.  Every member gets its share of the runs and seconds asked for,
-    within the seconds allowed; the slowest decides how often they can change.
-    """
+    """How many blocks a round has at one batch size, and how many runs, of `run_ms` each, a member then times
+    in a block: its share of the runs and seconds asked for, within the seconds allowed."""
     least, most = 1000 * settings.min_seconds / settings.rounds, 1000 * settings.max_seconds / settings.rounds
     wanted = [max(math.ceil(settings.runs / settings.rounds), math.ceil(least / ms)) for ms in run_ms]
     runs = [max(1, min(n, int(most / ms))) for n, ms in zip(wanted, run_ms, strict=True)]

@@ -8,7 +8,6 @@ environment and every command) and ceilings.json.  A published sweep is one zip 
 
 import argparse
 import dataclasses
-import datetime
 import json
 import re
 import sys
@@ -20,43 +19,21 @@ from pathlib import Path
 from utils.measure.schema import STATUSES, Job, Record
 from utils.utils import UserError, read_dict, run_main, write_json, write_whole
 
+FIELDS = {field.name for field in dataclasses.fields(Record)}
 # What a record's parts must have for a row to be made of them.
 BUILD = {"seconds", "from_cache", "artefact_mb"}
 CHECK = {"images", "different", "correct", "max_abs_diff", "tolerance"}
 BATCH = {"batch_size", "status", "reason"}
-SAMPLES = ("host_ms", "enqueue_ms", "gpu_ms")
-TIMED = {*SAMPLES, "sustained", "memory_of", "gpu_memory_mb", "torch_memory_mb", "host_memory_mb"}
-NOTES = {"settings": dict, "environment": dict, "commands": list, "keys": dict, "spent_s": (int, float)}
-NOTES["precision_pct"] = (int, float)
+TIMED = BATCH | {"host_ms", "enqueue_ms", "gpu_ms", "sustained", "memory_of"}
+TIMED |= {"gpu_memory_mb", "torch_memory_mb", "host_memory_mb"}
 RENAMED = {"beside_ms": "baseline_ms", "turns": "block_runs"}  # in records made before 2026-11-28
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # of every file in a zip, so that equal records make equal zips
 
 
-def start(job: Job, **known) -> Record:
-    """An empty record of a job; `known` fills in what is known already."""
-    fields = ("sweep", "backend", "device", "image_size", "round", "key", "settings_key")
-    copied = {name: getattr(job, name) for name in fields}
-    copied |= {"precision": "", "batch_sizes": list(job.batch_sizes), "runs": job.settings.runs}
-    copied["further"] = job.round >= job.settings.rounds
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat()
-    return Record(time=now, **copied | known)
-
-
-def resume(job: Job, earlier: Record | None) -> Record:
-    """The record that a job goes on with: an earlier one of its key, without what failed, or an empty one."""
-    fresh = start(job)
-    if earlier is None or earlier.key != job.key:
-        return fresh
-    kept = {"status": "ok", "reason": "", "batches": kept_batches(earlier)}
-    return dataclasses.replace(earlier, time=fresh.time, batch_sizes=fresh.batch_sizes, **kept)
-
-
 def read_record(path: Path) -> Record | None:
     """The record in a file, or None where it is missing, was cut short, damaged or is of another kind."""
-    found = read_dict(path)
-    known = {field.name for field in dataclasses.fields(Record)}
     try:
-        record = Record(**{name: value for name, value in found.items() if name in known})
+        record = Record(**{name: value for name, value in read_dict(path).items() if name in FIELDS})
     except TypeError:  # a field is missing
         return None
     if not is_valid(record):
@@ -70,35 +47,24 @@ def read_record(path: Path) -> Record | None:
 def is_valid(record: Record) -> bool:
     """Whether every field has its type and every part what a row is made of: JSON may be damaged, too."""
     kinds = typing.get_type_hints(Record) | dict.fromkeys(("batch_sizes", "batches"), list)
-    if not all(isinstance(getattr(record, name), kind) for name, kind in kinds.items()):
-        return False
-    parts = [(record.build, BUILD), (record.check, CHECK)]
-    whole = all(needed <= part.keys() for part, needed in parts if part is not None)
-    return whole and record.status in STATUSES and all(map(is_batch, record.batches))
+    return (
+        all(isinstance(getattr(record, name), kind) for name, kind in kinds.items())
+        and record.status in STATUSES
+        and (record.build is None or record.build.keys() >= BUILD)
+        and (record.check is None or record.check.keys() >= CHECK)
+        and all(map(is_batch, record.batches))
+    )
 
 
 def is_batch(batch) -> bool:
     """Whether it is what a record holds of one batch size: its samples, or why there are none."""
-    if not (isinstance(batch, dict) and batch.keys() >= BATCH and isinstance(batch["batch_size"], int)):
+    if not isinstance(batch, dict) or batch.get("status") not in STATUSES:
         return False
-    if "host_ms" not in batch:
-        return batch["status"] in STATUSES[1:]
-    times = [batch.get(name) for name in SAMPLES]
-    whole = all(
-        isinstance(ms, list) and all(isinstance(x, int | float) and x >= 0 for x in ms) for ms in times
-    )
-    return (
-        whole and batch.keys() >= TIMED and min(batch["host_ms"], default=0) > 0 and batch["status"] == "ok"
-    )
+    return batch.keys() >= (TIMED if batch["status"] == "ok" else BATCH)
 
 
 def write_record(path: Path, record: Record) -> None:
     write_json(path, dataclasses.asdict(record))
-
-
-def kept_batches(record: Record) -> list[dict]:
-    """What a record of the same key holds and need not be measured again: all that has not failed."""
-    return [batch for batch in record.batches if batch["status"] != "failed"]
 
 
 def note_sweep(asked: list[Job], **more) -> dict:
@@ -117,25 +83,23 @@ def note_sweep(asked: list[Job], **more) -> dict:
 
 
 def noted(notes: dict, settings_key) -> dict:
-    """What sweep.json notes of some settings, without what is of another kind (it may be damaged)."""
+    """What sweep.json notes of some settings."""
     note = notes.get(settings_key)
-    known = note.items() if isinstance(note, dict) else ()
-    return {name: value for name, value in known if isinstance(value, NOTES.get(name, object))}
+    return note if isinstance(note, dict) else {}
 
 
 def read_roofline(folder, settings_key) -> dict | None:
     """What was measured of the machine by these settings, or None."""
     found = read_dict(folder / "ceilings.json")
-    whole = isinstance(found.get("tflops"), dict) and isinstance(found.get("gb_per_s"), int | float)
-    return found if whole and found.get("settings_key") == settings_key else None
+    return found if found.get("settings_key") == settings_key else None
 
 
 def read_sweep(folder) -> tuple[list[Record], dict, dict | None]:
-    """A sweep's records that belong together, its note in sweep.json, and what was measured of its machine.
+    """A sweep's records that belong together, oldest first, its note in sweep.json, and its roofline.
 
     `folder` is a Path or a zipfile.Path.  The records are those of the settings and, at each size, of the
     checkpoint that sweep.json says were measured last; where it is too old to say so, those of the newest
-    record.  Oldest first.
+    record.
     """
     names = sorted(path.name for path in folder.iterdir() if re.search(r"_round\d+.*\.json$", path.name))
     found = [read_record(folder / name) for name in names]
@@ -157,34 +121,26 @@ def read_sweep(folder) -> tuple[list[Record], dict, dict | None]:
 
 
 def archive_stale_records(asked: list[Job]) -> None:
-    """Put records of other settings or checkpoints into folders of their own, and the asked ones back.
-
-    So measuring by other settings, another network, on another machine or with other packages overwrites
-    nothing.
-    """
-    folder, moved = asked[0].record.parent, set()
+    """Put records of other settings, machines, packages or checkpoints into folders of their own, so that
+    nothing is overwritten, and the asked ones back."""
+    folder, settings_key, moved = asked[0].record.parent, asked[0].settings_key, set()
     keys = {job.image_size: job.key for job in asked}
     for path in folder.glob("*_round*.json"):
         record = read_record(path)
         if record is None:
             continue
-        stale = record.key != keys.get(record.image_size, record.key)
-        if (stale or record.settings_key != asked[0].settings_key) and str(record.key).isalnum():
-            aside = folder / str(record.key)
+        if (record.settings_key, keys.get(record.image_size, record.key)) != (settings_key, record.key):
+            aside = folder / record.key
             aside.mkdir(exist_ok=True)
             moved.add(path.replace(aside / path.name))
-    for key in dict.fromkeys(
-        [*keys.values(), asked[0].settings_key]
-    ):  # until 2026-11-28 it was the settings'
+    for key in {*keys.values(), settings_key}:  # until 2026-11-28 the folder's name was the settings'
         for path in (folder / key).glob("*_round*.json"):
             path.replace(folder / path.name)
     if moved:
         kept = ", ".join(sorted({str(path.parent) for path in moved}))
         said = "they come back with them; to have both in the table, give one a --sweep of its own"
-        print(
-            f"{len(moved)} records of other settings or checkpoints are kept in {kept}: {said}",
-            file=sys.stderr,
-        )
+        what = f"{len(moved)} records of other settings or checkpoints are kept in {kept}"
+        print(f"{what}: {said}", file=sys.stderr)
 
 
 def sweeps_of(results: Path) -> dict:
@@ -243,9 +199,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pack the raw records of every sweep into a zip file each.")
     parser.add_argument("results", nargs="+", type=Path, help="folders that hold raw/")
     for results in parser.parse_args().results:
-        for folder in sorted(path for path in (results / "raw").glob("*") if any(path.glob("*_round*.json"))):
-            packed = pack(folder)
-            print(f"{packed}: {packed.stat().st_size / 1000:.0f} kB")
+        for folder in sweeps_of(results).values():
+            if isinstance(folder, Path):
+                packed = pack(folder)
+                print(f"{packed}: {packed.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

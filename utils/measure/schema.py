@@ -37,10 +37,18 @@ class Job:
     data: Path
     checkpoint: Path
     results: Path
-    record: Path  # the file to leave
     settings_key: str  # hash of settings, machine, packages, data and code: rows of one table share it
     key: str  # hash of that and the checkpoint: where it is equal, measuring again would say the same
     only: tuple[int, ...] = ()  # of the batch sizes, those to be measured; all where it is empty
+
+    @property
+    def folder(self) -> Path:
+        return self.results / "raw" / self.sweep
+
+    @property
+    def record(self) -> Path:
+        """The file to leave."""
+        return self.folder / f"{self.backend}_{self.image_size}_round{self.round}.json"
 
     @property
     def to_measure(self) -> tuple[int, ...]:

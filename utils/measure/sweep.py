@@ -1,5 +1,6 @@
 """What is measured in one environment on one machine: who lives together, who is tried again, the records."""
 
+import dataclasses
 import datetime
 import time
 from pathlib import Path
@@ -9,33 +10,47 @@ from tqdm import tqdm
 
 import backends
 from utils import environment
-from utils.measure import jobs, records, timing
+from utils.measure import accuracy, records, timing
 from utils.measure.interleave import InterleavedRound, Member, Remote, new_server
 from utils.measure.schema import BASELINE, Job, Record
+from utils.utils import in_fresh_process
 
 # What a process takes: on a GPU its context and libraries, and so many times the first layer's output in
 # FP32 (seen on an H100 and an H200 at 224 to 512 px and batches 1 to 256, within a third).
 GPU_MB, GPU_LAYERS, CPU_MB = 1000, 4, 2048
 
 
+def new_record(job: Job) -> Record:
+    """An empty record of a job."""
+    backend = backends.make(job.backend, job.script)
+    shared = {name: value for name, value in vars(job).items() if name in records.FIELDS}
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+    made = {"batch_sizes": list(job.batch_sizes), "runs": job.settings.runs, "time": now}
+    made |= {"further": job.round >= job.settings.rounds, "adds": backend.adds}
+    return Record(**shared | made, precision=backend.precision)  # which load() may still correct
+
+
+def resume(job: Job, earlier: Record | None) -> Record:
+    """The record that a job goes on with: an earlier one of its key, without what failed, or an empty one."""
+    fresh = new_record(job)
+    if earlier is None or earlier.key != job.key:
+        return fresh
+    kept = {"status": "ok", "reason": "", "batches": kept_batches(earlier)}
+    return dataclasses.replace(earlier, time=fresh.time, batch_sizes=fresh.batch_sizes, **kept)
+
+
+def kept_batches(record: Record) -> list[dict]:
+    """What a record of the same key holds and need not be measured again: all that has not failed."""
+    return [batch for batch in record.batches if batch["status"] != "failed"]
+
+
 def is_up_to_date(record: Record | None, job: Job) -> bool:
     """Whether a record says all that measuring again would say; what failed is tried again."""
     if record is None or record.key != job.key or record.status == "failed":
         return False
-    if record.status != "ok":
-        return True
-    kept = {batch["batch_size"] for batch in records.kept_batches(record)}
-    return set(record.batch_sizes if job.auto else job.batch_sizes) <= kept
-
-
-def without_a_gpu(asked: list[Job]) -> dict[str, str]:
-    """The backends that can't run for want of a GPU, with their reasons: no process need be started for them.
-
-    On a GPU only a process of its own may load a runtime.
-    """
-    scripts = {job.backend: job.script for job in asked if job.device == "cpu"}
-    reasons = {name: backends.make(name, script).why_unavailable("cpu") for name, script in scripts.items()}
-    return {name: reason for name, reason in reasons.items() if reason}
+    wanted = record.batch_sizes if job.auto else job.batch_sizes
+    kept = {batch["batch_size"] for batch in kept_batches(record)}
+    return record.status != "ok" or kept.issuperset(wanted)
 
 
 def room_for(job: Job) -> int:
@@ -54,29 +69,31 @@ class Sweep:
 
     def __init__(self, asked: list[Job], timeout: float):
         self.asked, self.timeout = asked, timeout
-        self.folder = asked[0].record.parent
+        self.folder = asked[0].folder
         self.log = asked[0].results / "benchmark.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.unavailable, self.spent_s = without_a_gpu(asked), 0.0
+        self.unavailable, self.spent_s = {}, 0.0  # backend -> why
         self.records: dict[Path, Record] = {}
+        if asked[0].device == "cpu":  # want of a GPU is known without a process, which alone may load CUDA
+            for name, script in {job.backend: job.script for job in asked}.items():
+                if reason := backends.make(name, script).why_unavailable("cpu"):
+                    self.unavailable[name] = reason
 
-    def read(self) -> None:
+    def read(self) -> list[Job]:
+        """Read all records; the jobs that they leave to do."""
         paths = sorted(self.folder.glob("*_round*.json"))
         self.records = {path: record for path in paths if (record := records.read_record(path))}
-
-    def todo(self) -> list[Job]:
         return [job for job in self.asked if not is_up_to_date(self.records.get(job.record), job)]
 
     def prepare(self, ci_width: float) -> list[Job]:
         """Refuse what can't be measured, then put stale records away; what is left to do."""
         records.unpack(self.folder)
-        self.read()
-        if todo := self.todo():
-            jobs.compute_references(todo)
+        if todo := self.read():
+            first = {job.image_size: job for job in todo}
+            in_fresh_process(accuracy.references, list(first.values()))
         records.archive_stale_records(self.asked)
-        self.read()
         self.spent_s = records.note_sweep(self.asked, precision_pct=ci_width).get("spent_s", 0.0)
-        return self.todo()  # some may have come back
+        return self.read()  # some may have come back
 
     def write_line(self, text: str) -> None:
         with self.log.open("a", encoding="utf-8") as file:
@@ -114,9 +131,8 @@ class Sweep:
             for job in able:
                 self.play([job], with_baseline=False, sequential=True)
             return
-        first, others = (
-            [job for job in able if (job.backend == BASELINE) == is_first] for is_first in (True, False)
-        )
+        first = [job for job in able if job.backend == BASELINE]
+        others = [job for job in able if job.backend != BASELINE]
         for k in range(0, max(len(others), 1), room - 1):
             again = self.play([*first, *others[k : k + room - 1]])
             if room > 2:
@@ -126,15 +142,11 @@ class Sweep:
             first = []
 
     def is_settled(self, job: Job) -> bool:
-        """Whether what happened before says what this job would give, which is noted: it is not tried again.
-
-        That is where the backend is unavailable, and where in round 0 there was not enough memory, or the
-        figures were wrong.
-        """
-        record, first = self.resumed(job), self.records.get(jobs.another(job, round=0).record)
+        """Whether what happened before says what this job would give, which is noted: the backend is
+        unavailable, or in round 0 memory did not suffice or the figures were wrong."""
+        record, first = self.resumed(job), self.records.get(dataclasses.replace(job, round=0).record)
+        before = len(record.batches)
         if job.backend in self.unavailable:
-            known = backends.make(job.backend, job.script)
-            record.precision, record.adds = known.precision, known.adds
             record.status, record.reason = "unavailable", self.unavailable[job.backend]
         elif first and first.key == job.key and job.round and not record.further:
             if first.status == "out_of_memory":
@@ -143,19 +155,19 @@ class Sweep:
             record.batches += [batch for batch in same if not record.batch(batch["batch_size"])]
             record.batches.sort(key=lambda batch: batch["batch_size"])
         settled = record.status != "ok" or all(map(record.batch, job.to_measure))
-        if settled or len(record.batches) > len(self.resumed(job).batches):
+        if settled or len(record.batches) > before:
             self.keep(job, record)
         return settled
 
     def follow_round0(self, job: Job) -> Job:
         """With `auto`, later rounds measure what round 0 did."""
-        first = self.records.get(jobs.another(job, round=0).record)
+        first = self.records.get(dataclasses.replace(job, round=0).record)
         if job.auto and job.round and first and first.batch_sizes:
-            return jobs.another(job, batch_sizes=tuple(first.batch_sizes))
+            return dataclasses.replace(job, batch_sizes=tuple(first.batch_sizes))
         return job
 
     def resumed(self, job: Job) -> Record:
-        return records.resume(job, self.records.get(job.record))
+        return resume(job, self.records.get(job.record))
 
     def keep(self, job: Job, record: Record) -> None:
         self.records[job.record] = record
@@ -163,16 +175,16 @@ class Sweep:
 
     def play(self, part: list[Job], with_baseline: bool = True, sequential: bool = False) -> list[Job]:
         """Measure these in one round, beside the baseline; those that are to be tried again, less crowded."""
+        wanted = [(job, self.resumed(job), True) for job in part]
+        if with_baseline and all(job.backend != BASELINE for job in part):
+            sizes = tuple(sorted({size for job in part for size in job.to_measure}))
+            changed = {"backend": BASELINE, "script": backends.SCRIPTS[BASELINE], "only": sizes}
+            beside = dataclasses.replace(part[0], **changed)
+            wanted.insert(0, (beside, new_record(beside), False))
         members = []
         try:
-            if with_baseline and all(job.backend != BASELINE for job in part):
-                sizes = tuple(sorted({size for job in part for size in job.to_measure}))
-                script = backends.SCRIPTS[BASELINE]
-                baseline = jobs.another(part[0], backend=BASELINE, script=script, only=sizes)
-                members.append(Member(baseline, Remote(baseline, self.log, self.timeout), None))
-            for job in part:  # one after the other: those that are started end, whatever happens
-                member = Member(job, Remote(job, self.log, self.timeout), self.resumed(job))
-                members.append(member)
+            for job, *record in wanted:  # one by one: those that are started end, whatever happens
+                members.append(Member(job, Remote(job, self.log, self.timeout), *record))
             round_ = InterleavedRound(members, lambda one: self.keep(one.job, one.record), sequential)
             round_.play()
         finally:

@@ -5,7 +5,6 @@ device has finished (`perf_counter` around the call and a synchronise); its GPU 
 events on the same stream.
 """
 
-import dataclasses
 import gc
 import math
 import time
@@ -18,15 +17,6 @@ CONFIDENCE = 0.95
 RESOLUTION_MS = 1e-4  # of what is kept: a clock may give the same reading twice, but no run takes nothing
 SATURATED = 0.05  # gain in images/s below which a doubling of the batch is no gain
 CORE_LOOP = 1000  # passes of a Python loop that tells how fast the core is: 0.01 to 0.03 ms
-
-
-@dataclasses.dataclass
-class Samples:
-    """Milliseconds of each run: host clock, time until the call returned, GPU events (none on a CPU)."""
-
-    host_ms: list[float]
-    enqueue_ms: list[float]
-    gpu_ms: list[float]
 
 
 def warm_up(call: Callable, synchronize: Callable, calls: int, seconds: float, at_most: float) -> list[float]:
@@ -43,11 +33,10 @@ def warm_up(call: Callable, synchronize: Callable, calls: int, seconds: float, a
             return took
 
 
-def sample(call: Callable, synchronize: Callable, runs: int, new_event: Callable | None = None) -> Samples:
-    """Time `runs` calls one after another, Python's garbage collector off meanwhile.
-
-    `new_event` makes CUDA events with timing; None on a CPU.
-    """
+def sample(call: Callable, synchronize: Callable, runs: int, new_event: Callable | None = None) -> dict:
+    """The milliseconds of `runs` calls one after another, Python's garbage collector off meanwhile: host_ms
+    by the host's clock, enqueue_ms until the call returned, gpu_ms between CUDA events, if `new_event` makes
+    some (with timing)."""
     clock = time.perf_counter
     events = [(new_event(), new_event()) for _ in range(runs)] if new_event else []
     starts, enqueued, ends = [], [], []
@@ -68,9 +57,13 @@ def sample(call: Callable, synchronize: Callable, runs: int, new_event: Callable
             ends.append(clock())
     finally:
         gc.enable()
-    start = np.array(starts)
     on_gpu = [round(before.elapsed_time(after), 4) for before, after in events]
-    return Samples(_ms(np.array(ends) - start), _ms(np.array(enqueued) - start), on_gpu)
+    return {"host_ms": ms(starts, ends), "enqueue_ms": ms(starts, enqueued), "gpu_ms": on_gpu}
+
+
+def ms(starts: list[float], ends: list[float]) -> list[float]:
+    took = (np.array(ends) - np.array(starts)) * 1000
+    return [max(round(float(value), 4), RESOLUTION_MS) for value in took]
 
 
 def core_ms() -> float:
@@ -80,10 +73,6 @@ def core_ms() -> float:
     for _ in range(CORE_LOOP):
         pass
     return (time.perf_counter() - start) * 1000
-
-
-def _ms(seconds: np.ndarray) -> list[float]:
-    return [max(round(float(value), 4), RESOLUTION_MS) for value in seconds * 1000]
 
 
 def trimmed(values) -> np.ndarray:
@@ -123,8 +112,7 @@ def speedup(baseline_ms: list[float], host_ms: list[float], block_runs: list[int
     """How many times as fast as the baseline a measurement is within one round.
 
     While block k was timed, the baseline's mean was baseline_ms[k]; block_runs[k] of the runs host_ms are its
-    own.  The ratio is formed block by block, so that a machine whose speed drifts drifts for both; a quarter
-    of the blocks at either end is left out, since something may have disturbed them.
+    own.  A quarter of the blocks at either end is left out, since something may have disturbed them.
     """
     ends = np.cumsum(block_runs)
     own = [trimmed_mean(block) for block in np.split(np.asarray(host_ms, dtype=float), ends[:-1])]

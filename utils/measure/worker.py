@@ -19,7 +19,7 @@ import psutil
 
 from utils.backend import Backend, Unavailable, inference
 from utils.environment import is_out_of_memory
-from utils.measure import accuracy, gpu, reference, timing
+from utils.measure import accuracy, gpu, timing
 from utils.measure.schema import Job, Problem
 from utils.utils import MENDS, UserError, end_with_parent, sentence
 
@@ -37,70 +37,75 @@ class Measurement:
 
     def __init__(self, job: Job, backend: Backend):
         self.job, self.backend, self.cuda = job, backend, job.device == "cuda"
-        self.whole_call = whole_call(backend)
         self.calls, self.samples = {}, {}  # batch size -> the call that is timed; what its blocks gave
-
-    def describe(self) -> dict:
-        """What a record says of a backend that can't even be loaded."""
-        return {"precision": self.backend.precision, "adds": self.backend.adds}
 
     def open(self) -> dict:
         """Load; in round 0 classify the whole test set.  The fields of the record that this fills."""
-        job = self.job
-        if reason := self.backend.why_unavailable(job.device):
+        import torch
+
+        import model
+
+        job, backend, work = self.job, self.backend, None
+        if reason := backend.why_unavailable(job.device):
             raise Problem("unavailable", reason)
-        work = count_work(job) if job.round == 0 else None
+        if job.round == 0:
+            work = model.count_work(job.image_size, len(model.load_facts(job.checkpoint)["classes"]))
         context_mb = gpu.context_mb() if self.cuda else None
         with gpu.own_phase():
-            build, process = open_backend(job, self.backend)
-            check, self.probe = reference.whole_test_set(job, self.whole_call, self.backend.precision)
-        process["context_mb"] = context_mb
-        return self.describe() | {"work": work, "build": build, "process": process, "check": check}
+            backend.data, begin = job.data, time.perf_counter()
+            backend.load(job.checkpoint, job.image_size, list(job.batch_sizes), job.device)
+            load_s = round(time.perf_counter() - begin, 4)
+            check, self.probe = accuracy.whole_test_set(job, whole_call(backend), backend.precision)
+        self.synchronize, self.new_event = (lambda: None), None
+        if self.cuda:
+            self.synchronize = torch.cuda.current_stream().synchronize
+            self.new_event = lambda: torch.cuda.Event(enable_timing=True)
+        artefact, known = backend.artefact, {"precision": backend.precision, "work": work, "check": check}
+        known["build"] = build = {"seconds": round(backend.build_s, 3), "from_cache": backend.from_cache}
+        build["artefact_mb"] = round(artefact.stat().st_size / 2**20, 1) if artefact else None
+        build["load_s"] = load_s
+        known["process"] = process = {"context_mb": context_mb, "threads": torch.get_num_threads()}
+        process["cuda"] = torch.version.cuda if self.cuda else None
+        process["cudnn"] = torch.backends.cudnn.version() if self.cuda else None
+        return known
 
     def begin(self, batch_size: int, only: bool = False) -> dict:
         """Check one batch size and warm it up; what is known of it then, with the milliseconds of a run.
 
         `only`: no other batch size is held in memory meanwhile.
         """
+        import torch
+
+        settings, (images, expected, tolerance) = self.job.settings, self.probe
         with gpu.own_phase():
             if only:
                 self.release()
-            return self.warm_up(batch_size)
-
-    def release(self) -> None:
-        self.calls.clear()
-        self.backend.release()
-
-    def warm_up(self, batch_size: int) -> dict:
-        import torch
-
-        settings, probe = self.job.settings, self.probe
-        self.synchronize, self.new_event = (lambda: None), None
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            self.synchronize = torch.cuda.current_stream().synchronize
-            self.new_event = lambda: torch.cuda.Event(enable_timing=True)
-        images = probe.images[:batch_size].to(self.job.device)
-        begin = time.perf_counter()  # the check is the warm-up's first call
-        logits = self.whole_call(images).float().cpu().numpy()
-        took = [(time.perf_counter() - begin) * 1000]
-        difference = float(np.abs(logits - probe.expected[:batch_size]).max())
-        if reason := accuracy.too_far(difference, probe.tolerance):
-            raise Problem("mismatch", reason, difference)
-        x = self.backend.prepare(images)
-        self.calls[batch_size] = call = functools.partial(self.backend.predict, x)
-        limits = settings.warmup - 1, WARM_UP_SECONDS, settings.max_seconds / settings.rounds / 2
-        took += timing.warm_up(call, self.synchronize, *limits)  # once at least: memory may grow till then
+            if self.cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            images = images[:batch_size].to(self.job.device)
+            begin = time.perf_counter()  # the check is the warm-up's first call
+            logits = whole_call(self.backend)(images).float().cpu().numpy()
+            took = [(time.perf_counter() - begin) * 1000]
+            difference = float(np.abs(logits - expected[:batch_size]).max())
+            if reason := accuracy.too_far(difference, tolerance):
+                raise Problem("mismatch", reason, difference)
+            x = self.backend.prepare(images)
+            self.calls[batch_size] = call = functools.partial(self.backend.predict, x)
+            limits = settings.warmup - 1, WARM_UP_SECONDS, settings.max_seconds / settings.rounds / 2
+            # Once at least: memory may grow till then.
+            took += timing.warm_up(call, self.synchronize, *limits)
+        self.samples[batch_size] = dict(host_ms=[], enqueue_ms=[], gpu_ms=[], block_runs=[], core_ms=[])
         run_ms = max(float(np.median(took[len(took) // 2 :])), timing.RESOLUTION_MS)
         found = {"max_abs_diff": difference, "first_call_ms": took[0], "run_ms": run_ms, "warmup": len(took)}
         found["gpu_memory_mb"], found["memory_of"] = gpu.memory_mb() if self.cuda else (None, None)
         found["host_memory_mb"] = psutil.Process().memory_info().rss / 2**20
         own = self.cuda and self.backend.torch_allocator
-        found["torch_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if own else None
-        names = ("host_ms", "enqueue_ms", "gpu_ms", "block_runs", "core_ms")
-        self.samples[batch_size] = {name: [] for name in names}
-        return found
+        return found | {"torch_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if own else None}
+
+    def release(self) -> None:
+        self.calls.clear()
+        self.backend.release()
 
     def run(self, batch_size: int, runs: int, run_ms: float) -> float:
         """One block: time so many runs, each of about `run_ms`; their mean in milliseconds."""
@@ -108,11 +113,11 @@ class Measurement:
         for _ in range(math.ceil(WAKE_MS / run_ms) if run_ms < SLOW_MS else 0):
             call()  # others were at work: caches are cold
         samples = timing.sample(call, self.synchronize, runs, self.new_event)
-        for name, values in vars(samples).items():
+        for name, values in samples.items():
             found[name] += values
         found["block_runs"].append(runs)
         found["core_ms"].append(round(timing.core_ms(), 4))
-        return timing.trimmed_mean(samples.host_ms)
+        return timing.trimmed_mean(samples["host_ms"])
 
     def end(self, batch_size: int) -> dict:
         """One batch size's samples and, on a GPU in round 0, what the driver said beside a loop of calls."""
@@ -124,7 +129,7 @@ class Measurement:
         """Milliseconds of a call in which the GPU works.  Comes last: the profiler slows what follows."""
         if only:
             self.release()
-        x = self.backend.prepare(self.probe.images[:batch_size].to(self.job.device))
+        x = self.backend.prepare(self.probe[0][:batch_size].to(self.job.device))
         return gpu.busy_ms(lambda: self.backend.predict(x))
 
 
@@ -171,30 +176,6 @@ def whole_call(backend: Backend) -> Callable:
     return lambda images: backend.predict(backend.prepare(images))
 
 
-def open_backend(job: Job, backend: Backend) -> tuple[dict, dict]:
-    """Have the backend export, build or deserialise: how that went, and what the process is like."""
-    import torch
-
-    backend.data, begin = job.data, time.perf_counter()
-    backend.load(job.checkpoint, job.image_size, list(job.batch_sizes), job.device)
-    seconds, artefact = time.perf_counter() - begin, backend.artefact
-    megabytes = round(artefact.stat().st_size / 2**20, 1) if artefact else None
-    build = dict(seconds=round(backend.build_s, 3), from_cache=backend.from_cache, artefact_mb=megabytes)
-    cuda = job.device == "cuda"
-    process = {
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if cuda else None,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
-    }
-    return build | {"load_s": round(seconds, 4)}, process
-
-
-def count_work(job: Job) -> dict:
-    import model
-
-    return model.count_work(job.image_size, len(model.load_facts(job.checkpoint)["classes"]))
-
-
 def problem_of(error: Exception) -> Problem:
     """What an exception stands for, with what mends it; of a long message the end, where the cause stands."""
     if isinstance(error, Problem):
@@ -214,18 +195,25 @@ def problem_of(error: Exception) -> Problem:
 
 
 def trace(job: Job, backend: Backend) -> None:
-    """Print the table by operator of some calls at the largest batch, and write their Chrome trace to
-    results/profile/.  Raises UserError where the backend can't run."""
+    """Print torch.profiler's table by operator of some calls at the largest batch, and write their Chrome
+    trace to results/profile/.  Raises UserError where the backend can't run."""
     import torch
 
     if reason := backend.why_unavailable(job.device):
         raise UserError(f"{job.backend}: {reason}")
     batch_size, size = job.batch_sizes[-1], job.image_size
     path = job.results / "profile" / f"{job.backend}_{size}_batch{batch_size}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kinds = torch.profiler.ProfilerActivity
+    activities, order = [kinds.CPU], "self_cpu_time_total"
+    if job.device == "cuda":
+        activities, order = [kinds.CPU, kinds.CUDA], "self_cuda_time_total"
     with inference(job.device):
         backend.data = job.data
         backend.load(job.checkpoint, size, [batch_size], job.device)
         x = backend.prepare(torch.rand(batch_size, 3, size, size).to(job.device))
-        print(f"{job.backend}, {size} px, batch {batch_size}, {gpu.CALLS} calls")
-        print(gpu.table_and_trace(lambda: backend.predict(x), job.device, path))
+        profiler = gpu.profiled(lambda: backend.predict(x), activities)
+    profiler.export_chrome_trace(str(path))
+    print(f"{job.backend}, {size} px, batch {batch_size}, {gpu.CALLS} calls")
+    print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60))
     print(f"written: {path} (open it in chrome://tracing or ui.perfetto.dev)")

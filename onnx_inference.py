@@ -35,8 +35,7 @@ class OnnxRuntime(Backend):
         self.adds = ", ".join(text for used, text in meaning if used)
 
     def why_unavailable(self, device: str) -> str | None:
-        names = ["onnxruntime-gpu", "onnxruntime"]
-        if reason := why_not_importable("onnxruntime", "pip install -r requirements.txt", names):
+        if reason := why_not_importable("onnxruntime", "pip install -r requirements.txt"):
             return reason
         if device == "cpu":
             cuda_only = "NHWC and CUDA graphs are options of ONNX Runtime's CUDA provider"
@@ -51,11 +50,6 @@ class OnnxRuntime(Backend):
             return f"onnxruntime {onnxruntime.__version__} has no CUDA provider; {how}"
         return None
 
-    def artefacts(self, checkpoint, image_size, batch_sizes, device) -> list[Path]:
-        if device == "cpu":
-            return onnx_export.files_for_cpu(checkpoint, image_size, self.int8)
-        return [onnx_export.export_path(checkpoint, image_size, "FP16")]
-
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         import onnxruntime
 
@@ -63,10 +57,7 @@ class OnnxRuntime(Backend):
         if device == "cpu" and not self.int8:
             self.precision = "FP32"
         self.classes = len(model.load_facts(checkpoint)["classes"])
-        if device == "cpu":
-            exported = onnx_export.export_for_cpu(checkpoint, image_size, self.int8, self.data)
-        else:
-            exported = onnx_export.export(checkpoint, image_size, "FP16")
+        exported = onnx_export.export(checkpoint, image_size, self.precision, self.data)
         self.artefact, self.build_s, self.from_cache = exported
         if device == "cuda":
             onnxruntime.preload_dlls()  # finds the CUDA libraries that PyTorch brought along
@@ -109,16 +100,14 @@ class OnnxRuntime(Backend):
             self.bind(x)
         return x
 
-    def session_for(self, batch_size: int):
-        """On CUDA one for each batch size: when that changes, a session plans convolutions anew (0.1 s)."""
-        if batch_size in self.bound:
-            return self.bound[batch_size][3]
-        if self.device == "cpu":
-            return self.sessions[0]
-        return self.sessions.pop() if self.sessions else self.new_session()
-
     def bind(self, x: torch.Tensor) -> None:
-        binding = (session := self.session_for(len(x))).io_binding()
+        if len(x) in self.bound:
+            session = self.bound[len(x)][3]
+        elif self.device == "cpu":
+            session = self.sessions[0]
+        else:  # one for each batch size: when that changes, a session plans convolutions anew (0.1 s)
+            session = self.sessions.pop() if self.sessions else self.new_session()
+        binding = session.io_binding()
         logits = torch.empty(len(x), self.classes, dtype=x.dtype, device=x.device)
         kind = np.float32 if x.dtype == torch.float32 else np.float16
         where = self.device, x.device.index or 0, kind

@@ -24,11 +24,10 @@ class OpenVino(Backend):
     """
 
     def __init__(self, where: str = "CPU", int8: bool = False):
-        self.where, self.int8 = where, int8
+        self.where = where
         self.precision = "INT8" if int8 else {"CPU": "FP32", "GPU": "FP16"}[where]
-        self.adds = (
-            "INT8 calibrated on training images" if int8 else {"GPU": "FP16 on Intel's GPU"}.get(where, "")
-        )
+        meaning = {"INT8": "INT8 calibrated on training images", "FP16": "FP16 on Intel's GPU"}
+        self.adds = meaning.get(self.precision, "")
 
     def why_unavailable(self, device: str) -> str | None:
         if device != "cpu":
@@ -42,13 +41,11 @@ class OpenVino(Backend):
             return f"OpenVINO finds no Intel GPU here, only {', '.join(found)}; install its driver"
         return None
 
-    def artefacts(self, checkpoint, image_size, batch_sizes, device) -> list[Path]:
-        return onnx_export.files_for_cpu(checkpoint, image_size, self.int8)
-
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         import openvino
 
-        exported = onnx_export.export_for_cpu(checkpoint, image_size, self.int8, self.data)
+        kind = "INT8" if self.precision == "INT8" else "FP32"
+        exported = onnx_export.export(checkpoint, image_size, kind, self.data)
         self.artefact, self.build_s, self.from_cache = exported
         self.core, self.bound = openvino.Core(), {}  # batch size -> input, logits, request
         self.network = self.core.read_model(self.artefact)

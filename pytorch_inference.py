@@ -54,42 +54,32 @@ class PyTorch(Backend):
         network, _ = model.load(checkpoint, "cpu")
         if self.tuned:
             network = model.fold_batch_norm(network).to(memory_format=torch.channels_last)
-        network = network.to(device, DTYPES[self.precision])
+        self.network = network.to(device, DTYPES[self.precision])
+        self.graphs, self.known = 0, set()  # compiled so far; the batch sizes that they are for
         if self.compiled:  # once for each batch size; beyond its limit, 8, it would run uncompiled
             torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-        self.network = Compiled(network) if self.compiled else network
+            how: dict = {"dynamic": False, "fullgraph": True, "backend": self.compile}
+            self.network = torch.compile(self.network, **how)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         layout = torch.channels_last if self.tuned else torch.contiguous_format
         x = images.to(DTYPES[self.precision]).contiguous(memory_format=layout)
-        if isinstance(self.network, Compiled):
-            self.network.compile_for(x)
+        if self.compiled and len(x) not in self.known:
+            self.compile_for(x)
         return x
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         return self.network(x)
 
-
-class Compiled:
-    """A network by torch.compile, as one graph for each batch size.
-
-    Some settings have torch.compile run a network as it is, without a word (TORCHDYNAMO_DISABLE=1), so it is
-    counted whether the compiler was asked and gave something.
-    """
-
-    def __init__(self, network: torch.nn.Module):
-        self.graphs, self.known = 0, set()
-        self.network = torch.compile(network, dynamic=False, fullgraph=True, backend=self.counted)
-
-    def counted(self, graph, examples):
-        compiled = torch._dynamo.lookup_backend("inductor")(graph, examples)  # torch.compile's default
+    def compile(self, graph, examples):
+        """torch.compile's default compiler.  It is counted whether it was asked and gave something: some
+        settings (TORCHDYNAMO_DISABLE=1) have a network run as it is, without a word."""
+        compiled = torch._dynamo.lookup_backend("inductor")(graph, examples)
         self.graphs += 1
         return compiled
 
     def compile_for(self, x: torch.Tensor) -> None:
-        """Compile for x's batch size, once.  Raises Unavailable where that gave no compiled network."""
-        if len(x) in self.known:
-            return
+        """Compile for x's batch size.  Raises Unavailable where that gave no compiled network."""
         before, leave = self.graphs, "or leave torch-compile out of --backends"
         try:
             self.network(x)
@@ -102,9 +92,6 @@ class Compiled:
             why = "compiled nothing and ran PyTorch as it is; unset TORCHDYNAMO_DISABLE"
             raise Unavailable(f"torch.compile {why}, {leave}")
         self.known.add(len(x))
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x)
 
 
 def why_not_precise(precision: str, device: str) -> str | None:

@@ -11,7 +11,6 @@ leaves raw records in results/raw/ and prints their table.
 
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,23 +38,17 @@ class TensorRT(Backend):
     def why_unavailable(self, device: str) -> str | None:
         return why_no_tensorrt(self.kind.PACKAGES, device)
 
-    def files(self, checkpoint: Path, image_size: int, batch_sizes: list[int]) -> Iterator[tuple]:
-        """(its file, the batch sizes that its engine serves)."""
-        for batches in [[n] for n in batch_sizes] if self.options.get("static") else [batch_sizes]:
-            yield self.kind(checkpoint, image_size, batches, self.data, **self.options), batches
-
-    def artefacts(self, checkpoint, image_size, batch_sizes, device) -> list[Path]:
-        return [file.path for file, _ in self.files(checkpoint, image_size, batch_sizes)]
-
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         self.build_s, self.from_cache, self.engines = 0.0, True, {}
-        for file, batches in self.files(checkpoint, image_size, batch_sizes):
+        for file in self.kind.files(checkpoint, image_size, batch_sizes, self.data, **self.options):
             engine, seconds, from_cache = file.load_or_build()
             self.artefact = file.path
             self.build_s += seconds
             self.from_cache &= from_cache
-            for batch in batches:
-                self.engines[batch] = file.open() if self.apart and batch != batches[0] else engine
+            for batch in file.batch_sizes:
+                self.engines[batch] = engine
+                if self.apart and batch != file.batch_sizes[0]:
+                    self.engines[batch] = file.open()
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         return images.half().contiguous()

@@ -10,7 +10,6 @@ The module serves every batch up to the largest.  An operation that would fall b
 
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 
-import logging
 import operator
 import tempfile
 from pathlib import Path
@@ -34,21 +33,15 @@ class Module(EngineFile):
     PACKAGES = ["torch_tensorrt"]
     MADE_WITH = ["torch", "torch-tensorrt"]
 
-    @property
-    def profiles(self) -> list[list[int]]:
-        """One: Torch-TensorRT takes no more.  Its best batch is 2 at least: exports fix a batch of 1."""
-        largest = max(*self.batch_sizes, 2)
-        return [[1, largest, largest]]
-
-    @property
-    def kind(self) -> str:
-        return f"max{self.profiles[0][-1]}"
-
-    @property
-    def suffix(self) -> str:
-        return "ts" if is_torchscript() else "pt2"
+    def __init__(self, *asked, **options):
+        super().__init__(*asked, **options)
+        largest = max(*self.batch_sizes, 2)  # exports fix a batch of 1
+        self.profiles = [[1, largest, largest]]  # Torch-TensorRT takes no more
+        self.kind, self.suffix = f"max{largest}", "ts" if is_torchscript() else "pt2"
 
     def make(self, path: Path, timings: bytes) -> bytes:
+        import torch_tensorrt
+
         with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             network = model.fold_batch_norm(model.load(self.checkpoint, "cpu")[0])  # in FP32, then halved
             cache = Path(folder) / "timings"
@@ -56,7 +49,11 @@ class Module(EngineFile):
             shapes = [(batch, 3, self.image_size, self.image_size) for batch in self.profiles[0]]
             module = compile_network(network.half().cuda(), shapes, cache)
             check_one_engine(module)
-            save(module, path, shapes)
+            if is_torchscript():
+                torch.jit.save(module, str(path))
+            else:  # told the shapes to keep the batch axis free
+                inputs = [input_range(shapes)]
+                torch_tensorrt.save(module, str(path), output_format="exported_program", arg_inputs=inputs)
             return cache.read_bytes()
 
     def open(self):
@@ -80,16 +77,10 @@ def compile_network(network: torch.nn.Module, shapes: list[tuple], timings: Path
 
     common = {"inputs": [input_range(shapes)], "require_full_compilation": True}
     common["workspace_size"] = workspace_bytes()
-    logging.getLogger("torch_tensorrt.dynamo._compiler").addFilter(is_true)
     if is_torchscript():
         network = torch.jit.script(network)
         return torch_tensorrt.compile(network, ir="ts", enabled_precisions={torch.half}, **common)
     return torch_tensorrt.compile(network, ir="dynamo", timing_cache_path=str(timings), **common)
-
-
-def is_true(record: logging.LogRecord) -> bool:
-    """Of every warning but one: 2.14 says that the smallest batch will be 2, and builds for 1 as asked."""
-    return "The compiled engine's min will be 2" not in record.getMessage()
 
 
 def input_range(shapes: list[tuple]):
@@ -99,17 +90,6 @@ def input_range(shapes: list[tuple]):
     smallest, best, largest = shapes
     ranges = dict(min_shape=smallest, opt_shape=best, max_shape=largest)
     return torch_tensorrt.Input(**ranges, dtype=torch.half, name="x")
-
-
-def save(module, path: Path, shapes: list[tuple]) -> None:
-    """Write TorchScript by 2.2; else an exported program, told the shapes to keep its axis free."""
-    import torch_tensorrt
-
-    if is_torchscript():
-        torch.jit.save(module, str(path))
-    else:
-        inputs = [input_range(shapes)]
-        torch_tensorrt.save(module, str(path), output_format="exported_program", arg_inputs=inputs)
 
 
 def operations(module) -> list[str]:

@@ -10,10 +10,11 @@ for each batch size alone.  With --int8 it is calibrated on images of data/train
 """
 
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
+import bisect
 import functools
-import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -29,25 +30,21 @@ class NativeEngine(EngineFile):
 
     PACKAGES = ["tensorrt", "onnx"]
     MADE_WITH = ["torch", "onnx", "onnxscript"]
-    OPTIONS = {"static": "an engine for each batch size alone", "int8": "INT8, calibrated on data/train"}
     suffix = "engine"
     calibrated = True  # INT8 by TensorRT 8.6's calibrator; False: by the QDQ network, as later ones have it
 
-    @property
-    def profiles(self) -> list[list[int]]:
-        """One for each batch size, best there; it serves those between it and the next smaller one, too.
+    def __init__(self, *asked, **options):
+        """A profile for each batch size, best there; it serves those down to the next smaller one, too.
 
         TensorRT chooses kernels for the best batch alone: with one profile up to 256, batch 16 was 25 to 37 %
         slower than with an engine of its own.
         """
+        super().__init__(*asked, **options)
+        sizes = self.batch_sizes
+        self.profiles = [[low + 1, size, size] for low, size in zip([0, *sizes], sizes, strict=False)]
+        self.kind = "-".join(map(str, sizes))
         if self.static:
-            return [[self.batch_sizes[0]] * 3]
-        below = [0, *self.batch_sizes]
-        return [[low + 1, batch, batch] for low, batch in zip(below, self.batch_sizes, strict=False)]
-
-    @property
-    def kind(self) -> str:
-        return f"static{self.batch_sizes[0]}" if self.static else "-".join(map(str, self.batch_sizes))
+            self.profiles, self.kind = [sizes * 3], f"static{sizes[0]}"
 
     def facts(self) -> dict:
         if not self.int8:
@@ -55,23 +52,22 @@ class NativeEngine(EngineFile):
         return super().facts() | onnx_export.facts_of_int8(self.data)
 
     def make(self, path: Path, timings: bytes) -> bytes:
-        """Build and write `path`; the timing cache with what building has measured."""
         import tensorrt
 
         typed, calibrator = is_strongly_typed(tensorrt), None
-        source, _, _ = onnx_export.export(self.checkpoint, self.image_size, "FP32" if self.int8 else "FP16")
+        network = "INT8_TENSORRT" if self.int8 else "FP16"
         if self.int8 and self.calibrated and not typed:
-            table, timings = self.calibration(source, timings)
+            network = "FP32"
+            table, timings = self.calibration(timings)
             calibrator = calibrator_of(table=table)
-        elif self.int8:
-            source, _ = onnx_export.for_tensorrt(source, self.checkpoint, self.image_size, self.data)
+        source, _, _ = onnx_export.export(self.checkpoint, self.image_size, network, self.data)
         batch = self.batch_sizes[0] if self.static else None
         model = onnx_for(tensorrt.__version__, source, batch, halved=self.int8 and typed)
         plan, timings = build_plan(model, self.profiles, self.image_size, timings, self.int8, calibrator)
         path.write_bytes(plan)
         return timings
 
-    def calibration(self, source: Path, timings: bytes) -> tuple[bytes, bytes]:
+    def calibration(self, timings: bytes) -> tuple[bytes, bytes]:
         """TensorRT 8.6's table of scales, kept in weights/, and the timing cache.
 
         It comes from a build of its own, in FP32 and with exactly the calibrator's batch: a network whose
@@ -82,7 +78,7 @@ class NativeEngine(EngineFile):
         path = self.checkpoint.with_name(f"resnet18_{self.image_size}_int8.calibration")
         facts = {name: value for name, value in self.facts().items() if name != "profiles"}
         if not is_fresh(path, facts):
-            print(f"calibrating {path} on training images", file=sys.stderr, flush=True)
+            source, _, _ = onnx_export.export(self.checkpoint, self.image_size, "FP32")
             calibrator = calibrator_of(onnx_export.calibration_batches(self.data, self.image_size))
             model, profile = onnx_for(tensorrt.__version__, source, None), [onnx_export.BATCH] * 3
             _, timings = build_plan(model, [profile], self.image_size, timings, True, calibrator)
@@ -270,14 +266,6 @@ def layers_of_classifier(tensorrt, network) -> list:
 # ---- running
 
 
-class Bound:
-    """An execution context for one shape, its logits, and the address of the input that it reads."""
-
-    def __init__(self, context, logits: torch.Tensor):
-        self.context, self.logits = context, logits
-        self.address = 0  # none yet
-
-
 class Engine:
     """A plan on the GPU.  Calling it enqueues on the current stream.
 
@@ -296,17 +284,13 @@ class Engine:
         kinds = {tensorrt.DataType.HALF: torch.float16, tensorrt.DataType.FLOAT: torch.float32}
         self.dtype = kinds[self.engine.get_tensor_dtype("input")]
         self.logits_dtype = kinds[self.engine.get_tensor_dtype("logits")]
-        self.memory, self.bound = None, {}  # shape of the input -> Bound
+        self.memory, self.bound = None, {}  # shape of the input -> context, logits, address of the input read
 
     def profile_for(self, batch: int) -> int:
         """The profile that this batch size falls into; the last where none is, and TensorRT says why."""
-
-        def serves(index: int) -> bool:
-            smallest, _, largest = self.engine.get_tensor_profile_shape("input", index)
-            return smallest[0] <= batch <= largest[0]
-
         last = self.engine.num_optimization_profiles - 1
-        return next(filter(serves, range(last)), last)
+        largest = [self.engine.get_tensor_profile_shape("input", index)[2][0] for index in range(last)]
+        return bisect.bisect_left(largest, batch)
 
     def new_context(self):
         """An execution context in the memory that all share, which is taken with the first."""
@@ -328,7 +312,7 @@ class Engine:
             context.device_memory = self.memory.data_ptr()
         return context
 
-    def bind(self, shape: torch.Size) -> Bound:
+    def bind(self, shape: torch.Size) -> SimpleNamespace:
         context, stream = self.new_context(), torch.cuda.current_stream()
         index = self.profile_for(shape[0])
         if not context.set_optimization_profile_async(index, stream.cuda_stream):
@@ -339,7 +323,7 @@ class Engine:
         size = tuple(context.get_tensor_shape("logits"))
         logits = torch.empty(size, dtype=self.logits_dtype, device="cuda")
         context.set_tensor_address("logits", logits.data_ptr())
-        self.bound[shape] = bound = Bound(context, logits)
+        self.bound[shape] = bound = SimpleNamespace(context=context, logits=logits, address=0)
         return bound
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -358,4 +342,4 @@ class Engine:
 
 
 if __name__ == "__main__":
-    run_main(lambda: build_engines(__doc__, NativeEngine))
+    run_main(lambda: build_engines(__doc__, NativeEngine, "static", "int8"))

@@ -1,6 +1,8 @@
 """TensorRT's INT8: the calibrator of TensorRT 8.6, and which network each version is given."""
 
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -134,17 +136,19 @@ def test_a_calibration_serves_every_engine_and_is_made_anew_when_damaged_or_fore
     tensorrt, built, project, exported, tmp_path, capsys
 ):
     tensorrt.__version__ = "8.6.0"
-    checkpoint = tmp_path / "best_resnet18_64.pth"
+    checkpoint = Path(shutil.copy(exported.with_name("best_resnet18_64.pth"), tmp_path))
+    for name in (exported.name, f"{exported.name}.json"):
+        shutil.copy(exported.with_name(name), tmp_path)
     kept = tmp_path / "resnet18_64_int8.calibration"
     for batch, static in [(16, False), (1, True), (16, True)]:
         file = WithoutGpu(checkpoint, 64, [batch], project / "data", static=static, int8=True)
-        assert file.calibration(exported, b"")[0] == b"scales"
+        assert file.calibration(b"")[0] == b"scales"
     assert len(built) == 1
     capsys.readouterr()
     kept.write_bytes(b"scale")
-    assert file.calibration(exported, b"")[0] == b"scales" and len(built) == 2
+    assert file.calibration(b"")[0] == b"scales" and len(built) == 2
     tensorrt.__version__ = "8.6.1"
-    assert file.calibration(exported, b"")[0] == b"scales" and len(built) == 3
+    assert file.calibration(b"")[0] == b"scales" and len(built) == 3
     said = [line for line in capsys.readouterr().err.splitlines() if "anew" in line]
     reasons = ["is damaged", "was made for another tensorrt"]
     assert said == [f"{kept} {reason}; building it anew" for reason in reasons]

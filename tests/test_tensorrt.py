@@ -1,7 +1,6 @@
 """trt.py, torch_trt.py and tensorrt_inference.py.  What needs TensorRT is skipped, saying why, where there
 is none."""
 
-import logging
 import sys
 import time
 from pathlib import Path
@@ -209,18 +208,6 @@ def test_each_torch_tensorrt_is_given_what_it_needs(monkeypatch, torchscript, ir
     assert given["inputs"] == [
         {"min_shape": smallest, "opt_shape": best, "max_shape": largest, "dtype": torch.half, "name": "x"}
     ]
-
-
-def test_of_torch_tensorrts_warnings_only_the_false_one_is_silent(caplog):
-    logger = logging.getLogger("torch_tensorrt.dynamo._compiler")
-    logger.addFilter(torch_trt.is_true)
-    try:
-        # in the words of Torch-TensorRT 2.14's _compiler.py
-        logger.warning("%s Input.min_shape=1 ... The compiled engine's min will be 2.", "Input 'x' dim 0:")
-        logger.warning("%s Input.min_shape (1) is below the exported program's min", "Input 'x' dim 0:")
-    finally:
-        logger.removeFilter(torch_trt.is_true)
-    assert len(caplog.messages) == 1 and "is below" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(

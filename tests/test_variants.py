@@ -119,7 +119,7 @@ def test_more_batch_sizes_than_the_compilers_limit_are_all_compiled(project, mon
     with torch.inference_mode():
         for batch in [*range(1, 11), 3]:
             backend.predict(backend.prepare(torch.zeros(batch, 3, 32, 32)))
-    assert backend.network.graphs == 10
+    assert backend.graphs == 10
 
 
 def test_torch_compile_that_compiled_nothing_is_unavailable(project, monkeypatch):

@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
-import os
 import sys
 import time
 import typing
@@ -54,10 +53,6 @@ class Backend(abc.ABC):
         """None if it can run on `device` ("cuda" or "cpu"), else one sentence that a user can act on."""
         return None
 
-    def artefacts(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> list[Path]:
-        """The files that load() would build where they are missing or stale; nothing is loaded for this."""
-        return []
-
     @abc.abstractmethod
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         """Make ready for these batch sizes; never timed as inference.  What it raises costs its own rows."""
@@ -75,10 +70,8 @@ class Backend(abc.ABC):
 
 
 class CudaGraph(Backend):
-    """Any backend replayed from CUDA graphs, one for each batch size, captured when prepare() first meets it.
-
-    Replaying launches the whole network at once: launching kernels one by one no longer bounds small batches.
-    """
+    """Any backend replayed from CUDA graphs, one for each batch size, captured when prepare() first meets it:
+    launching kernels one by one no longer bounds small batches."""
 
     WARM_UP = 3  # calls before the capture, so that algorithms are chosen and memory is allocated
 
@@ -91,9 +84,6 @@ class CudaGraph(Backend):
         if device == "cpu":
             return "CUDA graphs need a CUDA GPU; this run is on the CPU"
         return self.backend.why_unavailable(device)
-
-    def artefacts(self, *asked) -> list[Path]:
-        return self.backend.artefacts(*asked)
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         inner, self.graphs = self.backend, {}
@@ -134,24 +124,20 @@ class CudaGraph(Backend):
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
-def keep_freed_memory() -> None:
-    """Have malloc keep what is freed for the next call, as ONNX Runtime's own arena does.
-
-    By glibc's defaults a run of PyTorch on a CPU that takes and frees tensors of over 32 MB is page faults
-    for up to half its time, and by 10 to 30 % more of them in one process than in the next.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 @contextlib.contextmanager
 def inference(device: str):
-    """Inference mode; on a GPU on a stream of its own, since graphs can't be captured on the default one."""
+    """Inference mode; on a GPU on a stream of its own, since graphs can't be captured on the default one.
+
+    On Linux malloc then keeps what is freed for the next call, as ONNX Runtime's own arena does.  By glibc's
+    defaults a run of PyTorch on a CPU that takes and frees tensors of over 32 MB is page faults for up to
+    half its time, and by 10 to 30 % more of them in one process than in the next.
+    """
     import torch
 
-    keep_freed_memory()
+    if sys.platform == "linux":
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(M_MMAP_MAX, 0)
+        malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
     with torch.inference_mode(), stream:
         yield
@@ -160,16 +146,15 @@ def inference(device: str):
 # ---- whether a package is there
 
 
-def why_not_importable(package: str, install: str, distributions: list[str] | None = None) -> str | None:
-    """None if `package` can be imported, else one sentence; it may be one of several distributions."""
+def why_not_importable(package: str, install: str) -> str | None:
+    """None if `package` can be imported, else one sentence."""
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed; run: {install}"
     try:
         importlib.import_module(package)
     except Exception as error:  # a library is missing or of another version: loaders raise anything
         words = " ".join(f"{type(error).__name__}: {error}".split())
-        version = next(filter(None, map(package_version, distributions or [package])), "")
-        return f"{package} {version} is installed but does not load: {words}"
+        return f"{package} is installed but does not load: {words}"
     return None
 
 
@@ -180,15 +165,13 @@ def is_fresh(path: Path, facts: dict) -> bool:
     """Whether `path` is whole and made from exactly `facts`; if it is there but not that, stderr says why."""
     if not path.is_file():
         return False
-    try:
-        record = read_dict(note_of(path))
-    except OSError:
-        record = {}
-    if not isinstance(record.get("made_from"), dict):
+    note = read_dict(note_of(path))
+    made_from = note.get("made_from")
+    if not isinstance(made_from, dict):
         wrong = "does not say what it was made from"
-    elif others := sorted(name for name in facts if record["made_from"].get(name) != facts[name]):
+    elif others := sorted(name for name in facts if made_from.get(name) != facts[name]):
         wrong = f"was made for another {', '.join(others)}"
-    elif record.get("sha256") != sha256(path):
+    elif note.get("sha256") != sha256(path):
         wrong = "is damaged"
     else:
         return True
@@ -197,54 +180,27 @@ def is_fresh(path: Path, facts: dict) -> bool:
 
 
 def note_of(path: Path) -> Path:
-    """The file beside an artefact that says what it was made from."""
     return path.with_name(path.name + ".json")
 
 
 def store(path: Path, facts: dict, write: Callable[[Path], object]) -> None:
-    """Have `write(path)` write the whole file, with a note beside it: from what, and in how many seconds."""
-    start = time.perf_counter()
+    """Have `write(path)` write the whole file, with a note beside it that says from what."""
     write_whole(path, write)
-    seconds = round(time.perf_counter() - start, 3)
-    write_json(note_of(path), {"made_from": facts, "sha256": sha256(path), "build_s": seconds})
-
-
-def builds_ahead(artefacts: list[Path], checkpoint: Path) -> dict[Path, float | None]:
-    """Those that are missing, damaged or of other weights, with the seconds of the last time, if known.
-
-    Nothing is loaded: what another version or GPU makes stale shows only when it is needed.
-    """
-    found, weights = {}, sha256(checkpoint)
-    for path in artefacts:
-        note = read_dict(note_of(path))
-        made_from = note.get("made_from")
-        weights_then = made_from.get("checkpoint") if isinstance(made_from, dict) else None
-        whole = path.is_file() and note.get("sha256") == sha256(path)
-        if not whole or weights_then != weights:
-            found[path] = note.get("build_s")
-    return found
+    write_json(note_of(path), {"made_from": facts, "sha256": sha256(path)})
 
 
 # ---- TensorRT's engines, whichever route builds them
 
 WORKSPACE_BYTES = 1 << 30  # at most; a quarter of the free memory where less, so that a 4 GB card can build
-DISTRIBUTIONS = ["tensorrt", "tensorrt-cu13", "tensorrt-cu12"]  # one module, by version of CUDA
 INSTALL = "pip install -r requirements-tensorrt.txt (Python 3.10: requirements-tensorrt86.txt)"
 
 
 def why_no_tensorrt(packages: list[str], device: str) -> str | None:
     """None if `packages` load and there is a GPU to run on, else one sentence that says what to do."""
-    import torch
-
     if device != "cuda":
         return "TensorRT needs an NVIDIA GPU; this run is on the CPU"
-    if not torch.cuda.is_available():
-        return "TensorRT needs an NVIDIA GPU, and PyTorch finds none; check that nvidia-smi lists one"
-    for package in packages:
-        names = DISTRIBUTIONS if package == "tensorrt" else [package]
-        if reason := why_not_importable(package, INSTALL, names):
-            return reason
-    return None
+    reasons = (why_not_importable(package, INSTALL) for package in packages)
+    return next(filter(None, reasons), None)
 
 
 def workspace_bytes() -> int:
@@ -262,22 +218,21 @@ class EngineFile(abc.ABC):
 
     PACKAGES: list[str]  # modules that it needs
     MADE_WITH: list[str]  # distributions whose version changes the file
-    OPTIONS: dict[str, str] = {}  # what can be asked for besides batch sizes -> what it means
     suffix: str
+    profiles: list[list[int]]  # TensorRT's: for each the smallest, best and largest batch size
+    kind: str  # what the file's name says of the batch sizes
 
     def __init__(self, checkpoint, image_size, batch_sizes, data: Path | None, static=False, int8=False):
         self.checkpoint, self.image_size, self.data = checkpoint, image_size, data
         self.batch_sizes, self.static, self.int8 = sorted(set(batch_sizes)), static, int8
 
-    @property
-    @abc.abstractmethod
-    def profiles(self) -> list[list[int]]:
-        """TensorRT's optimisation profiles: for each the smallest, best and largest batch size."""
-
-    @property
-    @abc.abstractmethod
-    def kind(self) -> str:
-        """What the file's name says of the batch sizes."""
+    @classmethod
+    def files(
+        cls, checkpoint: Path, image_size: int, batch_sizes, data: Path | None, **options: bool
+    ) -> list:
+        """One for all batch sizes, or `static` one for each."""
+        groups = [[size] for size in batch_sizes] if options.get("static") else [batch_sizes]
+        return [cls(checkpoint, image_size, group, data, **options) for group in groups]
 
     @property
     def path(self) -> Path:
@@ -320,15 +275,12 @@ class EngineFile(abc.ABC):
         store(timings, timed_with, lambda file: file.write_bytes(timed[0]))
         return time.perf_counter() - start
 
-    def load_or_build(self, force: bool = False) -> tuple[object, float, bool]:
+    def load_or_build(self, force: bool = False) -> tuple[typing.Any, float, bool]:
         """What open() gives, the seconds and whether a fresh file was there.
 
         A file that does not load is built anew.  Building has a process of its own, so that nothing of it
         stays in this one's GPU memory.
         """
-        if not self.checkpoint.is_file():
-            mend = f"train it first: python train.py --image-sizes {self.image_size}"
-            raise UserError(f"{self.checkpoint} is missing; {mend}")
         start = time.perf_counter()
         if not force and is_fresh(self.path, self.facts()):
             try:
@@ -339,25 +291,31 @@ class EngineFile(abc.ABC):
         return self.open(), seconds, False
 
 
-def build_engines(about: str | None, kind: type[EngineFile]) -> None:
+def build_engines(about: str | None, kind: type[EngineFile], *options: str) -> None:
     """What trt.py and torch_trt.py do when they are run: build what is missing, a line for each file."""
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    import torch
+
+    import model
+
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, formatter_class=form)
     parser.add_argument("--image-sizes", nargs="+", type=int, default=IMAGE_SIZES)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
     parser.add_argument("--force", action="store_true", help="build even where a fresh file is there")
-    for name, text in kind.OPTIONS.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+    for name in options:
+        parser.add_argument(f"--{name}", action="store_true")
     add_path_arguments(parser)
     args = parser.parse_args()
-    if reason := why_no_tensorrt(kind.PACKAGES, "cuda"):
+    if reason := why_no_tensorrt(kind.PACKAGES, "cuda" if torch.cuda.is_available() else "cpu"):
         raise UserError(reason)
-    options = {name: getattr(args, name) for name in kind.OPTIONS}
+    asked = {name: getattr(args, name) for name in options}
     for size in args.image_sizes:
-        for batches in [[n] for n in args.batch_sizes] if options.get("static") else [args.batch_sizes]:
-            made = kind(checkpoint_path(args.weights, size), size, batches, args.data, **options)
+        checkpoint = checkpoint_path(args.weights, size)
+        model.load_facts(checkpoint)  # which says what is wrong with it
+        for made in kind.files(checkpoint, size, args.batch_sizes, args.data, **asked):
             _, seconds, from_cache = made.load_or_build(args.force)
             how = "from the cache" if from_cache else "built"
-            megabytes = made.path.stat().st_size / 2**20
-            print(f"{made.path}: {how} in {seconds:.1f} s, {megabytes:.1f} MB", flush=True)
+            print(
+                f"{made.path}: {how} in {seconds:.1f} s, {made.path.stat().st_size / 2**20:.1f} MB",
+                flush=True,
+            )

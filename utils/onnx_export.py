@@ -11,7 +11,7 @@ import itertools
 import tempfile
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,53 +26,61 @@ from utils.environment import package_version, torch_is_at_least
 from utils.utils import UserError, sha256
 
 MAX_BATCH = 1024  # of the exported graph's free batch axis
-OLD_EXPORTER_OPSET = 17  # torch before 2.5 has no dependable dynamo exporter
-NAMES: dict = {"input_names": ["input"], "output_names": ["logits"]}
 MAX_IMAGES = 256  # a few hundred do (Krishnamoorthi, Quantizing deep convolutional networks, 2018, section 3)
 BATCH = 8  # images at once
-PRECISION = "INT8 by the largest values, classifier as it is"
+ROUNDING = "INT8 by the largest values, classifier as it is"
 
 
-def export_path(checkpoint: Path, image_size: int, precision: str) -> Path:
-    return checkpoint.with_name(f"resnet18_{image_size}_{precision.lower()}.onnx")
-
-
-def export(checkpoint: Path, image_size: int, precision: str) -> tuple[Path, float, bool]:
+def export(
+    checkpoint: Path, image_size: int, precision: str, data: Path | None = None
+) -> tuple[Path, float, bool]:
     """The checkpoint as an ONNX file with a free batch axis: "input" (N, 3, S, S), "logits" (N, classes).
 
-    Batch normalisation is folded in FP32; "FP16" then halves weights, input and output.  Returns the path,
-    the seconds it took and whether a fresh file was there already.  Raises Unavailable where a package for it
-    is missing.
+    `precision` is FP32; FP16, with weights, input and output halved; or, in FP32 with rounding calibrated on
+    `data`, INT8 for CPUs or INT8_TENSORRT.  Returns the path, the seconds it took and whether a fresh file
+    was there already.  Raises Unavailable where packages or images for it are missing.
     """
     start = time.perf_counter()
-    path = export_path(checkpoint, image_size, precision)
-    facts = {name: package_version(name) for name in ("torch", "onnx", "onnxscript")}
-    facts |= {"checkpoint": sha256(checkpoint), "precision": precision}
+    path = checkpoint.with_name(f"resnet18_{image_size}_{precision.lower()}.onnx")
+    facts = {"checkpoint": sha256(checkpoint), "precision": precision}
+    if precision.startswith("INT8"):
+        source = export(checkpoint, image_size, "FP32")[0]
+        facts |= {"onnx": sha256(source), **facts_of_int8(data)}
+        facts |= facts_of_cpu() if precision == "INT8" else {}
+        round_ = write_for_cpu if precision == "INT8" else write_for_tensorrt
+        write = functools.partial(round_, source, calibration_batches(data, image_size))
+    else:
+        facts |= {name: package_version(name) for name in ("torch", "onnx", "onnxscript")}
+        write = functools.partial(write_onnx, checkpoint, image_size, precision)
     fresh = is_fresh(path, facts)
     if not fresh:
-        for package in ["onnx", "onnxscript"] if torch_is_at_least(2, 5) else ["onnx"]:
-            if reason := why_not_importable(package, "pip install -r requirements.txt"):
-                raise Unavailable(f"the export to ONNX needs {package}: {reason}")
-        with torch.inference_mode(False), torch.no_grad():  # exporters can't trace inference tensors
-            store(path, facts, lambda file: write_onnx(checkpoint, image_size, precision, file))
+        store(path, facts, write)
     return path, time.perf_counter() - start, fresh
 
 
 def write_onnx(checkpoint: Path, image_size: int, precision: str, path: Path) -> None:
-    """Export to `path`: by the dynamo exporter, or with torch before 2.5 by the older one."""
+    """Export to `path`: by the dynamo exporter, or with torch before 2.5 by the older one.
+
+    Batch normalisation is folded in FP32, before weights are halved.
+    """
+    dynamo = torch_is_at_least(2, 5)
+    for package in ["onnx", "onnxscript"] if dynamo else ["onnx"]:
+        if reason := why_not_importable(package, "pip install -r requirements.txt"):
+            raise Unavailable(f"the export to ONNX needs {package}: {reason}")
     network = model.fold_batch_norm(model.load(checkpoint, "cpu")[0])
     example = torch.zeros(2, 3, image_size, image_size)  # a batch of 1 would be taken for a constant
     if precision == "FP16":
         network, example = network.half(), example.half()
-    if torch_is_at_least(2, 5):
-        batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-        free: dict = {"dynamic_shapes": ({0: batch},), "dynamo": True}
-        torch.onnx.export(network, (example,), path, external_data=False, verbose=False, **free, **NAMES)
-        return
-    if precision == "FP16" and torch.cuda.is_available():  # it runs the network; CPUs had no half convolution
-        network, example = network.cuda(), example.cuda()
-    free = {"dynamic_axes": {"input": {0: "batch"}, "logits": {0: "batch"}}}
-    torch.onnx.export(network, (example,), str(path), opset_version=OLD_EXPORTER_OPSET, **free, **NAMES)
+    how: dict = {"input_names": ["input"], "output_names": ["logits"]}
+    with torch.inference_mode(False), torch.no_grad():  # exporters can't trace inference tensors
+        if dynamo:
+            batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+            how |= {"dynamic_shapes": ({0: batch},), "dynamo": True, "external_data": False, "verbose": False}
+        else:
+            how |= {"dynamic_axes": {"input": {0: "batch"}, "logits": {0: "batch"}}, "opset_version": 17}
+            if precision == "FP16" and torch.cuda.is_available():  # it runs the network: CPUs lacked half
+                network, example = network.cuda(), example.cuda()
+        torch.onnx.export(network, (example,), str(path), **how)
 
 
 # ---- the images that INT8 is calibrated on
@@ -103,54 +111,27 @@ def calibration_batches(data: Path | None, image_size: int) -> Iterator[torch.Te
         yield torch.stack([datasets.to_normalised(images.load_known(path), image_size) for path in chosen])
 
 
-def fingerprint(data: Path | None) -> str:
-    """Of the images' contents, in order."""
-    return sha256(*images.content_hashes(calibration_files(data)))[:16]
-
-
 def facts_of_int8(data: Path | None) -> dict:
-    """What an INT8 file depends on besides the network: the way it is rounded, and the images.
+    """What an INT8 file depends on besides the network: the way it is rounded, and the images' contents.
 
     Without `data` any images will do: what was measured is used as long as its file is there.
     """
-    return {"precision": PRECISION} | ({"images": fingerprint(data)} if data else {})
+    if data is None:
+        return {"precision": ROUNDING}
+    hashes = images.content_hashes(calibration_files(data))
+    return {"precision": ROUNDING, "images": sha256(*hashes)[:16]}
 
 
 # ---- for CPUs: ONNX Runtime and OpenVINO
 
 
-def files_for_cpu(checkpoint: Path, image_size: int, int8: bool) -> list[Path]:
-    """What export_for_cpu() leaves; the last is what a runtime loads."""
-    return [export_path(checkpoint, image_size, name) for name in (["FP32", "INT8"] if int8 else ["FP32"])]
-
-
-def export_for_cpu(checkpoint: Path, image_size: int, int8: bool, data: Path | None):
-    """The checkpoint in FP32, or `int8` calibrated on `data`, as export() gives it: path, seconds, fresh."""
-    source, seconds, fresh = export(checkpoint, image_size, "FP32")
-    if not int8:
-        return source, seconds, fresh
-    start = time.perf_counter()
-    path, fresh = for_cpu(source, checkpoint, image_size, data)
-    return path, seconds + time.perf_counter() - start, fresh
-
-
-def for_cpu(source: Path, checkpoint: Path, image_size: int, data: Path | None) -> tuple[Path, bool]:
-    """The checkpoint's FP32 export `source` in INT8 beside it, and whether a fresh file was there."""
-    if reason := why_not_importable("onnxruntime", "pip install -r requirements.txt"):
-        raise Unavailable(f"ONNX Runtime makes the INT8 network: {reason}")
+def facts_of_cpu() -> dict:
     import onnxruntime
 
-    path = export_path(checkpoint, image_size, "INT8")
-    facts = {"checkpoint": sha256(checkpoint), "onnx": sha256(source), **facts_of_int8(data)}
-    facts |= {"onnxruntime": onnxruntime.__version__, "reduce_range": saturates()}
-    fresh = is_fresh(path, facts)
-    if not fresh:
-        batches = calibration_batches(data, image_size)
-        store(path, facts, lambda file: write_for_cpu(source, batches, facts["reduce_range"], file))
-    return path, fresh
+    return {"onnxruntime": onnxruntime.__version__, "reduce_range": saturates()}
 
 
-def write_for_cpu(source: Path, batches: Iterator[torch.Tensor], reduce_range: bool, path: Path) -> None:
+def write_for_cpu(source: Path, batches: Iterator[torch.Tensor], path: Path) -> None:
     """8-bit activations with a zero point, 8-bit weights with a scale for each channel, by ONNX Runtime.
 
     After the folding and shape inference that quantize_static() asks for.
@@ -167,14 +148,14 @@ def write_for_cpu(source: Path, batches: Iterator[torch.Tensor], reduce_range: b
         quant_pre_process(source, prepared, skip_symbolic_shape=True)  # 1.18's fails on newer exports
         nodes = onnx.load(prepared).graph.node
         kept = [node.name for node in nodes if node.op_type == "Gemm"]
-        quantize_static(prepared, path, reader, nodes_to_exclude=kept, reduce_range=reduce_range, **types)
+        quantize_static(prepared, path, reader, nodes_to_exclude=kept, reduce_range=saturates(), **types)
 
 
 @functools.cache
 def saturates() -> bool:
     """Whether ONNX Runtime's 8-bit products saturate here, as they do on x86 processors without VNNI.
 
-    These add pairs of products in 16 bits: 255 * 127 twice doesn't fit.  Weights of 7 bits do
+    These add pairs of products in 16 bits: 255 * 127 twice doesn't fit, where weights of 7 bits do
     ("reduce_range").  Multiplying just these tells it for any processor and version.
     """
     import onnxruntime
@@ -193,116 +174,67 @@ def saturates() -> bool:
 # ---- for TensorRT
 
 
-def for_tensorrt(source: Path, checkpoint: Path, image_size: int, data: Path | None) -> tuple[Path, bool]:
-    """The checkpoint's FP32 export `source` as QDQ network in FP32, and whether a fresh file was there."""
-    path = source.with_name(f"resnet18_{image_size}_int8_tensorrt.onnx")
-    facts = {"checkpoint": sha256(checkpoint), "onnx": sha256(source), **facts_of_int8(data)}
-    fresh = is_fresh(path, facts)
-    if not fresh:
-        largest = largest_values(checkpoint, calibration_batches(data, image_size))
-        store(path, facts, lambda file: write_for_tensorrt(source, largest, file))
-    return path, fresh
-
-
-class Largest(torch.fx.Interpreter):
-    """Runs a traced network and keeps the largest magnitude that each of its nodes has given."""
-
-    def __init__(self, network):
-        super().__init__(network)
-        self.seen = {}
-
-    def run_node(self, node):
-        result = super().run_node(node)
-        self.seen[node] = max(self.seen.get(node, 0.0), float(result.abs().max()))
-        return result
-
-
-def largest_values(checkpoint: Path, batches: Iterator[torch.Tensor]) -> list[tuple[str, float]]:
-    """(operator in ONNX, largest magnitude) of the input and of all before the mean over pixels, in order."""
-    network = model.fold_batch_norm(model.load(checkpoint, "cpu")[0])
-    watched = Largest(typing.cast(typing.Any, network))
-    with torch.inference_mode():
-        for batch in batches:
-            watched.run(batch)
-    kinds = {torch.nn.Conv2d: "Conv", torch.nn.ReLU: "Relu", torch.nn.MaxPool2d: "MaxPool"}
-    found = []
-    for node, value in watched.seen.items():
-        kind = {"placeholder": "input", "call_function": "Add" if "add" in node.name else ""}.get(node.op)
-        if node.op == "call_module":
-            kind = kinds.get(type(network.get_submodule(node.target)))
-        found += [(kind, value)] if kind else []
-    return found
-
-
-def write_for_tensorrt(source: Path, largest: list[tuple[str, float]], path: Path) -> None:
-    """Rounded, with zero points 0, right before each convolution and on the shortcut into each sum.
+def write_for_tensorrt(source: Path, batches: Iterable[torch.Tensor], path: Path) -> None:
+    """Rounded to 127 steps a side right before each convolution and on the shortcut into each sum.
 
     So TensorRT fuses a convolution with the sum and ReLU after it (TensorRT's developer guide, "Q/DQ
-    layer-placement recommendations").  All else is as it was, biases too.
+    layer-placement recommendations").  A sum takes its block's main path, which a 3 x 3 convolution ends,
+    unrounded.  Weights have a scale for each output channel; biases and all else are as they were.
     """
     import onnx
+    from onnx import numpy_helper
 
     network = onnx.load(source)
-    graph = network.graph
-    body = [node for node in graph.node if node.op_type in ("Conv", "Relu", "MaxPool", "Add")]
-    if ["input", *(node.op_type for node in body)] != [kind for kind, _ in largest]:
-        raise RuntimeError(f"{source} is not the network whose values were observed")
-    names = [graph.input[0].name, *(node.output[0] for node in body)]
-    rounding = Rounding(graph, {name: value for name, (_, value) in zip(names, largest, strict=True)})
-    nodes = list(graph.node)
-    maker = {name: node for node in nodes for name in node.output}
+    graph, nodes = network.graph, list(network.graph.node)
+    convolutions = [node for node in nodes if node.op_type == "Conv"]
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    main_paths = {node.output[0] for node in convolutions if weights[node.input[1]].shape[2:] == (3, 3)}
+    shortcuts = {name for node in nodes if node.op_type == "Add" for name in node.input} - main_paths
+    largest = largest_values(source, shortcuts | {node.input[0] for node in convolutions}, batches)
+    largest |= {node.input[1]: np.abs(weights[node.input[1]]).max((1, 2, 3)) for node in convolutions}
     del graph.node[:]
+    done = set()
     for node in nodes:
-        if node.op_type == "Conv":
-            node.input[0] = rounding.of_values(node.input[0])
-            node.input[1] = rounding.of_weights(node.input[1])
-        elif node.op_type == "Add":
-            for i, name in enumerate(node.input):
-                if not is_main_path(maker[name]):
-                    node.input[i] = rounding.of_values(name)
+        for i, name in enumerate(node.input):
+            if name in largest and node.op_type in ("Conv", "Add"):
+                if name not in done:
+                    add_rounding(graph, name, largest[name])
+                    done.add(name)
+                node.input[i] = f"{name}_rounded"
         graph.node.append(node)
     del graph.value_info[:]
     onnx.checker.check_model(network, full_check=True)
     onnx.save(network, path)
 
 
-def is_main_path(node) -> bool:
-    """Whether this ends a block's main path, which a 3 x 3 convolution does: its sum takes it unrounded."""
-    sizes = [list(attribute.ints) for attribute in node.attribute if attribute.name == "kernel_shape"]
-    return node.op_type == "Conv" and sizes == [[3, 3]]
+def largest_values(source: Path, names: set[str], batches: Iterable[torch.Tensor]) -> dict[str, typing.Any]:
+    """The largest magnitude that each of these tensors of the network takes."""
+    import onnx
+    import onnxruntime
+
+    network = onnx.load(source)
+    inside = sorted(names - {"input"})
+    network.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inside)
+    session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
+    largest = dict.fromkeys(names, 0.0)
+    for batch in batches:
+        x = batch.numpy()
+        for name, values in zip(["input", *inside], [x, *session.run(inside, {"input": x})], strict=True):
+            largest[name] = max(largest[name], float(np.abs(np.asarray(values)).max()))
+    return largest
 
 
-class Rounding:
-    """Adds to a graph the pairs of nodes that round tensors to 127 steps a side, each tensor once."""
+def add_rounding(graph, name: str, largest) -> None:
+    """Append the two nodes that make `{name}_rounded` of a tensor; zero points are 0."""
+    from onnx import helper, numpy_helper
 
-    def __init__(self, graph, largest: dict[str, float]):
-        from onnx import numpy_helper
-
-        self.graph, self.largest, self.rounded = graph, largest, {}
-        self.weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-
-    def of_values(self, name: str) -> str:
-        """The name of the rounded tensor; one scale, from the largest value that was observed."""
-        return self.rounded.get(name) or self.add(name, np.array(self.largest[name], np.float32))
-
-    def of_weights(self, name: str) -> str:
-        """The name of the rounded weights; a scale for each output channel."""
-        return self.rounded.get(name) or self.add(name, np.abs(self.weights[name]).max((1, 2, 3)), axis=0)
-
-    def add(self, name: str, largest, **axis) -> str:
-        from onnx import helper, numpy_helper
-
-        scale = np.asarray(np.where(largest > 0, largest, 1) / 127, np.float32)
-        for part, value in (("scale", scale), ("zero", np.zeros(scale.shape, np.int8))):
-            self.graph.initializer.append(numpy_helper.from_array(value, f"{name}_{part}"))
-        steps = [f"{name}_scale", f"{name}_zero"]
-        for kind, given, made in (
-            ("Quantize", name, f"{name}_int8"),
-            ("Dequantize", f"{name}_int8", f"{name}_rounded"),
-        ):
-            self.graph.node.append(helper.make_node(f"{kind}Linear", [given, *steps], [made], **axis))
-        self.rounded[name] = f"{name}_rounded"
-        return self.rounded[name]
+    scale = np.asarray(np.where(largest > 0, largest, 1) / 127, np.float32)
+    for part, value in (("scale", scale), ("zero", np.zeros(scale.shape, np.int8))):
+        graph.initializer.append(numpy_helper.from_array(value, f"{name}_{part}"))
+    axis: dict = {"axis": 0} if scale.ndim else {}
+    for kind, given, made in (("Quantize", name, "int8"), ("Dequantize", f"{name}_int8", "rounded")):
+        inputs = [given, f"{name}_scale", f"{name}_zero"]
+        graph.node.append(helper.make_node(f"{kind}Linear", inputs, [f"{name}_{made}"], **axis))
 
 
 def halve(graph) -> None:

@@ -183,8 +183,8 @@ class Sweep:
             wanted.insert(0, (beside, new_record(beside), False))
         members = []
         try:
-            for job, *record in wanted:  # one by one: those that are started end, whatever happens
-                members.append(Member(job, Remote(job, self.log, self.timeout), *record))
+            for job, record, recorded in wanted:  # one by one: those started end, whatever happens
+                members.append(Member(job, Remote(job, self.log, self.timeout), record, recorded))
             round_ = InterleavedRound(members, lambda one: self.keep(one.job, one.record), sequential)
             round_.play()
         finally:

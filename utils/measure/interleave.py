@@ -239,12 +239,12 @@ def plan_blocks(run_ms: list[float], settings: Settings, device: str) -> tuple[i
 
 
 def has_saturated(record: Record) -> bool:
-    """Whether the last doubling gave too little for another, or failed for want of memory or otherwise."""
+    """Whether the last doubling gave under 5 % more images/s, or failed for want of memory or otherwise."""
     if record.batches and record.batches[-1]["status"] != "ok":
         return True
     sizes = [batch["batch_size"] for batch in record.batches]
     fps = [batch["batch_size"] / timing.trimmed_mean(batch["host_ms"]) for batch in record.batches]
-    return timing.saturated(sizes, fps)
+    return len(fps) > 1 and timing.gain(sizes, fps, -2, -1) < timing.SATURATED
 
 
 def new_server(scripts: list[str]) -> None:

@@ -75,15 +75,9 @@ def settings_of(args: argparse.Namespace, device: str) -> Settings:
     if args.runs < args.rounds:
         few = f"--runs {args.runs} leaves some of the {args.rounds} rounds without one"
         raise UserError(f"{few}; give --runs {args.rounds} or more")
-    return Settings(
-        runs=args.runs,
-        rounds=args.rounds,
-        warmup=args.warmup,
-        min_seconds=MIN_SECONDS[device] if args.min_seconds is None else args.min_seconds,
-        max_seconds=args.max_seconds or MAX_SECONDS[device],
-        sustain_seconds=args.sustain_seconds,
-        seed=args.seed,
-    )
+    asked = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    usual = {"min_seconds": MIN_SECONDS[device], "max_seconds": MAX_SECONDS[device]}
+    return Settings(**asked | {name: value for name, value in usual.items() if asked[name] is None})
 
 
 def name_problem(name: str, beside: list[str]) -> str | None:

@@ -121,11 +121,6 @@ def speedup(baseline_ms: list[float], host_ms: list[float], block_runs: list[int
     return float(np.exp(ratios[cut : len(ratios) - cut].mean()))
 
 
-def saturated(batch_sizes: list[int], fps: list[float]) -> bool:
-    """Whether the last step to a larger batch gave under 5 % more; sizes and images/s, ascending."""
-    return len(fps) > 1 and gain(batch_sizes, fps, len(fps) - 2, len(fps) - 1) < SATURATED
-
-
 def gain(batch_sizes: list[int], fps: list[float], i: int, j: int) -> float:
     """What a doubling of the batch gains between two measured sizes, spread evenly over the doublings."""
     return (fps[j] / fps[i]) ** (1 / math.log2(batch_sizes[j] / batch_sizes[i])) - 1

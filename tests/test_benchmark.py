@@ -18,7 +18,7 @@ from filelock import FileLock
 import benchmark
 import model
 from utils import onnx_export
-from utils.measure import accuracy, jobs, sweep, worker
+from utils.measure import jobs, reference, sweep, worker
 from utils.measure.schema import Problem
 from utils.measure.timing import trimmed_mean
 from utils.report import tables
@@ -343,11 +343,11 @@ def test_of_a_long_message_the_end_is_kept_where_the_cause_stands():
 
 def test_batches_that_find_no_room_to_be_handed_over_are_read_without_further_processes(monkeypatch):
     usage = type("Usage", (), {"free": 64 * 2**20})  # docker's /dev/shm
-    monkeypatch.setattr(accuracy.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(accuracy, "SHARED_MEMORY", Path("/"))
-    assert accuracy.reading_processes(1000, batch_size=16, image_size=512) == 0
-    assert accuracy.reading_processes(1000, batch_size=16, image_size=64) == 4
-    assert accuracy.reading_processes(100, batch_size=16, image_size=64) == 0
+    monkeypatch.setattr(reference.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(reference, "SHARED_MEMORY", Path("/"))
+    assert reference.reading_processes(1000, batch_size=16, image_size=512) == 0
+    assert reference.reading_processes(1000, batch_size=16, image_size=64) == 4
+    assert reference.reading_processes(100, batch_size=16, image_size=64) == 0
 
 
 def test_how_many_processes_live_together_follows_from_the_memory_that_is_free(monkeypatch):

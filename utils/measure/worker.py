@@ -19,7 +19,7 @@ import psutil
 
 from utils.backend import Backend, Unavailable, inference
 from utils.environment import is_out_of_memory
-from utils.measure import accuracy, gpu, timing
+from utils.measure import accuracy, gpu, reference, timing
 from utils.measure.schema import Job, Problem
 from utils.utils import MENDS, UserError, end_with_parent, sentence
 
@@ -55,7 +55,7 @@ class Measurement:
             backend.data, begin = job.data, time.perf_counter()
             backend.load(job.checkpoint, job.image_size, list(job.batch_sizes), job.device)
             load_s = round(time.perf_counter() - begin, 4)
-            check, self.probe = accuracy.whole_test_set(job, whole_call(backend), backend.precision)
+            check, self.probe = reference.whole_test_set(job, whole_call(backend), backend.precision)
         self.synchronize, self.new_event = (lambda: None), None
         if self.cuda:
             self.synchronize = torch.cuda.current_stream().synchronize

@@ -165,7 +165,7 @@ def exported(project, tmp_path_factory) -> Path:
 
     def make(folder: Path) -> None:
         paths = ["--data", project / "data", "--weights", folder, "--results", folder]
-        run_here("train.py", "--image-sizes", 64, "--epochs", 10, "--workers", 0, "--device", "cpu", *paths)
+        run_here("train.py", "--image-sizes", 64, "--epochs", 16, "--workers", 0, "--device", "cpu", *paths)
         onnx_export.export(folder / "best_resnet18_64.pth", 64, "FP32")
 
     return shared_copy(tmp_path_factory, "exported", make) / "resnet18_64_fp32.onnx"

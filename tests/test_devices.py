@@ -24,7 +24,7 @@ def driver(monkeypatch):
     nvml.NVMLError = type("NVMLError", (Exception,), {})
     nvml.nvmlInit = lambda: None
     nvml.nvmlDeviceGetHandleByIndex = lambda index: index
-    nvml.nvmlDeviceGetName = lambda handle: b"NVIDIA GeForce GTX 1650"
+    nvml.nvmlDeviceGetName = lambda handle: "NVIDIA GeForce GTX 1650"
 
     def listing(
         count=1, cuda=13000, capability=(7, 5), build="13.0", available=False, built=("sm_75", "sm_90")

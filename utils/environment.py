@@ -187,8 +187,7 @@ def read_driver(name: str, *arguments) -> typing.Any:
     if pynvml is None or handle is None:
         return None
     with contextlib.suppress(pynvml.NVMLError, AttributeError):
-        told = getattr(pynvml, name)(handle, *arguments)
-        return told.decode() if isinstance(told, bytes) else told  # texts, from older bindings
+        return getattr(pynvml, name)(handle, *arguments)
     return None
 
 
@@ -208,12 +207,11 @@ def describe() -> dict:
     pynvml, name = nvml(), read_driver("nvmlDeviceGetName")
     if pynvml is None or name is None:
         return {}
-    driver = pynvml.nvmlSystemGetDriverVersion()
     power, memory = read_driver("nvmlDeviceGetPowerManagementLimit"), read_driver("nvmlDeviceGetMemoryInfo")
     clock_khz, sm_count, major, minor = (_attribute(number) for number in (13, 16, 75, 76))
     return {
         "gpu": name,
-        "driver": driver if isinstance(driver, str) else driver.decode(),
+        "driver": pynvml.nvmlSystemGetDriverVersion(),
         "gpu_memory_mb": memory and round(memory.total / MB),
         "power_limit_w": power and power / 1000,
         "compute_capability": major and [major, minor],

@@ -111,8 +111,10 @@ def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | 
     (before, old), (after, new) = (tables.read_table(path) for path in paths)
     first, second = (sweeps[0], sweeps[-1]) if sweeps else (before.sweep.iloc[0], after.sweep.iloc[0])
     if sweeps:
-        before = only(before, paths[0], first).assign(sweep=second)
-        after = only(after, paths[1], second)
+        for path, rows, sweep in zip(paths, (before, after), (first, second), strict=True):
+            if sweep not in set(rows.sweep):
+                raise UserError(f"{path} has no sweep {sweep}; name one of: {', '.join(rows.sweep.unique())}")
+        before, after = before[before.sweep == first].assign(sweep=second), after[after.sweep == second]
     both = analysis.ratios(before, after)
     if both.empty:
         see = f"see: python compare.py {paths[0]}"
@@ -122,19 +124,12 @@ def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | 
     median, low, high = map(words.figure, both.fps_ratio.quantile([0.5, 0, 1]))
     print(f"Median over {len(both)} configurations: {median}x {paths[0]} (range {low}-{high}).")
     changes = environment_changes(old.get(first, {}), new.get(second, {}))
-    print("\n".join(["Environment: " + ("no difference" if not changes else ""), *changes]))
+    print("\n".join(["Environment:", *(changes or ["no difference"])]))
     chart = (paths[1].parent if paths[1].suffix == ".csv" else paths[1]) / "comparison.png"
     count = f"no difference in {int(analysis.agrees(both, 'fps').sum())} of {len(both)}"
     plot_utils.draw_comparison(both, f"{paths[0]} → {paths[1]}: {count}", chart)
     print(f"written: {chart}")
     return 0 if slower_by is None else gate(before, after, both, slower_by)
-
-
-def only(rows: "pd.DataFrame", path: Path, sweep: str) -> "pd.DataFrame":
-    """The rows of one sweep."""
-    if sweep not in set(rows.sweep):
-        raise UserError(f"{path} has no sweep {sweep}; name one of: {', '.join(rows.sweep.unique())}")
-    return rows[rows.sweep == sweep]
 
 
 def gate(before: "pd.DataFrame", after: "pd.DataFrame", both: "pd.DataFrame", slower_by: float) -> int:
@@ -215,7 +210,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    fits, code = True, 0
+    code = 0
     if len(args.results) == 2:
         code = compare_two(args.results, args.sweeps, args.fail_if_slower)
     elif args.best:
@@ -224,12 +219,13 @@ def main() -> None:
         limits = {column: vars(args)[column] for column in LIMITS}
         lines, fits = best_lines(tables.read_table(args.results[0])[0], limits)
         print("\n".join(lines))
+        code = int(not fits)
     elif args.write_readme:
         write_readmes(Path("README.md"))
     else:
         tell(args.results[0])
-    if code or not fits:
-        sys.exit(1)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_the_device_table_shows_only_what_is_known():
     )
     known = {"main": {"short": "a CPU", "ceilings": {"tflops": {"FP32": 2.0}, "gb_per_s": 20.0}}}
     text = words.markdown(words.lines_of(words.DEVICE, rows))
-    assert "| Method | Size | Batch | TFLOP/s | % of measured peak | FLOP/byte | Bottleneck |" in text
+    assert "| Method | Size | Batch | tflops | pct measured peak | flops per byte | bottleneck |" in text
     assert "| ONNX Runtime FP32 | 64 | 1 | 0.5 | 25 | 60 | compute |" in text
     assert "| measured limits | tflops FP32 2.0, gb_per_s 20.0 |" in readme.environment_table(known)
 

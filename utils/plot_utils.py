@@ -4,10 +4,10 @@ A chart shows every method of a machine, in whichever environment it was measure
 measured stays visible: as a gap and in the note under the panels.
 """
 
-import dataclasses
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,10 +35,10 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
 def looks_of(rows: pd.DataFrame, column: str) -> dict[str, dict]:
     """Label -> style of each method with a value; the same method of a further environment is fainter."""
     first = rows[rows[column].notna()].drop_duplicates("label")
-    fainter = zip(first.itertuples(), first.duplicated("backend"), strict=True)
+    alphas = np.where(first.duplicated("backend"), 0.5, 1)
+    looks = [style(row.backend, row.precision) for row in first.itertuples()]
     return {
-        row.label: style(row.backend, row.precision) | dict(alpha=0.5 if faint else 1)
-        for row, faint in fainter
+        name: look | {"alpha": alpha} for name, look, alpha in zip(first.label, looks, alphas, strict=True)
     }
 
 
@@ -55,40 +55,37 @@ def half_widths(rows: pd.DataFrame, column: str) -> np.ndarray:
 # ---- figures against image size and batch size
 
 
-@dataclasses.dataclass
-class Chart:
-    """One kind of chart: the column that it draws and how it splits into panels."""
-
+class Chart(NamedTuple):
     column: str
     unit: str
-    x: str
-    panel: str  # a panel for each value of this column
+    x: str  # image_size, then there is a panel for each batch_size; or the reverse
     finding: Callable[[pd.DataFrame], str]
 
 
 CHARTS = {
-    "fps_vs_image_size.png": Chart("fps", "images/s", "image_size", "batch_size", leader),
-    "fps_vs_batch_size.png": Chart("fps", "images/s", "batch_size", "image_size", chart_style.batching),
-    "speedup_vs_image_size.png": Chart("speedup", "speedup", "image_size", "batch_size", leader),
-    "memory_vs_batch_size.png": Chart(
-        "gpu_memory_mb", "GPU MB", "batch_size", "image_size", chart_style.memory
-    ),
+    "fps_vs_image_size.png": Chart("fps", "images/s", "image_size", leader),
+    "fps_vs_batch_size.png": Chart("fps", "images/s", "batch_size", chart_style.batching),
+    "speedup_vs_image_size.png": Chart("speedup", "speedup", "image_size", leader),
+    "memory_vs_batch_size.png": Chart("gpu_memory_mb", "GPU MB", "batch_size", chart_style.memory),
 }
 
 
-def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Figure:
+def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Figure | None:
     """A panel for each image or batch size, in each a line for each method with its intervals, broken where
-    a method was tried and has no value.  A panel with a single point a method is drawn only if all are so."""
+    a method was tried and has no value.  A panel with a single point a method is drawn only if all are so.
+    None where GPU memory was not read."""
     rows = in_order(rows)
     shown = rows[rows.backend != BASELINE] if chart.column == "speedup" else rows
     looks = looks_of(shown, chart.column)
-    panels = list(shown.groupby(chart.panel)) if looks else []
+    if not looks and chart.column == "gpu_memory_mb":
+        return None
+    by_batch = chart.x == "image_size"
+    panels = list(shown.groupby("batch_size" if by_batch else "image_size")) if looks else []
     panels = [(value, panel) for value, panel in panels if panel[chart.x].nunique() > 1] or panels
     columns = min(len(panels), 4) or 1
     lines = -(-len(panels) // columns) or 1
-    title = chart.finding(rows)
     small_print = [*chart_style.not_measured(rows), *feet_of(sweeps_of(rows), environments)]
-    fig, part = sheet(2.7 * lines + 0.22 * -(-len(looks) // 3), title, small_print)
+    fig, part = sheet(2.7 * lines + 0.22 * -(-len(looks) // 3), chart.finding(rows), small_print)
     grid = part.subplots(lines, columns, squeeze=False)
     for ax in grid.flat[len(panels) :]:
         ax.axis("off")
@@ -102,7 +99,7 @@ def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Fig
             ax.axhline(1, color=INK, linewidth=1)
         ax.set_xlim(-0.3, len(ticks) - 0.7)
         ax.set_ylim(0)
-        ax.set_title(f"{value} px" if chart.panel == "image_size" else f"batch {value}", fontsize=10.5)
+        ax.set_title(f"batch {value}" if by_batch else f"{value} px", fontsize=10.5)
         lowest, leftmost = k + columns >= len(panels), k % columns == 0
         dress(ax, AXIS[chart.x] if lowest else "", chart.unit if leftmost else "")
         ax.set_xticks(range(len(ticks)), list(map(str, ticks)))
@@ -181,11 +178,9 @@ def draw_roofline(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure |
         ax.annotate(text, (right, peak * 1.05), ha="right", va="bottom", fontsize=9)
     ax.text(0.02, 0.94, f"slope: copy at {figure(bandwidth * 1000)} GB/s", transform=ax.transAxes, fontsize=9)
     for name, look in looks_of(rows, "tflops").items():
-        own, look = rows[rows.label == name], look | {"linestyle": "none", "alpha": 0.85}
-        for row in own.itertuples():
-            size = 3.5 + 1.2 * np.log2(row.batch_size)
-            ax.plot(row.flops_per_byte, row.tflops, **look | {"markersize": size})
-        ax.plot([], [], **look, label=name)
+        own = rows[rows.label == name]
+        points = (3.5 + 1.2 * np.log2(own.batch_size)) ** 2
+        ax.scatter(own.flops_per_byte, own.tflops, points, look["color"], look["marker"], label=name)
     ax.set(xscale="log", yscale="log", xlim=(left, right))
     ax.set_ylim(rows.tflops.min() / 2, max(roofs.values()) * 2)
     dress(ax, "operations per byte (FLOP/B), every layer's input, output and weights moved once", "TFLOP/s")
@@ -260,8 +255,6 @@ def draw_all(rows: pd.DataFrame, environments: dict[str, dict], results: Path) -
     """Write every chart and return the paths; a chart of what was not measured is removed."""
     figures: dict[str, Figure | None] = {}
     figures |= {name: draw(chart, rows, environments) for name, chart in CHARTS.items()}
-    if not analysis.measured(rows).gpu_memory_mb.notna().any():
-        figures["memory_vs_batch_size.png"] = None
     figures["methods.png"] = draw_methods(rows, environments)
     figures["roofline.png"] = draw_roofline(rows, environments)
     for name, draw_serving in SERVING.items():

@@ -3,6 +3,8 @@
 The only place that judges: tables, charts, sentences and compare.py show what it finds.
 """
 
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 
@@ -113,15 +115,12 @@ def wins(rows: pd.DataFrame) -> tuple[list[tuple[pd.Series, int]], int, int]:
 
     Returns a row of each winner with its number of wins, most first; the number of ties; the number in all.
     """
-    won, ties, total = {}, 0, 0
-    for _, group in measured(rows).groupby(["image_size", "batch_size"]):
-        if group.backend.nunique() > 1:
-            best, total = fastest(group), total + 1
-            ties += len(best) > 1
-            if len(best) == 1:
-                row, count = won.get(best[0].backend, (best[0], 0))
-                won[best[0].backend] = row, count + 1
-    return sorted(won.values(), key=lambda entry: -entry[1]), ties, total
+    groups = [group for _, group in measured(rows).groupby(["image_size", "batch_size"])]
+    first = [fastest(group) for group in groups if group.backend.nunique() > 1]
+    clear = [best[0] for best in first if len(best) == 1]
+    counts, row_of = Counter(row.backend for row in clear), {row.backend: row for row in clear}
+    won = [(row_of[backend], count) for backend, count in counts.most_common()]
+    return won, len(first) - len(clear), len(first)
 
 
 def size_cost(rows: pd.DataFrame) -> tuple[int, list[float]]:

@@ -109,8 +109,6 @@ def batching(rows: pd.DataFrame) -> str:
 
 def memory(rows: pd.DataFrame) -> str:
     """Which method takes most memory, and where."""
-    if rows.gpu_memory_mb.isna().all():
-        return "GPU memory was not read"
     most = rows.loc[rows.gpu_memory_mb.idxmax()]
     where = f"at {most.image_size} px, batch {most.batch_size}"
     return f"{most.label} takes most GPU memory: {figure(most.gpu_memory_mb)} MB {where}"

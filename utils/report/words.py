@@ -1,6 +1,6 @@
 """Rows and judgements -> words: numbers, tables and the five answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pandas as pd
 
@@ -66,7 +66,7 @@ def sentence_name(row) -> str:
     return in_words(row.backend, row.precision)
 
 
-# ---- tables: a list of (header, the column or what else it shows of a row)
+# ---- tables: a list of columns, or of (header, the column or what else it shows of a row)
 
 
 def without_figures(rows: pd.DataFrame) -> pd.DataFrame:
@@ -116,21 +116,9 @@ TABLE = [
     ("Accuracy", lambda row: percent(row.accuracy)),
     ("Warnings", lambda row: warnings_text(row) if row.status == "ok" else ""),
 ]
-DEVICE = [
-    *HEAD,
-    ("Pipelined images/s", "sustained_fps"),
-    ("GPU busy %", lambda row: figure(row.busy_ms / row.mean_ms * 100)),
-    ("Util. %", "gpu_util_pct"),
-    ("W", "power_w"),
-    ("mJ/image", "mj_per_image"),
-    ("SM MHz", "sm_clock_mhz"),
-    ("°C", "temperature_c"),
-    ("TFLOP/s", "tflops"),
-    ("% of peak", "pct_peak"),
-    ("% of measured peak", "pct_measured_peak"),
-    ("FLOP/byte", "flops_per_byte"),
-    ("Bottleneck", "limit"),
-]
+DEVICE = [*HEAD, ("GPU busy %", lambda row: figure(row.busy_ms / row.mean_ms * 100)), "sustained_fps"]
+DEVICE += ["gpu_util_pct", "power_w", "mj_per_image", "sm_clock_mhz", "temperature_c", "tflops", "pct_peak"]
+DEVICE += ["pct_measured_peak", "flops_per_byte", ("bottleneck", "limit")]
 END_TO_END = [
     *HEAD,
     ("Decoder", "decoder"),
@@ -146,26 +134,18 @@ END_TO_END = [
     ("python predict.py", whole_command),
     ("Reason", "reason"),
 ]
-LOAD = [
-    *HEAD[:3],
-    ("Scenario", "scenario"),
-    ("Offered images/s", "rate"),
-    ("Achieved", "achieved"),
-    ("p50 ms", "p50_ms"),
-    ("p90 ms", "p90_ms"),
-    ("p99 ms", "p99_ms"),
-    ("Valid", lambda row: "yes" if row.valid else "no"),
-    ("Our measurement", "fps"),
-]
+LOAD = [*HEAD[:3], "scenario", ("offered images/s", "rate"), "achieved", "p50_ms", "p90_ms", "p99_ms"]
+LOAD += [("valid", lambda row: "yes" if row.valid else "no"), ("our measurement", "fps")]
 
 
-def lines_of(table: list[tuple[str, str | Callable]], rows: pd.DataFrame) -> list[list[str]]:
+def lines_of(table: Iterable[str | tuple], rows: pd.DataFrame) -> list[list[str]]:
     """Header and rows as cells, without columns that are empty throughout; with the environment of each row
     where there are several."""
     if "sweep" in rows and rows.sweep.nunique() > 1:
         rows = rows.assign(environment=rows.sweep)
     columns = []
-    for header, show in table:
+    for entry in table:
+        header, show = (entry.replace("_", " "), entry) if isinstance(entry, str) else entry
         values = [show(row) if callable(show) else row.get(show, "") for _, row in rows.iterrows()]
         cells = [value if isinstance(value, str) else figure(value) for value in values]
         if any(cells) or header in ("Method", "Size", "Batch"):
@@ -174,14 +154,7 @@ def lines_of(table: list[tuple[str, str | Callable]], rows: pd.DataFrame) -> lis
 
 
 def results_lines(rows: pd.DataFrame) -> list[list[str]]:
-    """TABLE's lines; batch sizes without figures for one and the same reason share a line."""
-    shown = without_figures(rows.reset_index(drop=True)).astype({"batch_size": str})
-    missing = ~shown.status.isin(["ok", "mismatch"])
-    keys = ["sweep", "backend", "image_size", "status", "reason"]
-    for _, group in shown[missing].groupby(keys):
-        shown.loc[group.index[0], "batch_size"] = ", ".join(group.batch_size)
-        shown = shown.drop(group.index[1:])
-    return lines_of(TABLE, shown)
+    return lines_of(TABLE, without_figures(rows))
 
 
 def aligned(lines: list[list[str]]) -> str:

@@ -75,8 +75,8 @@ def settings_of(args: argparse.Namespace, device: str) -> Settings:
     if args.runs < args.rounds:
         few = f"--runs {args.runs} leaves some of the {args.rounds} rounds without one"
         raise UserError(f"{few}; give --runs {args.rounds} or more")
-    asked = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
-    usual = {"min_seconds": MIN_SECONDS[device], "max_seconds": MAX_SECONDS[device]}
+    asked: dict = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    usual: dict = {"min_seconds": MIN_SECONDS[device], "max_seconds": MAX_SECONDS[device]}
     return Settings(**asked | {name: value for name, value in usual.items() if asked[name] is None})
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import backends
 from utils.backend import Unavailable, inference
-from utils.devices import choose_device
+from utils.devices import choose_device, torchrun_number
 from utils.environment import is_out_of_memory, keep_to_share
 from utils.serve import choices, decoder, labels
 from utils.serve.dali import open_decoder
@@ -41,8 +41,9 @@ from utils.utils import UserError, add_path_arguments, fresh_processes, number, 
 # PyTorch is imported only once the first files are being decoded, then DALI and the backend.
 STARTED = utils.STARTED
 STEPS = ["start", "decoding", "inference"]  # what the time went to
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # by torchrun
-WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+NOT_FINITE = "the network gives no finite numbers for it; try --backend pytorch, or python train.py --force"
+RANK, LOCAL_RANK = torchrun_number("RANK", 0), torchrun_number("LOCAL_RANK", 0)
+WORLD_SIZE, LOCAL_WORLD_SIZE = torchrun_number("WORLD_SIZE", 1), torchrun_number("LOCAL_WORLD_SIZE", 1)
 
 
 def say(text: str) -> None:
@@ -154,6 +155,8 @@ class Run:
             progress.set_description_str("labelling")
             progress.unpause()  # its images/s are without the start
             for batch, logits in classify(batches, network, told["spent"]):
+                for index in np.flatnonzero(~np.isfinite(logits).all(1)):
+                    batch.problems.setdefault(int(index), NOT_FINITE)
                 labels.write_rows(part, self.rows_of(batch, logits), "a")
                 told["images"] += len(batch.paths)
                 told["problems"] |= {batch.paths[index]: why for index, why in batch.problems.items()}
@@ -162,7 +165,8 @@ class Run:
 
     def rows_of(self, batch: decoder.Batch, logits: np.ndarray) -> list[list[str]]:
         """path, class, probability and, if asked for, every class's; of the files that could be read."""
-        power = np.exp(logits - logits.max(1, keepdims=True))
+        with np.errstate(invalid="ignore"):  # what is not finite has become a problem
+            power = np.exp(logits - logits.max(1, keepdims=True))
         rows = []
         for index, shares in enumerate(power / power.sum(1, keepdims=True)):
             if index not in batch.problems:

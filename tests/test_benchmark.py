@@ -114,6 +114,7 @@ def test_other_settings_overwrite_nothing(results, call):
 def test_a_limit_on_threads_makes_a_measurement_stale(results, folder, monkeypatch):
     monkeypatch.chdir(folder)
     known = jobs.environment_of(Path("data"), "cpu")
+    assert known["threads"] == torch.get_num_threads()
     settings = jobs.Settings(6, 2, 10, 0.0, 30.0, 1.5, 0)
     key = jobs.staleness_key(settings, "cpu", known)
     assert key == read(results / "raw/main/sweep.json")["last"]

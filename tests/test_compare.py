@@ -209,6 +209,12 @@ def test_a_damaged_environment_is_named_in_one_sentence(tmp_path, capsys, conten
     assert "environment.json does not say" in refused(capsys, folder)
 
 
+@pytest.mark.parametrize("sweep", ["NA", "null", "2.10"])
+def test_a_sweep_keeps_its_name_whatever_pandas_would_take_it_for(tmp_path, sweep):
+    rows = table(("onnx", 64, 1, 100.0), sweep=sweep)
+    assert tables.read_table(write(tmp_path / "a", rows))[0].sweep.tolist() == [sweep]
+
+
 def test_the_gate_passes_only_where_something_was_judged(tmp_path, capsys):
     rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0))
     slow = one_round(table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 50.0)))

@@ -158,6 +158,15 @@ def test_a_number_out_of_range_is_one_sentence(kind, text):
     assert number(int, 1, 9)("9") == 9 and number(float, 1, 9)("1.5") == 1.5
 
 
+def test_a_process_is_alone_unless_all_is_there_by_which_processes_meet(monkeypatch):
+    for name, value in {"RANK": "3", "LOCAL_RANK": "", "WORLD_SIZE": "4", "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(name, value)  # left over from another program
+    assert devices.rank() == 0 and devices.process_count() == 1
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert devices.rank() == 3 and devices.process_count() == 4
+    assert devices.torchrun_number("LOCAL_RANK", 0) == 0
+
+
 # ---- each script, beside a driver that lists a GTX 1650 and a PyTorch without CUDA
 
 

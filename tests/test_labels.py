@@ -1,6 +1,7 @@
 """labels.csv and its parts as files: what is read back, merged, and left alone."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,15 @@ def test_a_table_that_another_program_holds_open_is_said_before_anything_is_deco
     with pytest.raises(PermissionError) as error:
         labels.check_out(out)
     assert error.value.filename == str(out)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+def test_links_lead_to_the_table_and_never_into_a_pipe(tmp_path):
+    out, target = tmp_path / "labels.csv", tmp_path / "elsewhere"
+    out.symlink_to(target)
+    assert labels.check_out(out) == target.resolve()
+    os.mkfifo(target)  # as /dev/stdout is, before `| less`
+    with pytest.raises(UserError, match="is there and no table of this script; name another file"):
+        labels.check_out(out)
+    (tmp_path / "loop").symlink_to("loop")
+    assert labels.check_out(tmp_path / "loop") == tmp_path.resolve() / "loop"

@@ -84,6 +84,18 @@ def test_every_image_has_its_row_in_order(project, photos, expected):
     assert sorted(path.name for path in photos.parent.iterdir()) == ["labels.csv", "photos"]
 
 
+@pytest.mark.parametrize("bias", [float("nan"), float("inf")])
+def test_what_a_network_gives_no_finite_numbers_for_is_named_and_has_no_row(project, photos, tmp_path, bias):
+    weights = Path(shutil.copytree(project / "weights", tmp_path / "weights"))
+    known = model.read(weights / "best_resnet18_64.pth")
+    known["model"]["fc.bias"][1] = bias
+    torch.save(known, weights / "best_resnet18_64.pth")
+    done, rows = label(photos / "Пудж", project, "--weights", weights, ok=False)
+    assert done.returncode == 1 and rows == []
+    assert done.stderr.count("jpg: the network gives no finite numbers for it; try --backend pytorch") > 9
+    assert "Warning" not in done.stderr
+
+
 def test_broken_files_are_named_and_the_exit_code_is_1(project, photos, expected, broken):
     for path in broken.values():
         target = photos / "deep" / "er" / path.name

@@ -87,12 +87,18 @@ def why_not_usable(capability: tuple[int, int] | None) -> str:
 # ---- training, in one process or in several, which torchrun numbers
 
 
+def torchrun_number(name: str, alone: int) -> int:
+    """A number that torchrun gives a process; `alone` where not all is there by which processes meet."""
+    started = all(map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")))
+    return int(os.environ.get(name) or alone) if started else alone
+
+
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return torchrun_number("RANK", 0)
 
 
 def process_count() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return torchrun_number("WORLD_SIZE", 1)
 
 
 def start_processes(name: str):
@@ -109,7 +115,7 @@ def start_processes(name: str):
     numbered = re.fullmatch(r"cuda:(\d+)", name)
     device = torch.device(choose_device("cuda" if numbered else name))
     if device.type == "cuda":
-        device = torch.device("cuda", int(numbered[1] if numbered else os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(numbered[1]) if numbered else torchrun_number("LOCAL_RANK", 0))
         if device.index >= (count := torch.cuda.device_count()):
             mend = f"the last one is cuda:{count - 1}; start fewer processes or name another"
             raise UserError(f"--device {device}: there is no such GPU here, {mend}")

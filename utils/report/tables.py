@@ -87,7 +87,8 @@ def load_csv(path: Path, columns: list[str], mend: str) -> pd.DataFrame:
         content = path.read_bytes()
         if content and not content.endswith(b"\n"):
             raise ValueError("it is cut inside its last row")
-        table = pd.read_csv(io.BytesIO(content), dtype=dict.fromkeys(columns, float) | KINDS)
+        empty: dict = {"keep_default_na": False, "na_values": [""]}  # a sweep may be called NA or null
+        table = pd.read_csv(io.BytesIO(content), dtype=dict.fromkeys(columns, float) | KINDS, **empty)
         if missing := [name for name in columns if name not in table]:
             raise ValueError(f"no column {missing[0]}")
     except FileNotFoundError:

@@ -86,7 +86,8 @@ def choose_checkpoint(weights: Path, image_size: int | None, data: Path) -> tupl
     if image_size:
         path = checkpoint_path(weights, image_size)
         return path, load_facts(path)
-    found = [(path, load_facts(path)) for path in sorted(weights.glob("best_resnet18_*.pth"))]
+    paths = sorted(weights.glob("best_resnet18_*.pth"))  # among them copies: "best_resnet18_64 (1).pth"
+    found = [(path, load_facts(path)) for path in paths if path.stem.rpartition("_")[2].isdecimal()]
     if not found:
         raise UserError(f"{weights} holds no checkpoint; train one: python train.py")
     if len({data_of(facts) for _, facts in found}) > 1:
@@ -110,8 +111,11 @@ def described(path: Path, facts: dict) -> str:
     """Which classes a checkpoint knows, and when its file was written."""
     classes = facts["classes"]
     more = f" and {len(classes) - 5} more" if len(classes) > 5 else ""
-    trained = datetime.datetime.fromtimestamp(path.stat().st_mtime)
-    return f"classes {', '.join(classes[:5])}{more}; trained {trained:%Y-%m-%d %H:%M}"
+    try:
+        trained = f"{datetime.datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
+    except (ValueError, OverflowError, OSError):  # after the year 9999, or on Windows before 1970
+        trained = "at an unknown time"
+    return f"classes {', '.join(classes[:5])}{more}; trained {trained}"
 
 
 # ---- the backend

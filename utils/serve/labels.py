@@ -29,12 +29,12 @@ SHARE = re.compile(r"[01]\.\d{6}")
 
 def check_out(out: Path) -> Path:
     """The file to write, at the end of a link.  Raises UserError where something else than a table lies."""
-    out = out.resolve() if out.is_symlink() else out
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file in it: --out {out / 'labels.csv'}")
-    check_folder(out.parent)
     if out.exists() and not (out.is_file() and is_ours(out)):
         raise UserError(f"{out} is there and no table of this script; name another file: --out FILE")
+    out = Path(os.path.realpath(out)) if out.is_symlink() else out  # resolve() fails on a link to itself
+    check_folder(out.parent)
     return out
 
 

@@ -266,6 +266,7 @@ def test_the_export_is_used_again_until_its_checkpoint_changes(folder):
     [
         ("benchmark.py", ["--image-sizes", "128"], "python train.py --image-sizes 128"),
         ("benchmark.py", ["--batch-sizes", "1000000000"], "a whole number from 1 to 65536 is needed"),
+        ("benchmark.py", ["--image-sizes", "100000"], "a whole number from 32 to 4096 is needed"),
         ("benchmark.py", ["--ci-width", "nan"], "a number from 0.001 to 1000 is needed"),
         ("benchmark.py", ["--precision", "0"], "argument --ci-width/--precision"),
         ("benchmark.py", ["--image-sizes", "64", "--batch-sizes", "auto", "4"], "auto"),

@@ -266,6 +266,20 @@ def test_the_report_counts_and_notes_what_is_odd(data, capsys):
     assert "Новый has no images: the accuracy says nothing" in said
 
 
+class AnswerToCtrlC:
+    """As a dataset: whether the process that reads it ignores Ctrl-C."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return int(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+
+
+def test_processes_that_read_images_leave_ctrl_c_to_the_one_that_started_them():
+    assert [told.item() for told in datasets.loader(AnswerToCtrlC(), 1, num_workers=1, seed=0)] == [1]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="worker processes are forked on Linux only")
 def test_ctrl_c_while_worker_processes_start_is_quiet():
     process = start(

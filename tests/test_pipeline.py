@@ -5,6 +5,7 @@ import datetime
 import itertools
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -106,6 +107,11 @@ def test_the_first_files_are_decoded_before_they_are_asked_for(files, monkeypatc
     with contextlib.closing(opened("pillow")) as reader:
         reader.batches(map(str, files))
         assert begun.wait(timeout=30)
+
+
+def test_processes_that_decode_leave_ctrl_c_to_the_one_that_started_them():
+    with contextlib.closing(decoder.Pillow(SIZE, 16)) as reader:
+        assert reader.pool.submit(signal.getsignal, signal.SIGINT).result() is signal.SIG_IGN
 
 
 def test_there_are_no_more_workers_than_the_files_need(monkeypatch):

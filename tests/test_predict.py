@@ -284,6 +284,7 @@ def test_a_process_that_waits_for_the_others_ends_when_told(tmp_path, how):
             "pytorch-fp16-graph can't serve: CUDA graphs need",
         ),
         (["data/test", "--weights", "data"], "holds no checkpoint; train one: python train.py"),
+        (["data/test", "--weights", "data/SAMPLE.txt"], "SAMPLE.txt: a file is where a folder belongs"),
         (["data/test", "--image-size", "96"], "python train.py --image-sizes 96"),
         (["data/test", "--batch-size", "0"], "--batch-size: a whole number from 1"),
         (
@@ -303,8 +304,9 @@ def test_what_a_user_can_get_wrong_is_one_sentence(project, arguments, said):
     assert sha256(project / "weights" / "best_resnet18_64.pth") == before
 
 
-def test_the_last_line_says_where_the_time_went(project, photos):
-    timings = photos.parent / "timings.json"
+def test_the_last_line_says_where_the_time_went(project, photos, monkeypatch):
+    timings, clock = photos.parent / "timings.json", itertools.count(time.time(), -3600)
+    monkeypatch.setattr(time, "time", lambda: next(clock))  # it is being set back
     done, _ = label(photos, project, "--timings", timings)
     assert re.search(
         r"25 images in [\d.]+ s: start [\d.]+ s, decoding [\d.]+ s, inference [\d.]+ s", done.stdout

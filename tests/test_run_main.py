@@ -1,12 +1,14 @@
 """What every script shares: the way out, locks, temporary files, folders, and helper processes."""
 
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -333,6 +335,12 @@ def test_charts_can_be_drawn_beside_a_notebooks_backend():
     code = f"import sys; sys.modules['__main__'].__file__ = {str(ROOT / 'train.py')!r}\n"
     code += "import utils, matplotlib"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **NOTEBOOK}, check=True)
+
+
+def test_worker_processes_leave_ctrl_c_to_the_one_that_started_them():
+    code = "(__import__('utils'), __import__('signal').getsignal(2))[1]"
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # as on Windows
+        assert pool.submit(eval, code).result() is signal.SIG_IGN
 
 
 # ---- systems that lack something

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import errno
 import importlib.util
 import io
 import pickle
@@ -89,6 +90,8 @@ def choose_checkpoint(weights: Path, image_size: int | None, data: Path) -> tupl
     paths = sorted(weights.glob("best_resnet18_*.pth"))  # among them copies: "best_resnet18_64 (1).pth"
     found = [(path, load_facts(path)) for path in paths if path.stem.rpartition("_")[2].isdecimal()]
     if not found:
+        if weights.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, "", str(weights))
         raise UserError(f"{weights} holds no checkpoint; train one: python train.py")
     if len({data_of(facts) for _, facts in found}) > 1:
         here, newest = fingerprint(data), data_of(max(found, key=lambda pair: pair[0].stat().st_mtime)[1])

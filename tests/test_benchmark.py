@@ -311,13 +311,13 @@ def test_images_that_the_network_was_not_trained_on_are_told_of(tiny, tmp_path, 
         make()
 
 
-def test_a_broken_readme_is_found_before_anything_is_measured(call, monkeypatch):
-    def broken(results):
-        raise UserError("README.md, line 1: <!-- begin poem --> marks no generated part")
-
-    monkeypatch.setattr(benchmark, "tables_shown_beside", broken)
+def test_a_broken_readme_is_found_before_anything_is_measured(tmp_path, call, monkeypatch):
+    (tmp_path / "README.md").write_text("<!-- begin poem results -->\n<!-- end -->\n", encoding="utf-8")
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
     monkeypatch.setattr(benchmark, "sweep", lambda *_: pytest.fail("something was measured"))
-    assert "README.md, line 1" in call("benchmark.py", *MEASURED, code=2).stderr
+    asked = ["--device", "cpu", "--backends", "pytorch", "--image-sizes", 64]
+    said = call("benchmark.py", *asked, "--results", tmp_path / "results", code=2).stderr
+    assert "README.md: <!-- begin poem results --> marks no generated part" in said
 
 
 @pytest.mark.parametrize("stream", ["None", "open(os.devnull, 'r')", "io.StringIO()"])

@@ -180,7 +180,8 @@ def draw_roofline(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure |
     for name, look in looks_of(rows, "tflops").items():
         own = rows[rows.label == name]
         points = (3.5 + 1.2 * np.log2(own.batch_size)) ** 2
-        ax.scatter(own.flops_per_byte, own.tflops, points, look["color"], look["marker"], label=name)
+        ax.scatter(own.flops_per_byte, own.tflops, points, look["color"], look["marker"])
+        ax.scatter([], [], 40, look["color"], look["marker"], label=name)
     ax.set(xscale="log", yscale="log", xlim=(left, right))
     ax.set_ylim(rows.tflops.min() / 2, max(roofs.values()) * 2)
     dress(ax, "operations per byte (FLOP/B), every layer's input, output and weights moved once", "TFLOP/s")

@@ -146,7 +146,7 @@ def lines_of(table: Iterable[str | tuple], rows: pd.DataFrame) -> list[list[str]
     columns = []
     for entry in table:
         header, show = (entry.replace("_", " "), entry) if isinstance(entry, str) else entry
-        values = [show(row) if callable(show) else row.get(show, "") for _, row in rows.iterrows()]
+        values: list = [show(row) if callable(show) else row.get(show, "") for _, row in rows.iterrows()]
         cells = [value if isinstance(value, str) else figure(value) for value in values]
         if any(cells) or header in ("Method", "Size", "Batch"):
             columns.append([header, *cells])

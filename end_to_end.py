@@ -16,7 +16,6 @@ import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import statistics
 import subprocess
@@ -176,10 +175,9 @@ def write_table(rows: list, path: Path, keys: list[str]) -> None:
 
     from utils.report import tables
 
-    table, old = pd.DataFrame([vars(row) for row in rows]), None
+    table = pd.DataFrame([vars(row) for row in rows])
     table = table.assign(cores=environment.cores(), date=environment.today())
-    with contextlib.suppress(UserError):  # it says how to make the table anew, which this does
-        old = tables.read_serving(path)
+    old = tables.read_serving(path)
     if old is not None and set(old) <= set(table):
         old = old.reindex(columns=list(table))
         if "images" in old:
@@ -192,19 +190,14 @@ def write_table(rows: list, path: Path, keys: list[str]) -> None:
     write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
 
-def describe(row: Row) -> str:
-    where = (
-        f"{row.backend:<24} {row.image_size:>4} px batch {row.batch_size:<4} {row.decoder:<7}{row.images:<9}"
-    )
-    said = "" if row.status == "ok" else f" {row.status}: {row.reason}"
-    if row.images_per_s:
-        halves = f"decode {row.decode_images_per_s:,.0f}, inference {row.infer_images_per_s:,.0f}"
-        rates = f"{row.images_per_s:>8,.0f} images/s ({halves})"
-        where += f"{rates}, overlap {row.overlap:.2f}, bottleneck: {row.limit}"
-    if row.whole_s:
-        whole = f"{row.files:,} files in {row.whole_s:.1f} s, the first after {row.start_s:.1f} s"
-        where += f"; predict.py: {whole}"
-    return where + said
+def print_table(path: Path, sweep: str) -> None:
+    """The rows of a sweep, as the page of results shows them."""
+    from utils.report import tables, words
+
+    table = tables.read_serving(path)
+    if table is not None:
+        columns = words.LOAD if path.name == "load.csv" else words.END_TO_END
+        print(words.aligned(words.lines_of(columns, table[table.sweep == sweep])))
 
 
 def measure_load(asked: list, max_latency_ms: float, path: Path) -> None:
@@ -217,10 +210,13 @@ def measure_load(asked: list, max_latency_ms: float, path: Path) -> None:
     for one in asked:
         rows = guarded(load_here, one, max_latency_ms)
         if isinstance(rows[0], dict):
-            print(f"{one.backend}, {one.image_size} px: {rows[0]['status']}: {rows[0]['reason']}")
+            said = f"{rows[0]['status']}: {rows[0]['reason']}"
         else:
             write_table(rows, path, ["sweep", "backend", "image_size"])
-            print(load.describe(rows), flush=True)
+            best = max((row.rate for row in rows if row.valid and row.rate), default=None)
+            served = f"{best:,.0f} images/s" if best else "no rate that was tried"
+            said = f"within {max_latency_ms:g} ms at p99: {served}"
+        print(f"{one.backend}, {one.image_size} px: {said}", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -249,14 +245,13 @@ def main() -> None:
     args = parse()
     asked = make_asked(args)
     warn_of_other_data(asked)
+    path = args.results / ("load.csv" if args.load else "end_to_end.csv")
     if args.load:
-        test_set = [one for one in asked if not one.photos]
-        measure_load(test_set, args.max_latency_ms, args.results / "load.csv")
-        return
-    rows = measure_rounds(asked, args.rounds)
-    keys = ["sweep", "backend", "image_size", "decoder", "images"]
-    write_table(rows, args.results / "end_to_end.csv", keys)
-    print("\n".join(map(describe, rows)))
+        measure_load([one for one in asked if not one.photos], args.max_latency_ms, path)
+    else:
+        rows = measure_rounds(asked, args.rounds)
+        write_table(rows, path, ["sweep", "backend", "image_size", "decoder", "images"])
+    print_table(path, args.sweep)
 
 
 if __name__ == "__main__":

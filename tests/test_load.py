@@ -39,14 +39,12 @@ def test_offline_and_rates_with_their_percentiles(network):
     assert len(served) in (1, 2) and all(row.scenario == "server" for row in served)
     assert served[0].rate == pytest.approx(load.FIRST_SHARE * offline.achieved)
     assert all(0 < row.p50_ms <= row.p90_ms <= row.p99_ms for row in served)
-    said = load.describe(rows)
-    assert "offline" in said and "within 60000 ms at p99" in said
 
 
 def test_where_one_image_takes_longer_than_the_limit_one_rate_shows_it(network, monkeypatch):
     monkeypatch.setattr(load, "HOPELESS_QUERIES", 5)
     rows = load.measure(WHERE, network, pictures(), max_latency_ms=0.001)
-    assert len(rows) == 2 and not rows[1].valid and "no rate that was tried" in load.describe(rows)
+    assert len(rows) == 2 and not rows[1].valid
 
 
 def test_every_image_is_answered_once_and_batches_stay_within_the_largest(network):

@@ -11,7 +11,6 @@ device in the backend's own form.
 
 import dataclasses
 import json
-import math
 import os
 import queue
 import sys
@@ -183,20 +182,3 @@ def measure(where: dict, network: Network, pixels: torch.Tensor, max_latency_ms:
         if time.perf_counter() - start > seconds:
             break
     return rows
-
-
-def describe(rows: list[Row]) -> str:
-    """What the generator said of one backend."""
-    lines = []
-    for row in rows:
-        says = "VALID" if row.valid else "INVALID"
-        if row.scenario == "offline":
-            more = (row.achieved or math.nan) / (row.fps or math.nan) - 1
-            said = f"{row.achieved:,.0f} images/s, {says}; {more:+.1%} of our measurement"
-        else:
-            times = f"p50 {row.p50_ms:.2f}, p90 {row.p90_ms:.2f}, p99 {row.p99_ms:.2f} ms"
-            said = f"{row.rate:,.0f} images/s offered: {times}, {says}"
-        lines.append(f"{row.backend:<24} {row.image_size:>4} px {row.scenario:<8} {said}")
-    served = [row.rate for row in rows if row.valid and row.rate]
-    best = f"{max(served):,.0f} images/s" if served else "no rate that was tried"
-    return "\n".join([*lines, f"within {rows[-1].max_latency_ms:g} ms at p99: {best}"])

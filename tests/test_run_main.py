@@ -324,11 +324,18 @@ run_main(main)
     assert [(tmp_path / name).read_text() for name in ("table", "other")] == ["whole", "whole"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_needs_neither_docstrings_nor_a_notebooks_backend(script):
-    command = [sys.executable, "-OO", ROOT / script, "--help"]
-    done = subprocess.run(command, env={**os.environ, **NOTEBOOK}, capture_output=True, text=True)
-    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+def test_help_needs_neither_docstrings_nor_a_notebooks_backend():
+    code = f"""import runpy, sys
+for script in {SCRIPTS}:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as left:
+        print(script, "ended with", left.code)"""
+    command, environment = [sys.executable, "-OO", "-c", code], {**os.environ, **NOTEBOOK}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    for script in SCRIPTS:
+        assert f"usage: {script} " in done.stdout and f"{script} ended with 0" in done.stdout, done.stderr
 
 
 def test_charts_can_be_drawn_beside_a_notebooks_backend():

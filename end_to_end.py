@@ -179,9 +179,9 @@ def write_table(rows: list, path: Path, keys: list[str]) -> None:
     table = table.assign(cores=environment.cores(), date=environment.today())
     old = tables.read_serving(path)
     if old is not None and set(old) <= set(table):
+        if "images" in table and "images" not in old:
+            old["images"] = TEST_SET  # as an earlier version's rows all were
         old = old.reindex(columns=list(table))
-        if "images" in old:
-            old["images"] = old["images"].fillna(TEST_SET)  # as an earlier version's rows all were
         kept = old[~old.set_index(keys).index.isin(table.set_index(keys).index)]
         table = pd.concat([kept, table]) if len(kept) else table
     elif path.exists():

@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
+from pathlib import Path
 
 import psutil
 from tqdm import tqdm
@@ -117,6 +118,15 @@ def measure_roofline(job: Job) -> None:
 # ---- what is written
 
 
+def tables_shown_beside(results: Path) -> dict | None:
+    """The tables that README.md shows beside those of results/, None where others are measured.  UserError
+    where one or README.md is damaged: before anything is measured."""
+    from utils.report import readme
+
+    shown = results.resolve() == ROOT / "results"
+    return readme.read_folders(ROOT / "README.md", measuring=results) if shown else None
+
+
 def write_all(asked: list[Job], others: dict | None) -> int:
     """Records -> table, charts, answers and READMEs; the exit code.  `others` are the tables of the other
     results that README.md shows, or None to leave it alone."""
@@ -186,11 +196,7 @@ def main() -> None:
     device, results = asked[0].device, asked[0].results
     budget = BUDGET_MINUTES[device] if args.budget is None else args.budget
     with file_lock(results / ".benchmark.lock", "measuring"):  # two would overwrite each other's records
-        others = None
-        if results.resolve() == ROOT / "results":  # which README.md shows: what is broken is found before
-            from utils.report import readme
-
-            others = readme.read_folders(ROOT / "README.md", measuring=results)
+        others = tables_shown_beside(results)
         sweep(asked, args.timeout, args.ci_width or CI_WIDTH_PCT[device], budget)
         code = write_all(asked, others)
     if code:

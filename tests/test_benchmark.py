@@ -294,7 +294,9 @@ def test_images_that_the_network_was_not_trained_on_are_told_of(tiny, tmp_path, 
     classes = sorted(path for path in (data / "test").iterdir() if path.is_dir())
     parser = argparse.ArgumentParser()
     jobs.add_arguments(parser, ["pytorch"])
-    args = parser.parse_args(["--quick", "--device", "cpu", "--data", str(data)])
+    arguments = ["benchmark.py", "--quick", "--device", "cpu", "--data", str(data)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    args = jobs.parse(parser)
     make = functools.partial(jobs.make_jobs, args, {"pytorch": "pytorch_inference"}, {"cpu": ["pytorch"]})
     make()
     assert not capsys.readouterr().err

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import types
 import unicodedata
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 import torch
@@ -44,6 +44,16 @@ def test_labels_follow_the_classes_of_the_checkpoint(data):
     assert labels.tolist() == [0, 1] and turned.tolist() == [1, 0]
     with pytest.raises(UserError, match="Пудж"):
         load_test_images(data, 32, NAMES[:1])
+
+
+def test_images_come_in_the_same_order_where_paths_fold_case(data, monkeypatch):
+    expected = datasets.all_images(data)
+
+    def folded(one: Path, other: Path) -> bool:
+        return str(one).lower() < str(other).lower()
+
+    monkeypatch.setattr(PurePath, "__lt__", folded)
+    assert datasets.all_images(data) == expected and "Ёж" in str(expected[0])
 
 
 def test_worker_processes_read_the_same_test_images(data):

@@ -83,7 +83,7 @@ def visible(folder: Path) -> list[Path]:
         return not path.name.startswith(".") or (path.is_dir() and path.name not in LITTER)
 
     try:
-        return sorted(filter(counts, folder.iterdir()))
+        return sorted(filter(counts, folder.iterdir()), key=str)  # paths of Windows fold case: ё after п
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -303,8 +303,10 @@ def main() -> None:
     if args.draw_sample:
         draw_sample(args.data, args.seed)
     elif not has_data(args.data):
+        there = sorted(path.name for path in images.visible(args.data))
+        holds = f", which holds {', '.join(there)}" if there else ""
         draw = "or draw the sample: python datasets.py --draw-sample"
-        raise UserError(f"no images in {args.data}; {LAYOUT.format(data=args.data)}, {draw}")
+        raise UserError(f"no images in {args.data}{holds}; {LAYOUT.format(data=args.data)}, {draw}")
     print_overview(args.data)
 
 

@@ -36,7 +36,7 @@ from utils.utils import (
     run_main,
 )
 
-EPOCHS, BATCH_SIZE = 5, 8  # of small batches there are more: 45 steps on the sample heroes
+EPOCHS, BATCH_SIZE = 10, 8  # of small batches there are more: 90 steps on the sample heroes
 LEARNING_RATE = 5e-4  # AdamW's peak; the best of 3e-4 to 4e-3, and better than SGD, on the sample heroes
 WEIGHT_DECAY = 0.05
 MOMENTUM = 0.2  # of batch norm's statistics; torch's 0.1 lags behind in so few steps

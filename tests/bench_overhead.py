@@ -50,6 +50,8 @@ def bare_onnx(checkpoint: Path, images: torch.Tensor, device: str):
         path, _, _ = onnx_export.export(checkpoint, images.shape[-1], "FP32")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # As ours: its threads would spin on, on a core that the others need.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         x = images.numpy()
         return lambda: session.run(None, {"input": x})

@@ -1,6 +1,7 @@
 """Image folders and files: what is there, its fingerprint, its pictures as RGB."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -87,6 +88,8 @@ def visible(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
+        if folder.is_file():  # for which Windows has several codes
+            error = NotADirectoryError(errno.ENOTDIR, "", str(folder))
         raise UserError(sentence(error)) from error
 
 

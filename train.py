@@ -4,7 +4,7 @@ Reads data/ (drawn by datasets.py where there is none), writes weights/best_resn
 results/training.csv and training.png.  A size that was trained with the same settings on the same images is
 skipped; an interrupted one resumes after its last whole epoch.
 
-    python train.py                                               all sizes, 5 epochs each
+    python train.py                                               all sizes, 10 epochs each
     python train.py --image-sizes 224 --epochs 10 --pretrained    one size, longer, from ImageNet's weights
     torchrun --nproc-per-node 2 train.py                          on two GPUs, or in two CPU processes
 """

@@ -1,8 +1,7 @@
-"""Are the sample heroes worth learning?  Run by hand; trains at 224 px, about a minute and a half on 2
-AVX-512 cores.
+"""Are the sample heroes worth learning?  Run by hand; trains at 224 px, about a minute on 2 AVX-512 cores.
 
 Draws the sample in a temporary folder, trains on it with the real train.py and prints two figures: the test
-accuracy after 5 epochs from random weights (at least 80 %), and that of a classifier that only knows each
+accuracy after all epochs from random weights (at least 80 %), and that of a classifier that only knows each
 class's mean colour (under 60 %).  Exit code 1 if either bound fails.
 
     python tests/check_sample_data.py

@@ -32,7 +32,8 @@ def style(backend: str, precision: str) -> dict:
     _, precision, extras = parts(backend, precision)
     graph = "graph" in extras
     fill, dashes = FILLS.get(precision, ("full", "--"))
-    marker = dict(marker=MARKERS[2 * graph + (len(extras) > graph)], markersize=5.5, fillstyle=fill)
+    marker = dict(marker=MARKERS[2 * graph + (len(extras) > graph)], markersize=6.5, fillstyle=fill)
+    marker |= dict(markerfacecoloralt="white")  # else lines shine through the other half
     return marker | dict(color=colour(backend), linestyle=dashes, linewidth=1.2)
 
 

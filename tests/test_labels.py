@@ -30,9 +30,9 @@ def test_rows_are_merged_and_files_of_similar_names_stay(tmp_path):
 
 def test_a_row_is_kept_only_whole(tmp_path):
     part = tmp_path / "part"
-    part.write_text('a.jpg,cat,0.5\n"b\nc.jpg",dog,0.7\nd.jpg,ca', encoding="utf-8")
+    part.write_text('a.jpg,cat,0.5\n"b\nc.jpg",dog,0.7\nd.jpg,ca', encoding="utf-8", newline="")
     assert list(labels.read_rows(part, 3)) == ["a.jpg", "b\nc.jpg"]
-    part.write_text('a.jpg,cat,0.5\n"b\n', encoding="utf-8")
+    part.write_text('a.jpg,cat,0.5\n"b\n', encoding="utf-8", newline="")
     assert list(labels.read_rows(part, 3)) == ["a.jpg"]
 
 

@@ -88,9 +88,8 @@ def visible(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        if folder.is_file():  # for which Windows has several codes
-            error = NotADirectoryError(errno.ENOTDIR, "", str(folder))
-        raise UserError(sentence(error)) from error
+        a_file = NotADirectoryError(errno.ENOTDIR, "", str(folder))  # for which Windows has several codes
+        raise UserError(sentence(a_file if folder.is_file() else error)) from error
 
 
 def files_below(folder: Path, denied: list[str] | None = None) -> list[str]:

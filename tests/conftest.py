@@ -250,3 +250,17 @@ def load_test_images(data: Path, image_size: int, classes: list[str], num_worker
 
     batches = list(datasets.make_test_loader(data, image_size, 16, classes, num_workers))
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+@pytest.fixture
+def photos(project, tmp_path) -> Path:
+    """Every fourth of the test images."""
+    for path in images_of(project / "data" / "test")[::4]:
+        target = tmp_path / "photos" / path.relative_to(project / "data" / "test")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return tmp_path / "photos"
+
+
+def images_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())

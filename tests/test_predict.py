@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,14 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, load_test_images, run_here, run_script, start_script
+from conftest import images_of, load_test_images, run_here, run_script, start_script
 from filelock import FileLock
 from PIL import Image
 from test_choices import table
 
 import model
 import predict
-from utils import environment
 from utils.backend import Backend, Unavailable
 from utils.serve import choices, labels
 from utils.utils import sha256
@@ -44,20 +42,6 @@ def read(path: Path) -> list[dict]:
         return []
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))
-
-
-@pytest.fixture
-def photos(project, tmp_path) -> Path:
-    """Every fourth of the test images."""
-    for path in images_of(project / "data" / "test")[::4]:
-        target = tmp_path / "photos" / path.relative_to(project / "data" / "test")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
-    return tmp_path / "photos"
-
-
-def images_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.fixture(scope="module")
@@ -203,74 +187,6 @@ def test_a_locale_without_cyrillic_gives_the_same_table(project, photos):
     run_script("predict.py", photos, *where, "--results", photos, "--device", "cpu", **locale)
     table = (photos.parent / "ascii.csv").read_bytes()
     assert table == (photos.parent / "labels.csv").read_bytes() and "Пудж".encode() in table
-
-
-def test_processes_share_images_by_lot():
-    images = [f"{k:04d}.{'png' if k % 2 else 'jpg'}" for k in range(1000)]
-    for of in (1, 2, 3):
-        shares = [predict.share_of(images, rank, of) for rank in range(of)]
-        assert sorted(sum(shares, [])) == images and all(share == sorted(share) for share in shares)
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-        for share in shares:
-            assert 0.4 < sum(path.endswith(".png") for path in share) / len(share) < 0.6
-    assert predict.share_of([], 1, 2) == [] and predict.share_of(["a"], 1, 2) == []
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux's alone")
-def test_processes_keep_to_shares_of_the_cores_that_part_no_core(monkeypatch):
-    cpus, kept = set(range(32)), []
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cpus)
-    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, share: kept.append(sorted(share)))
-    for index in range(2):
-        environment.keep_to_share(index, 2)
-    assert kept == [[*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]]
-    for cpus, of in ((set(range(32)), 3), ({1, 4, 5}, 2), ({0, 1}, 2), ({7}, 3), ({2, 3}, 1)):
-        kept.clear()
-        for index in range(of):
-            environment.keep_to_share(index, of)
-        assert set().union(*kept) == cpus and all(kept)
-        assert sum(map(len, kept)) == len(cpus) or len(cpus) < of
-
-
-def test_two_processes_share_the_files_and_one_table_comes_out(project, photos):
-    _, alone = label(photos, project)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [ROOT / "predict.py", photos, "--out", photos.parent / "two.csv", "--device", "cpu"]
-    command += ["--weights", project / "weights", "--results", photos.parent / "no results"]
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, encoding="utf-8", timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    two = read(photos.parent / "two.csv")
-    assert [row["path"] for row in two] == [row["path"] for row in alone]
-    assert [row["class"] for row in two] == [row["class"] for row in alone]
-    assert done.stdout.count("written: ") == 1 and not list(photos.parent.glob("*.part*"))
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals to a process are POSIX's")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_process_that_waits_for_the_others_ends_when_told(tmp_path, how):
-    """The second of two processes; this one stands for the first, and never answers."""
-    store = torch.distributed.TCPStore("localhost", 0, 2, is_master=True, wait_for_workers=False)
-    script = tmp_path / "waits.py"
-    script.write_text(
-        f"import sys\nfrom pathlib import Path\n\nsys.path.insert(0, {str(ROOT)!r})\n"
-        f"import predict\nimport torch.distributed\n\nPath({str(tmp_path / 'here')!r}).touch()\n"
-        "predict.run_main(lambda: predict.gather(None))\n",
-        encoding="utf-8",
-    )
-    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
-    started = start_script(script, env=ranks)
-    try:
-        while not (tmp_path / "here").exists():
-            assert started.poll() is None
-            time.sleep(0.1)
-        time.sleep(1)  # by then it waits inside torch
-        started.send_signal(how)
-        assert started.wait(timeout=15) != 0
-    finally:
-        started.kill()
 
 
 @pytest.mark.parametrize(

@@ -153,9 +153,7 @@ class Pillow:
             import torch
 
             cuda, where = typing.cast(typing.Any, torch.cuda.cudart()), self.pixels.ctypes.data
-            if (
-                int(cuda.cudaHostRegister(where, self.pixels.nbytes, 0)) == 0
-            ):  # if not, copies are only slower
+            if int(cuda.cudaHostRegister(where, self.pixels.nbytes, 0)) == 0:  # else copies are slower
                 self.unpin = functools.partial(cuda.cudaHostUnregister, where)
 
     def close(self) -> None:

@@ -183,7 +183,7 @@ def draw_roofline(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure |
         ax.scatter(own.flops_per_byte, own.tflops, points, look["color"], look["marker"])
         ax.scatter([], [], 40, look["color"], look["marker"], label=name)
     ax.set(xscale="log", yscale="log", xlim=(left, right))
-    ax.set_ylim(rows.tflops.min() / 2, max(roofs.values()) * 2)
+    ax.set_ylim(rows.tflops.min() / 2, max(rows.tflops.max(), *roofs.values()) * 2)
     dress(ax, "operations per byte (FLOP/B), every layer's input, output and weights moved once", "TFLOP/s")
     legend(part, ax)
     return fig

@@ -142,7 +142,7 @@ def graph_of(engine: trt.Engine, x: torch.Tensor) -> Callable:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         engine(x)
-    return lambda: (x, graph.replay())  # which reads x
+    return lambda: (engine, x, graph.replay())  # which uses both, and keeps neither alive
 
 
 def main() -> None:

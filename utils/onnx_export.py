@@ -23,7 +23,7 @@ import model
 from utils import images
 from utils.backend import Unavailable, is_fresh, store, why_not_importable
 from utils.environment import package_version, torch_is_at_least
-from utils.utils import UserError, sha256
+from utils.utils import UserError, read_dict, sha256, write_json
 
 MAX_BATCH = 1024  # of the exported graph's free batch axis
 MAX_IMAGES = 256  # a few hundred do (Krishnamoorthi, Quantizing deep convolutional networks, 2018, section 3)
@@ -46,9 +46,11 @@ def export(
     if precision.startswith("INT8"):
         source = export(checkpoint, image_size, "FP32")[0]
         facts |= {"onnx": sha256(source), **facts_of_int8(data)}
-        facts |= facts_of_cpu() if precision == "INT8" else {}
-        round_ = write_for_cpu if precision == "INT8" else write_for_tensorrt
-        write = functools.partial(round_, source, calibration_batches(data, image_size))
+        if precision == "INT8":
+            facts |= facts_of_cpu()
+            write = functools.partial(write_for_cpu, source, calibration_batches(data, image_size))
+        else:
+            write = functools.partial(write_for_tensorrt, checkpoint, image_size, data)
     else:
         facts |= {name: package_version(name) for name in ("torch", "onnx", "onnxscript")}
         write = functools.partial(write_onnx, checkpoint, image_size, precision)
@@ -174,7 +176,39 @@ def saturates() -> bool:
 # ---- for TensorRT
 
 
-def write_for_tensorrt(source: Path, batches: Iterable[torch.Tensor], path: Path) -> None:
+def activation_ranges(checkpoint: Path, image_size: int, data: Path | None) -> dict[str, float]:
+    """The largest magnitude of each activation in the FP32 network, for training images, by its ONNX name.
+
+    Kept in weights/.  Raises as export() does.
+    """
+    source = export(checkpoint, image_size, "FP32")[0]
+    path = checkpoint.with_name(f"resnet18_{image_size}_ranges.json")
+    facts = {"onnx": sha256(source), **facts_of_int8(data)}
+    if not is_fresh(path, facts):
+        batches = calibration_batches(data, image_size)
+        store(path, facts, lambda file: write_json(file, largest_values(source, batches)))
+    return read_dict(path)
+
+
+def largest_values(source: Path, batches: Iterable[torch.Tensor]) -> dict[str, float]:
+    """The largest magnitude of the input and of each activation up to the last sum, by name."""
+    import onnx
+    import onnxruntime
+
+    network = onnx.load(source)
+    kinds = "Conv", "Relu", "MaxPool", "Add"
+    names = [node.output[0] for node in network.graph.node if node.op_type in kinds]
+    network.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
+    largest = dict.fromkeys(["input", *names], 0.0)
+    for batch in batches:
+        x = batch.numpy()
+        for name, values in zip(largest, [x, *session.run(names, {"input": x})], strict=True):
+            largest[name] = max(largest[name], float(np.abs(np.asarray(values)).max()))
+    return largest
+
+
+def write_for_tensorrt(checkpoint: Path, image_size: int, data: Path | None, path: Path) -> None:
     """Rounded to 127 steps a side right before each convolution and on the shortcut into each sum.
 
     So TensorRT fuses a convolution with the sum and ReLU after it (TensorRT's developer guide, "Q/DQ
@@ -184,13 +218,13 @@ def write_for_tensorrt(source: Path, batches: Iterable[torch.Tensor], path: Path
     import onnx
     from onnx import numpy_helper
 
-    network = onnx.load(source)
+    ranges = activation_ranges(checkpoint, image_size, data)
+    network = onnx.load(export(checkpoint, image_size, "FP32")[0])
     graph, nodes = network.graph, list(network.graph.node)
     convolutions = [node for node in nodes if node.op_type == "Conv"]
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     main_paths = {node.output[0] for node in convolutions if weights[node.input[1]].shape[2:] == (3, 3)}
-    shortcuts = {name for node in nodes if node.op_type == "Add" for name in node.input} - main_paths
-    largest = largest_values(source, shortcuts | {node.input[0] for node in convolutions}, batches)
+    largest: dict[str, typing.Any] = {name: top for name, top in ranges.items() if name not in main_paths}
     largest |= {node.input[1]: np.abs(weights[node.input[1]]).max((1, 2, 3)) for node in convolutions}
     del graph.node[:]
     done = set()
@@ -205,23 +239,6 @@ def write_for_tensorrt(source: Path, batches: Iterable[torch.Tensor], path: Path
     del graph.value_info[:]
     onnx.checker.check_model(network, full_check=True)
     onnx.save(network, path)
-
-
-def largest_values(source: Path, names: set[str], batches: Iterable[torch.Tensor]) -> dict[str, typing.Any]:
-    """The largest magnitude that each of these tensors of the network takes."""
-    import onnx
-    import onnxruntime
-
-    network = onnx.load(source)
-    inside = sorted(names - {"input"})
-    network.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inside)
-    session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
-    largest = dict.fromkeys(names, 0.0)
-    for batch in batches:
-        x = batch.numpy()
-        for name, values in zip(["input", *inside], [x, *session.run(inside, {"input": x})], strict=True):
-            largest[name] = max(largest[name], float(np.abs(np.asarray(values)).max()))
-    return largest
 
 
 def add_rounding(graph, name: str, largest) -> None:

@@ -70,7 +70,8 @@ def test_ranges_are_those_of_the_network_itself(project, exported):
     network = model.load(checkpoint, "cpu")[0]
     batches = list(onnx_export.calibration_batches(project / "data", 64))
     seen = []
-    network.get_submodule("layer4").register_forward_hook(lambda module, given, made: seen.append(made.abs().max().item()))
+    last = network.get_submodule("layer4")
+    last.register_forward_hook(lambda module, given, made: seen.append(made.abs().max().item()))
     with torch.inference_mode():
         for batch in batches:
             network(batch)

@@ -1,14 +1,9 @@
 """Measure every backend at every image size and batch size: which is fastest, by how much and at what cost.
 
-A round is fresh processes, from a server of their own: at each image size the backends' processes are alive
-together and are timed in turn, in blocks of a fraction of a second.  After three rounds the image sizes with
-an interval still wider than --ci-width get further rounds, until all are narrow enough or --budget is spent.
-What is measured already for the same settings and environment is not measured again.  Engines that weights/
-lacks are built first, a minute or two each; benchmark.log says which.
-
 Reads weights/best_resnet18_<size>.pth and data/test; writes results/raw/ (every sample),
 benchmark_results.csv, environment.json, benchmark.log, README.md and the charts; a run into results/ also
-renews the README's table.
+renews the README's table.  What is measured already for the same settings and environment is not measured
+again.  docs/method.md says how it measures.
 
     python benchmark.py
 """
@@ -19,7 +14,6 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from pathlib import Path
 
 import psutil
 from tqdm import tqdm
@@ -27,7 +21,7 @@ from tqdm import tqdm
 import backends
 from utils.measure import jobs, records
 from utils.measure.schema import Job
-from utils.utils import ROOT, file_lock, in_fresh_process, number, run_main, write_json
+from utils.utils import ROOT, file_lock, in_fresh_process, number, run_main, write_atomic, write_json
 
 CI_WIDTH_PCT = {"cuda": 1.0, "cpu": 5.0}
 BUDGET_MINUTES = {"cuda": 3.5, "cpu": 7.0}
@@ -35,17 +29,14 @@ TIMEOUT_S = 1800.0  # after which a step is taken to hang
 BUSY_PCT = 20  # of all cores, by other programs
 
 
-# ---- measuring
-
-
 def measured_rows(measured) -> list:
     """The rows of a Sweep that are asked for and have figures."""
     from utils.report.rows import rows_of
 
     keys = {job.key for job in measured.asked}
-    wanted = {(job.backend, job.image_size): job.batch_sizes for job in measured.asked}
     rows = rows_of([record for record in measured.records.values() if record.key in keys], {})
-    rows = [row for row in rows if row.batch_size in wanted.get((row.backend, row.image_size), ())]
+    wanted = {(job.backend, job.image_size, batch) for job in measured.asked for batch in job.batch_sizes}
+    rows = [row for row in rows if (row.backend, row.image_size, row.batch_size) in wanted]
     return [row for row in rows if row.status == "ok"]
 
 
@@ -55,37 +46,35 @@ def further_jobs(asked: list[Job], rows: list, wide: list, round_: int) -> list[
     All `rows` of the size are measured again: were each to stop as soon as its rounds agree, many would stop
     where they agree by chance, and 95 % intervals would hold less often.
     """
-    groups = []
-    for size in dict.fromkeys(row.image_size for row in wide):
-        group = []
-        for job in asked:
-            batches = [row.batch_size for row in rows if (row.backend, row.image_size) == (job.backend, size)]
-            if job.image_size == size and job.round == 0 and batches:
-                again = {"round": round_, "only": tuple(sorted(batches)), "auto": False}
-                group.append(dataclasses.replace(job, **again))
-        groups.append(group)
-    return groups
+    groups: dict[int, list[Job]] = {row.image_size: [] for row in wide}
+    for job in asked:
+        own = (row for row in rows if (row.backend, row.image_size) == (job.backend, job.image_size))
+        batches = tuple(sorted(row.batch_size for row in own))
+        if job.image_size in groups and job.round == 0 and batches:
+            groups[job.image_size].append(dataclasses.replace(job, round=round_, only=batches, auto=False))
+    return list(groups.values())
 
 
 def sweep(asked: list[Job], timeout: float, ci_width: float, budget_minutes: float) -> None:
     """Bring every record up to date, then add rounds where intervals are too wide."""
+    from utils.measure import roofline
     from utils.measure.sweep import Sweep
     from utils.report.rows import width_pct
 
-    measured, limit_s, several = Sweep(asked, timeout), budget_minutes * 60, asked[0].settings.rounds > 1
+    measured, limit_s, first = Sweep(asked, timeout), budget_minutes * 60, asked[0]
     todo, further = measured.prepare(ci_width), 0
     with tqdm(total=len(todo), desc="benchmark", unit="process", disable=None) as progress:
         if todo:
             print_busy()
-        measure_roofline(asked[0])
+        if records.read_roofline(first.folder, first.settings_key) is None:
+            found = in_fresh_process(roofline.measure, first.device)
+            write_json(first.folder / "ceilings.json", {"settings_key": first.settings_key, **found})
         for _, jobs_of_round in itertools.groupby(todo, key=lambda job: job.round):
             by_size = itertools.groupby(jobs_of_round, key=lambda job: job.image_size)
             measured.measure_round([list(group) for _, group in by_size], progress)
-        next_round = max(
-            [asked[0].settings.rounds, *(record.round + 1 for record in measured.records.values())]
-        )
-        for round_ in itertools.count(next_round):
-            rows = measured_rows(measured) if several else []
+        rounds = first.settings.rounds
+        for round_ in itertools.count(max([rounds, *(one.round + 1 for one in measured.records.values())])):
+            rows = measured_rows(measured) if rounds > 1 else []
             wide = sorted((row for row in rows if width_pct(row) > ci_width), key=width_pct, reverse=True)
             if not wide or measured.spent_s >= limit_s:
                 break
@@ -106,27 +95,6 @@ def print_busy() -> None:
         print(f"other programs use {busy:.0f} % of the processor: {mend}", file=sys.stderr)
 
 
-def measure_roofline(job: Job) -> None:
-    """Have a fresh process measure what this machine could do at most, unless it is known."""
-    from utils.measure import roofline
-
-    if records.read_roofline(job.folder, job.settings_key) is None:
-        found = in_fresh_process(roofline.measure, job.device)
-        write_json(job.folder / "ceilings.json", {"settings_key": job.settings_key, **found})
-
-
-# ---- what is written
-
-
-def tables_shown_beside(results: Path) -> dict | None:
-    """The tables that README.md shows beside those of results/, None where others are measured.  UserError
-    where one or README.md is damaged: before anything is measured."""
-    from utils.report import readme
-
-    shown = results.resolve() == ROOT / "results"
-    return readme.read_folders(ROOT / "README.md", measuring=results) if shown else None
-
-
 def write_all(asked: list[Job], others: dict | None) -> int:
     """Records -> table, charts, answers and READMEs; the exit code.  `others` are the tables of the other
     results that README.md shows, or None to leave it alone."""
@@ -138,21 +106,22 @@ def write_all(asked: list[Job], others: dict | None) -> int:
     print(words.text_table(rows))
     print("\n".join(words.answers_of(rows)).replace("**", ""))
     plot_utils.draw_all(rows, environments, results)
-    readme.write_folder_readme(results, rows, environments)
+    write_atomic(results / "README.md", readme.folder_readme(results, rows, environments))
     if others is not None:
-        readme.write_readme(ROOT / "README.md", others | {ROOT / "results": (rows, environments)})
+        made = readme.render(ROOT / "README.md", others | {ROOT / "results": (rows, environments)})
+        write_atomic(ROOT / "README.md", made)
     print(f"written: {results / 'benchmark_results.csv'}, README.md, environment.json and charts beside it")
-    failed = rows_asked(rows.loc[rows.status == "failed"], asked)
+    failed = rows_asked(rows[rows.status == "failed"], asked)
     for row in failed.itertuples():
-        where = f"{row.backend}, {row.image_size} px, batch size {row.batch_size}"
+        where = f"{row.backend}, {row.image_size} px, batch {row.batch_size}"
         print(f"failed: {where}: {row.reason}", file=sys.stderr)
     return int(len(failed) > 0 or not (rows.status == "ok").any())
 
 
 def rows_asked(rows, asked: list[Job]):
     """Of a table, what is asked for."""
-    wanted = {(job.sweep, job.backend, job.image_size) for job in asked}
-    return rows.loc[[key in wanted for key in zip(rows.sweep, rows.backend, rows.image_size, strict=True)]]
+    backends_asked = {job.backend for job in asked}
+    return rows[(rows.sweep == asked[0].sweep) & rows.backend.isin(backends_asked)]
 
 
 def measure_script(description: str | None, script: str, makers: dict) -> None:
@@ -193,10 +162,13 @@ def main() -> None:
     parser.add_argument("--timeout", type=number(float, 0.001, 1_000_000), default=TIMEOUT_S, help=hangs)
     args = jobs.parse(parser)
     asked = jobs.make_jobs(args, backends.SCRIPTS, backends.DEFAULT)
-    device, results = asked[0].device, asked[0].results
+    device, results, others = asked[0].device, asked[0].results, None
     budget = BUDGET_MINUTES[device] if args.budget is None else args.budget
     with file_lock(results / ".benchmark.lock", "measuring"):  # two would overwrite each other's records
-        others = tables_shown_beside(results)
+        if results.resolve() == ROOT / "results":  # README.md shows it, and what is damaged is told now
+            from utils.report import readme
+
+            others = readme.read_folders(ROOT / "README.md", measuring=results)
         sweep(asked, args.timeout, args.ci_width or CI_WIDTH_PCT[device], budget)
         code = write_all(asked, others)
     if code:

@@ -13,12 +13,8 @@ import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from utils.utils import UserError, number, run_main
-
-if TYPE_CHECKING:  # imported where it is needed, so that --help answers at once
-    import pandas as pd
+from utils.utils import UserError, number, run_main, write_atomic
 
 LIMITS = {  # column: flag, its largest value, what it bounds
     "p95_ms": ("--max-latency-ms", 1e9, "95th percentile of a batch"),
@@ -26,8 +22,6 @@ LIMITS = {  # column: flag, its largest value, what it bounds
     "accuracy": ("--min-accuracy", 1, "top-1 on the test set, 0 to 1"),
 }
 PASSING = ["short", "settings", "packages", "date", "command", "commit", "clean", "sweep", "ceilings"]
-
-# ---- one table
 
 
 def tell(results: Path) -> None:
@@ -41,136 +35,76 @@ def tell(results: Path) -> None:
         print(f"sweep {sweep}: {known.get('short', '')}")
 
 
-def best_lines(rows: "pd.DataFrame", limits: dict[str, float | None]) -> tuple[list[str], bool]:
-    """Sentences that name the fastest row within the limits, its cost and the runner-up, or why none fits;
-    and whether one does."""
-    from utils.report import analysis, words
+def tell_best(results: Path, limits: dict[str, float | None]) -> int:
+    """Print the fastest row within the limits and the next; the exit code: 1 if none fits."""
+    from utils.report import analysis, tables, words
 
-    fitting, missed = analysis.best_within(rows, limits)
-    if fitting.empty:
-        lines = [f"None of {len(analysis.measured(rows))} measured rows fits; see: python compare.py"]
-        for column, count, best in missed:
-            limit = f"{LIMITS[column][0]} {limits[column]:g}"
-            lines.append(f"{count} miss {limit}; the best has {words.figure(best) or 'no such figure'}")
-        return lines, False
-    ordered = [row for _, row in fitting.iloc[:2].iterrows()]
-    lines = [f"{place}: {costs(row)}" for place, row in zip(("Most images/s", "Next"), ordered, strict=False)]
-    if any(row.fps_low != row.fps_low for row in ordered):  # NaN
-        lines.append("Measured in one round, which supports no verdict: use --rounds 3.")
-    elif len(ordered) > 1 and analysis.indistinguishable(*ordered):
-        lines.append("The two are indistinguishable in throughput: their intervals overlap.")
-    return lines, True
+    best = analysis.best_within(tables.read_table(results)[0], limits).head(2)
+    if best.empty:
+        print(f"None of the measured rows fits; see: python compare.py {results}")
+        return 1
+    print(words.text_table(best))
+    if best.fps_low.isna().any():
+        print("Measured in one round, which supports no verdict: use --rounds 3.")
+    elif len(best) > 1 and analysis.indistinguishable(best.iloc[0], best.iloc[1]):
+        print("The two are indistinguishable in throughput: their intervals overlap.")
+    return 0
 
 
-def costs(row: "pd.Series") -> str:
-    """What a row achieves and takes, in one line."""
-    from utils.report import words
-
-    place = f"sweep {row.sweep}, {words.name(row)}, {row.image_size} px, batch {row.batch_size}"
-    speed = f"{words.figure(row.fps)} images/s, p95 {words.figure(row.p95_ms)} ms"
-    whose = "GPU memory" if row.device == "cuda" else "host memory"
-    memory = f"{words.figure(row.memory_mb)} MB of {whose}" if row.memory_mb > 0 else f"unknown {whose}"
-    built = f"built in {words.figure(row.build_s) or 'unknown'} s"
-    return f"{place}: {speed}, {memory}, accuracy {words.percent(row.accuracy) or 'unknown'}; {built}"
-
-
-# ---- two tables
-
-
-def comparison(both: "pd.DataFrame") -> list[str]:
-    """The ratios as aligned lines, and how many configurations agree within their intervals."""
+def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | None) -> int:
+    """Print how the second table differs from the first; the exit code."""
     from utils.measure.schema import BASELINE
-    from utils.report import analysis, words
+    from utils.report import analysis, tables, words
 
-    def limits(row) -> str:
-        return words.interval(row.fps_ratio_low, row.fps_ratio_high, "{:.3f}".format)
-
-    ratio = ("Ratio", lambda row: f"{row.fps_ratio:.3f}")
-    columns = [*words.HEAD, ratio, ("Ratio, 95 % CI", limits), ("Verdict", "verdict")]
-    lines = [words.aligned(words.lines_of(columns, both))]
+    (before, old), (after, new) = (tables.read_table(path) for path in paths)
+    first, second = sweeps or (before.sweep.iloc[0], after.sweep.iloc[0])
+    if sweeps:
+        before, after = before[before.sweep == first].assign(sweep=second), after[after.sweep == second]
+    both = analysis.ratios(before, after)
+    if both.empty:
+        mend = f"see their sweeps: python compare.py {paths[0]}, python compare.py {paths[1]}"
+        raise UserError(f"{paths[0]} and {paths[1]} have no measured configuration in common; {mend}")
+    print(f"throughput, {paths[1]} / {paths[0]}, with 95 % intervals")
+    print(words.aligned(words.lines_of(words.RATIOS, both)))
     others = both[both.backend != BASELINE]
     for of, figure, rows in (("Throughput", "fps", both), ("Speedup over PyTorch FP32", "speedup", others)):
         known = rows[rows[f"{figure}_ratio_low"].notna()]
         count = f"{int(analysis.agrees(known, figure).sum())} of {len(known)} configurations"
-        lines.append(f"{of} agrees within the 95 % intervals in {count}.")
-    return lines
-
-
-def environment_changes(before: dict, after: dict) -> list[str]:
-    """One line for each fact of the environment that differs: what was, what is."""
-    a, b = (known | known.get("packages", {}) for known in (before, after))
-    changed = [key for key in dict.fromkeys([*a, *b]) if key not in PASSING and a.get(key) != b.get(key)]
-    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in changed]
-
-
-def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | None) -> int:
-    """Print how the second table differs from the first and draw it; the exit code."""
-    from utils import plot_utils
-    from utils.report import analysis, tables, words
-
-    (before, old), (after, new) = (tables.read_table(path) for path in paths)
-    first, second = (sweeps[0], sweeps[-1]) if sweeps else (before.sweep.iloc[0], after.sweep.iloc[0])
-    if sweeps:
-        for path, rows, sweep in zip(paths, (before, after), (first, second), strict=True):
-            if sweep not in set(rows.sweep):
-                raise UserError(f"{path} has no sweep {sweep}; name one of: {', '.join(rows.sweep.unique())}")
-        before, after = before[before.sweep == first].assign(sweep=second), after[after.sweep == second]
-    both = analysis.ratios(before, after)
-    if both.empty:
-        see = f"see: python compare.py {paths[0]}"
-        raise UserError(f"{paths[0]} and {paths[1]} have no measured configuration in common; {see}")
-    print(f"throughput, {paths[1]} / {paths[0]}, with 95 % intervals")
-    print("\n".join(comparison(both)))
+        print(f"{of} agrees within the 95 % intervals in {count}.")
     median, low, high = map(words.figure, both.fps_ratio.quantile([0.5, 0, 1]))
     print(f"Median over {len(both)} configurations: {median}x {paths[0]} (range {low}-{high}).")
-    changes = environment_changes(old.get(first, {}), new.get(second, {}))
-    print("\n".join(["Environment:", *(changes or ["no difference"])]))
-    chart = (paths[1].parent if paths[1].suffix == ".csv" else paths[1]) / "comparison.png"
-    count = f"no difference in {int(analysis.agrees(both, 'fps').sum())} of {len(both)}"
-    plot_utils.draw_comparison(both, f"{paths[0]} → {paths[1]}: {count}", chart)
-    print(f"written: {chart}")
-    return 0 if slower_by is None else gate(before, after, both, slower_by)
+    a, b = (known | known.get("packages", {}) for known in (old.get(first, {}), new.get(second, {})))
+    for fact in dict.fromkeys([*a, *b]):
+        if fact not in PASSING and a.get(fact) != b.get(fact):
+            print(f"{fact}: {a.get(fact)} -> {b.get(fact)}")
+    lost = len(analysis.measured(before)) - len(both)
+    return 0 if slower_by is None else gate(both, lost, slower_by)
 
 
-def gate(before: "pd.DataFrame", after: "pd.DataFrame", both: "pd.DataFrame", slower_by: float) -> int:
+def gate(both, lost: int, slower_by: float) -> int:
     """The exit code: 0 only if something could be judged, nothing is slower and nothing was lost."""
-    from utils.report import analysis, words
-
-    judged, lost = both[both.fps_ratio_low.notna()], analysis.lost(before, after)
+    judged = both[both.fps_ratio_low.notna()]
     slower = judged[judged.fps_ratio_high < 1 - slower_by]
     beyond = f"slower by more than {slower_by:.1%} beyond their intervals"
     print(f"{len(slower)} of {len(judged)} configurations are {beyond}")
     if len(judged) < len(both):
         print(f"{len(both) - len(judged)} more can't be judged: measured in one round; use --rounds 3")
-    for row in lost.itertuples():
-        where = f"{words.name(row)}, {row.image_size} px, batch {row.batch_size}"
-        print(f"no longer ok: {where}: {row.status.replace('_', ' ')}: {row.reason}")
-    return int(judged.empty or len(slower) > 0 or len(lost) > 0)
-
-
-# ---- README.md
+    if lost:
+        print(f"{lost} configurations of the first table are not ok in the second, whose own table says why")
+    return int(judged.empty or len(slower) > 0 or lost > 0)
 
 
 def write_readmes(path: Path) -> None:
-    """Renew README.md's generated parts and, of every folder it names, the README and the charts.
-
-    Raises UserError where there is no such part.
-    """
+    """Renew README.md's generated parts and, of every folder it shows, the README and the charts."""
     from utils import plot_utils
     from utils.report import readme
 
-    if not readme.marked(path):
-        mend = "put <!-- begin summary results --> and <!-- end --> on lines of their own where one shall be"
-        raise UserError(f"{path} has no generated parts; {mend}")
     found = readme.read_folders(path)
-    readme.write_readme(path, found)
+    write_atomic(path, readme.render(path, found))
     for folder, (rows, environments) in found.items():
         plot_utils.draw_all(rows, environments, folder)
-        readme.write_folder_readme(folder, rows, environments)
+        write_atomic(folder / "README.md", readme.folder_readme(folder, rows, environments))
     print(f"written: {path}; README.md and charts in {', '.join(map(str, found))}")
-
-
-# ---- arguments
 
 
 def share(text: str) -> float:
@@ -185,9 +119,10 @@ def parse() -> argparse.Namespace:
     """The arguments.  One without effect is refused: a gate that was not asked passes silently."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    which = "one folder (or its CSV), or two to compare"
+    which = "one results folder, or two to compare"
     parser.add_argument("results", type=Path, nargs="*", default=[Path("results")], help=which)
-    parser.add_argument("--sweeps", nargs="+", help="of two tables, the sweep of each to compare")
+    pair = "of two tables, the sweep of each to compare"
+    parser.add_argument("--sweeps", nargs=2, metavar=("A", "B"), help=pair)
     slower = "exit code 1 if one is slower by more, beyond its interval, or nothing could be judged"
     parser.add_argument("--fail-if-slower", type=share, metavar="5%", help=slower)
     parser.add_argument("--best", action="store_true", help="only the fastest within the limits below")
@@ -197,12 +132,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--write-readme", action="store_true", help=anew)
     args = parser.parse_args()
     two, limited = len(args.results) == 2, any(vars(args)[column] is not None for column in LIMITS)
-    if len(args.results) > 2 or len(args.sweeps or []) > 2:
-        parser.error("one results folder or two can be compared, and --sweeps takes one name, or two")
+    if len(args.results) > 2 or args.best + args.write_readme + two > 1:
+        parser.error("name one results folder, with --best or --write-readme or neither, or two to compare")
     if not two and (args.sweeps or args.fail_if_slower is not None):
         parser.error("--fail-if-slower and --sweeps need two results folders")
-    if args.best + args.write_readme + two > 1:
-        parser.error("--best and --write-readme are two commands, which take one results folder")
     if limited and not args.best:
         parser.error("--max-latency-ms, --max-memory-mb and --min-accuracy need --best")
     return args
@@ -214,12 +147,7 @@ def main() -> None:
     if len(args.results) == 2:
         code = compare_two(args.results, args.sweeps, args.fail_if_slower)
     elif args.best:
-        from utils.report import tables
-
-        limits = {column: vars(args)[column] for column in LIMITS}
-        lines, fits = best_lines(tables.read_table(args.results[0])[0], limits)
-        print("\n".join(lines))
-        code = int(not fits)
+        code = tell_best(args.results[0], {column: vars(args)[column] for column in LIMITS})
     elif args.write_readme:
         write_readmes(Path("README.md"))
     else:

@@ -12,7 +12,6 @@ import pytest
 from conftest import ROOT
 
 import backends
-from utils.report.readme import read_text
 
 # Import -> distributions, where the names differ; of several, any one brings it.
 DISTRIBUTIONS = {
@@ -31,6 +30,10 @@ UNIMPORTED = {  # distribution -> what uses it
     "ruff": "make lint",
     "pyright": "make lint",
 }
+
+
+def read_text(path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def requirements(name: str) -> set[str]:

@@ -1,6 +1,7 @@
 """The charts: what they say, what they show as missing, and that no state of the results stops them."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy
 import pandas
@@ -12,7 +13,6 @@ from matplotlib.text import Text
 from utils import plot_utils
 from utils.plot_utils import CHARTS, draw, draw_all
 from utils.report import chart_style, names, tables
-from utils.report.names import in_words, label
 from utils.report.rows import COLUMNS
 from utils.report.words import figure
 
@@ -106,14 +106,17 @@ def data_lines(fig):
     ],
 )
 def test_label(backend, precision, expected):
-    assert label(backend, precision) == expected
+    assert names.label(SimpleNamespace(backend=backend, precision=precision)) == expected
 
 
 def test_a_sentence_names_a_method_in_words():
-    static = "TensorRT INT8 with static shapes and a CUDA graph"
-    assert in_words("tensorrt-int8-static-graph", "INT8") == static
-    assert in_words("pytorch-channels-last", "FP32") == "PyTorch FP32 with the channels-last layout"
-    assert in_words("onnx", "FP16") == "ONNX Runtime FP16"
+    called = {
+        ("tensorrt-int8-static-graph", "INT8"): "TensorRT INT8 with static shapes and a CUDA graph",
+        ("pytorch-channels-last", "FP32"): "PyTorch FP32 with the channels-last layout",
+        ("onnx", "FP16"): "ONNX Runtime FP16",
+    }
+    for (backend, precision), expected in called.items():
+        assert names.in_words(SimpleNamespace(backend=backend, precision=precision)) == expected
 
 
 @pytest.mark.parametrize(
@@ -225,7 +228,7 @@ def test_every_chart_has_the_same_colours_units_and_a_zero():
         fig = draw(chart, table(), ENVIRONMENT)
         panels = [ax for ax in fig.axes if ax.axison]
         assert panels and all(ax.get_ylim()[0] == 0 for ax in panels)
-        assert panels[0].get_ylabel() == chart.unit and panels[-1].get_xlabel() in plot_utils.AXIS.values()
+        assert panels[0].get_ylabel() == chart[1] and panels[-1].get_xlabel() in plot_utils.AXIS.values()
         assert any("GPU one, torch 2.11 Trained on the drawn sample" in text for text in texts(fig))
         colours = {text: to_hex(lines[0].get_color()) for text, lines in data_lines(fig).items()}
         assert colours["ONNX Runtime FP16"] == names.ORANGE.lower(), name
@@ -253,12 +256,16 @@ def test_nothing_is_squeezed_or_printed_over_something_else():
 
 def test_styles_differ_and_variants_keep_their_backends_colour():
     variants = ["", "-graph", "-static", "-static-graph", "-int8", "-int8-graph", "-int8-static-graph"]
-    looks = [chart_style.style(f"tensorrt{variant}", "FP16") for variant in variants]
+
+    def style(backend: str) -> dict:
+        return chart_style.style(SimpleNamespace(backend=backend, precision="FP16"))
+
+    looks = [style(f"tensorrt{variant}") for variant in variants]
     assert len(set(map(str, looks))) == len(looks)
     for backend in ("tensorrt-int8-graph", "tensorrt-static", "tensorrt-of-tomorrow"):
-        assert chart_style.style(backend, "fp16")["color"] == names.GREEN
-    assert chart_style.style("torch-tensorrt-graph", "fp16")["marker"] == "D"
-    assert chart_style.style("onnx-new", "fp16")["color"] == names.ORANGE
+        assert style(backend)["color"] == names.GREEN
+    assert style("torch-tensorrt-graph")["marker"] == "D"
+    assert style("onnx-new")["color"] == names.ORANGE
 
 
 @pytest.mark.parametrize(
@@ -298,8 +305,8 @@ def test_the_same_rows_give_the_same_bytes_and_a_stale_chart_goes(tmp_path, monk
     first = {path.name: path.read_bytes() for path in draw_all(rows, ENVIRONMENT, tmp_path)}
     assert set(first) == {*CHARTS, "methods.png"}
     pandas.testing.assert_frame_equal(rows, before)
-    rows.assign(notes="").to_csv(tmp_path / "rows.csv", index=False)  # as benchmark.py hands them over
-    read = tables.read_csv(tmp_path / "rows.csv")
+    rows.assign(notes="").to_csv(tmp_path / "benchmark_results.csv", index=False)
+    read = tables.read_csv(tmp_path)  # as benchmark.py hands them over
     again = {path.name: path.read_bytes() for path in draw_all(read, ENVIRONMENT, tmp_path)}
     assert again == first
     monkeypatch.setattr(plot_utils, "CHARTS", {MEMORY: CHARTS[MEMORY]})

@@ -123,9 +123,6 @@ def test_a_single_round_has_no_interval_and_what_missed_its_target_says_by_how_m
         rows.rows_of(own, note)[0].notes[1].startswith("shared core: a core was 2 times as slow at times, ")
     )
     assert rows.rows_of(own, note | {"precision_pct": 30})[0].notes[0] == "40.0 MB"
-    for one in own:
-        one.runs = 100
-    assert rows.rows_of(own, note)[0].notes[0].startswith("too short: ")
 
 
 def test_a_further_round_adds_to_a_row_and_takes_nothing_away():

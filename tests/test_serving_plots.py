@@ -86,10 +86,6 @@ def loaded() -> pandas.DataFrame:
 
 
 def test_latency_under_load_is_drawn_against_the_rate_with_its_limit():
-    assert analysis.highest_rates(loaded().dropna(subset="rate")).to_dict() == {
-        "tensorrt": 1000,
-        "pytorch": 200,
-    }
     fig = plot_utils.draw_load(loaded(), ENVIRONMENT)
     assert "TensorRT FP16 answers 99 % within 15 ms at up to 1,000 images/s" in drawn(fig)
     (ax,) = fig.axes

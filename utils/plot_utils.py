@@ -5,9 +5,7 @@ measured stays visible: as a gap and in the note under the panels.
 """
 
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,9 +15,9 @@ from matplotlib.ticker import MaxNLocator
 from utils.measure.schema import BASELINE
 from utils.report import analysis, chart_style
 from utils.report.chart_style import GREY, INK, colour, dress, feet_of, leader, legend, sheet, style
-from utils.report.names import FAMILIES, family
+from utils.report.names import FAMILIES, family, label
 from utils.report.tables import read_serving, short
-from utils.report.words import figure, times, with_labels, without_figures
+from utils.report.words import figure, gaps, times, with_labels, without_figures
 
 AXIS = {"image_size": "image size (px)", "batch_size": "batch size (images)"}
 
@@ -27,23 +25,15 @@ AXIS = {"image_size": "image size (px)", "batch_size": "batch size (images)"}
 def in_order(rows: pd.DataFrame) -> pd.DataFrame:
     """With `label`, without the figures of rows that are not ok, methods in the charts' order."""
     rows = with_labels(without_figures(rows.reset_index(drop=True)))
-    families = [*FAMILIES, *rows.backend.map(family)]
-    rank = {name: (families.index(family(name)), name) for name in rows.backend}
+    rank = {name: ([*FAMILIES, family(name)].index(family(name)), name) for name in rows.backend}
     return rows.sort_values("backend", key=lambda names: names.map(rank), kind="stable")
 
 
 def looks_of(rows: pd.DataFrame, column: str) -> dict[str, dict]:
     """Label -> style of each method with a value; the same method of a further environment is fainter."""
     first = rows[rows[column].notna()].drop_duplicates("label")
-    alphas = np.where(first.duplicated("backend"), 0.5, 1)
-    looks = [style(row.backend, row.precision) for row in first.itertuples()]
-    return {
-        name: look | {"alpha": alpha} for name, look, alpha in zip(first.label, looks, alphas, strict=True)
-    }
-
-
-def sweeps_of(rows: pd.DataFrame) -> list[str]:
-    return rows.sort_index().sweep.unique().tolist()
+    pairs = zip(first.itertuples(), first.duplicated("backend"), strict=True)
+    return {row.label: style(row) | {"alpha": 0.5 if again else 1} for row, again in pairs}
 
 
 def half_widths(rows: pd.DataFrame, column: str) -> np.ndarray:
@@ -52,63 +42,51 @@ def half_widths(rows: pd.DataFrame, column: str) -> np.ndarray:
     return np.nan_to_num(np.abs(np.array([rows[column] - end for end in ends], dtype=float)))
 
 
-# ---- figures against image size and batch size
-
-
-class Chart(NamedTuple):
-    column: str
-    unit: str
-    x: str  # image_size, then there is a panel for each batch_size; or the reverse
-    finding: Callable[[pd.DataFrame], str]
-
-
-CHARTS = {
-    "fps_vs_image_size.png": Chart("fps", "images/s", "image_size", leader),
-    "fps_vs_batch_size.png": Chart("fps", "images/s", "batch_size", chart_style.batching),
-    "speedup_vs_image_size.png": Chart("speedup", "speedup", "image_size", leader),
-    "memory_vs_batch_size.png": Chart("gpu_memory_mb", "GPU MB", "batch_size", chart_style.memory),
+CHARTS = {  # column, unit, what it is drawn against, with a panel for each of the other's values; the title
+    "fps_vs_image_size.png": ("fps", "images/s", "image_size", leader),
+    "fps_vs_batch_size.png": ("fps", "images/s", "batch_size", chart_style.batching),
+    "speedup_vs_image_size.png": ("speedup", "speedup", "image_size", leader),
+    "memory_vs_batch_size.png": ("gpu_memory_mb", "GPU MB", "batch_size", chart_style.memory),
 }
 
 
-def draw(chart: Chart, rows: pd.DataFrame, environments: dict[str, dict]) -> Figure | None:
+def draw(chart: tuple, rows: pd.DataFrame, environments: dict[str, dict]) -> Figure | None:
     """A panel for each image or batch size, in each a line for each method with its intervals, broken where
     a method was tried and has no value.  A panel with a single point a method is drawn only if all are so.
     None where GPU memory was not read."""
-    rows = in_order(rows)
-    shown = rows[rows.backend != BASELINE] if chart.column == "speedup" else rows
-    looks = looks_of(shown, chart.column)
-    if not looks and chart.column == "gpu_memory_mb":
+    (column, unit, x, title), rows = chart, in_order(rows)
+    shown = rows[rows.backend != BASELINE] if column == "speedup" else rows
+    looks = looks_of(shown, column)
+    if not looks and column == "gpu_memory_mb":
         return None
-    by_batch = chart.x == "image_size"
+    by_batch = x == "image_size"
     panels = list(shown.groupby("batch_size" if by_batch else "image_size")) if looks else []
-    panels = [(value, panel) for value, panel in panels if panel[chart.x].nunique() > 1] or panels
+    panels = [(value, panel) for value, panel in panels if panel[x].nunique() > 1] or panels
     columns = min(len(panels), 4) or 1
     lines = -(-len(panels) // columns) or 1
-    small_print = [*chart_style.not_measured(rows), *feet_of(sweeps_of(rows), environments)]
-    fig, part = sheet(2.7 * lines + 0.22 * -(-len(looks) // 3), chart.finding(rows), small_print)
+    missing = ", ".join(f"{called}: {status}" for called, status, _ in gaps(rows))
+    small_print = [*filter(None, [missing and f"Not measured: {missing}"]), *feet_of(rows, environments)]
+    fig, part = sheet(2.7 * lines + 0.22 * -(-len(looks) // 3), title(rows), small_print)
     grid = part.subplots(lines, columns, squeeze=False)
     for ax in grid.flat[len(panels) :]:
         ax.axis("off")
     for k, (ax, (value, panel)) in enumerate(zip(grid.flat, panels, strict=False)):
-        ticks = sorted(panel[chart.x].unique())
+        ticks = sorted(panel[x].unique())
         for name, look in looks.items():
-            own = panel[panel.label == name].sort_values(chart.x)
-            at, error = own[chart.x].map(ticks.index), half_widths(own, chart.column)
-            ax.errorbar(at, own[chart.column], yerr=error, elinewidth=1, capsize=2, label=name, **look)
-        if chart.column == "speedup":
+            own = panel[panel.label == name].sort_values(x)
+            at, error = own[x].map(ticks.index), half_widths(own, column)
+            ax.errorbar(at, own[column], yerr=error, elinewidth=1, capsize=2, label=name, **look)
+        if column == "speedup":
             ax.axhline(1, color=INK, linewidth=1)
         ax.set_xlim(-0.3, len(ticks) - 0.7)
         ax.set_ylim(0)
         ax.set_title(f"batch {value}" if by_batch else f"{value} px", fontsize=10.5)
         lowest, leftmost = k + columns >= len(panels), k % columns == 0
-        dress(ax, AXIS[chart.x] if lowest else "", chart.unit if leftmost else "")
+        dress(ax, AXIS[x] if lowest else "", unit if leftmost else "")
         ax.set_xticks(range(len(ticks)), list(map(str, ticks)))
         ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     legend(part, grid.flat[0])
     return fig
-
-
-# ---- every method at one size
 
 
 def draw_horizontal(title: str, small_print: list[str], rows: pd.DataFrame, column: str) -> Figure:
@@ -133,20 +111,17 @@ def draw_methods(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure | 
     rows = analysis.all_methods(in_order(rows))
     if len(rows) < 2:
         return None
-    sweeps, names, texts = sweeps_of(rows), [], []
+    names, texts, several = [], [], rows.sweep.nunique() > 1
     for row in rows.itertuples():
-        about = ["the baseline" if row.backend == BASELINE else row.adds, row.sweep * (len(sweeps) > 1)]
+        about = ["the baseline" if row.backend == BASELINE else row.adds, row.sweep * several]
         about = textwrap.fill("; ".join(filter(None, about)), 60)
-        names.append(f"{row.label.removesuffix(f' ({row.sweep})')}\n{about}".strip())
+        names.append(f"{label(row)}\n{about}".strip())
         text = ", ".join(filter(None, [f"{figure(row.fps)} images/s", times(row)]))
         texts.append("wrong results" if row.status == "mismatch" else text)
     where = f"{rows.image_size.iloc[0]} px, batch {rows.batch_size.iloc[0]}: every method"
     note = f"{where}; x: speedup over PyTorch FP32 in the same environment, with its 95 % interval"
-    small_print = [note, *feet_of(sweeps, environments)]
+    small_print = [note, *feet_of(rows, environments)]
     return draw_horizontal(leader(rows), small_print, rows.assign(name=names, text=texts), "fps")
-
-
-# ---- the roofline
 
 
 def draw_roofline(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure | None:
@@ -162,11 +137,9 @@ def draw_roofline(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure |
     title = f"{best.label} reaches {share} at {best.image_size} px, batch {best.batch_size}"
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.sort_index().items())
     note = f"Larger marks: larger batches.  Rows by bottleneck: {kinds}"
-    sweeps = sweeps_of(rows)
     height = 4.4 + 0.2 * -(-rows.label.nunique() // 3)
-    fig, part = sheet(height, title, [note, *feet_of(sweeps, environments)])
-    ax = part.subplots()
-    known = [limits[sweep] for sweep in sweeps]
+    fig, part = sheet(height, title, [note, *feet_of(rows, environments)])
+    ax, known = part.subplots(), [limits[sweep] for sweep in rows.sweep.unique()]
     roofs = {name: max(one["tflops"].get(name, 0) for one in known) for name in rows.precision.unique()}
     bandwidth = max(one["gb_per_s"] for one in known) / 1000  # TB/s
     left = rows.flops_per_byte.min() / 3
@@ -189,18 +162,15 @@ def draw_roofline(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure |
     return fig
 
 
-# ---- serving: from files to labels (end_to_end.csv), and latency under load (load.csv)
-
-
 def at_usual_size(table: pd.DataFrame, environments: dict) -> tuple[pd.DataFrame, str, list[str]]:
     """The rows at 224 px, or the smallest size, with their label; the size and threads that they were served
     with; a foot for each sweep, with the day of serving."""
     table = with_labels(table[table.image_size == analysis.usual_size(table)].reset_index(drop=True))
-    days = {sweep: {"date": day} for sweep, day in table.groupby("sweep", sort=False).date.max().items()}
-    known = {sweep: environments[sweep] | day for sweep, day in days.items() if environments.get(sweep)}
+    days = table.groupby("sweep").date.max()
+    known = {sweep: facts | {"date": days[sweep]} for sweep, facts in environments.items() if sweep in days}
     known = {sweep: facts | {"short": short(facts)} for sweep, facts in known.items()}
     where = f"{table.image_size.iloc[0]} px, {table.cores.iloc[-1]} threads"
-    return table, where, feet_of(list(days), known)
+    return table, where, feet_of(table, known)
 
 
 def draw_end_to_end(table: pd.DataFrame, environments: dict[str, dict]) -> Figure:
@@ -226,11 +196,13 @@ def draw_end_to_end(table: pd.DataFrame, environments: dict[str, dict]) -> Figur
 def draw_load(load: pd.DataFrame, environments: dict[str, dict]) -> Figure:
     """The 99th percentile of the latency against the rate offered, with the limit."""
     load, where, feet = at_usual_size(load.dropna(subset=["rate", "p99_ms"]), environments)
-    rates, limit = analysis.highest_rates(load), load.max_latency_ms.iloc[0]
+    limit = load.max_latency_ms.iloc[0]
     title = f"No rate tried keeps 99 % of the answers within {figure(limit)} ms"
-    if len(rates):
-        label = load.loc[load.backend == rates.index[0], "label"].iloc[0]
-        title = f"{label} answers 99 % within {figure(limit)} ms at up to {figure(rates.iloc[0])} images/s"
+    kept = load[load.valid & (load.p99_ms <= load.max_latency_ms)]
+    if len(kept):
+        best = kept.loc[kept["rate"].idxmax()]
+        rate = f"up to {figure(best['rate'])} images/s"
+        title = f"{best.label} answers 99 % within {figure(limit)} ms at {rate}"
     note = f"{where}, single images arriving at random; ×: the load generator calls the run invalid"
     fig, part = sheet(4.4, title, [note, *feet])
     ax = part.subplots()
@@ -247,39 +219,19 @@ def draw_load(load: pd.DataFrame, environments: dict[str, dict]) -> Figure:
     return fig
 
 
-SERVING = {"end_to_end.png": draw_end_to_end, "load.png": draw_load}
-
-# ---- files
-
-
 def draw_all(rows: pd.DataFrame, environments: dict[str, dict], results: Path) -> list[Path]:
     """Write every chart and return the paths; a chart of what was not measured is removed."""
     figures: dict[str, Figure | None] = {}
     figures |= {name: draw(chart, rows, environments) for name, chart in CHARTS.items()}
     figures["methods.png"] = draw_methods(rows, environments)
     figures["roofline.png"] = draw_roofline(rows, environments)
-    for name, draw_serving in SERVING.items():
-        table = read_serving((results / name).with_suffix(".csv"))
-        figures[name] = None if table is None or table.empty else draw_serving(table, environments)
+    for name, draw_serving in (("end_to_end", draw_end_to_end), ("load", draw_load)):
+        table = read_serving(results / f"{name}.csv")
+        served = table is not None and len(table) > 0
+        figures[f"{name}.png"] = draw_serving(table, environments) if served else None
     for name, fig in figures.items():
         if fig is None:
             (results / name).unlink(missing_ok=True)
         else:
             chart_style.write_png(fig, results / name)
     return [results / name for name, fig in figures.items() if fig]
-
-
-def draw_comparison(both: pd.DataFrame, title: str, path: Path) -> None:
-    """A second table's throughput over a first's, with 95 % intervals; `both` as analysis.ratios() gives."""
-    both = with_labels(both.assign(sweep=both.get("sweep", "")))
-    fig, part = sheet(0.6 + 0.24 * len(both), title, [])
-    ax, places = part.subplots(), range(len(both))
-    ax.errorbar(both.fps_ratio, places, xerr=half_widths(both, "fps_ratio"), fmt="o", color=INK)
-    ax.axvline(1, color=INK, linewidth=1)
-    dress(ax, "throughput, second / first (right of 1: the second is faster)", "")
-    ax.set_yticks(
-        places, [f"{row.label}, {row.image_size} px, batch {row.batch_size}" for row in both.itertuples()]
-    )
-    ax.invert_yaxis()
-    ax.grid(axis="x", color="#dddddd", linewidth=0.7)
-    chart_style.write_png(fig, path)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from utils.report import analysis
 from utils.report.names import FAMILIES, family, parts
-from utils.report.words import SAMPLE, batches, figure, gaps, times
+from utils.report.words import SAMPLE, batches, figure, times
 from utils.utils import write_atomic
 
 WIDTH, DPI = 10.0, 150  # inches, dots per inch; shown about 850 pixels wide on GitHub
@@ -20,21 +20,19 @@ INK, GREY = "#222222", "#666666"
 MARKERS = ["o", "s", "D", "P"]  # of a plain method, another variant of it, in a CUDA graph, both
 FILLS = {"FP32": ("none", "-"), "TF32": ("top", ":"), "BF16": ("bottom", ":"), "INT8": ("left", "-.")}
 
-# ---- looks
-
 
 def colour(backend: str) -> str:
     return FAMILIES.get(family(backend), ("", GREY))[1]
 
 
-def style(backend: str, precision: str) -> dict:
+def style(row) -> dict:
     """How a line looks: colour for the backend, marker for the variant, fill and dashes for the precision."""
-    _, precision, extras = parts(backend, precision)
+    _, precision, extras = parts(row.backend, row.precision)
     graph = "graph" in extras
     fill, dashes = FILLS.get(precision, ("full", "--"))
     marker = dict(marker=MARKERS[2 * graph + (len(extras) > graph)], markersize=6.5, fillstyle=fill)
     marker |= dict(markerfacecoloralt="white")  # else lines shine through the other half
-    return marker | dict(color=colour(backend), linestyle=dashes, linewidth=1.2)
+    return marker | dict(color=colour(row.backend), linestyle=dashes, linewidth=1.2)
 
 
 def dress(ax, x_label: str, y_label: str) -> None:
@@ -76,16 +74,13 @@ def write_png(fig: Figure, path: Path) -> None:
     write_atomic(path, png.getvalue())
 
 
-def feet_of(sweeps: list[str], environments: dict) -> list[str]:
+def feet_of(rows: pd.DataFrame, environments: dict) -> list[str]:
     """A line of hardware and versions for each sweep; a last one where networks saw the drawn sample only."""
-    known = {sweep: environments.get(sweep, {}) for sweep in sweeps}
+    known = {sweep: environments.get(sweep, {}) for sweep in rows.sort_index().sweep}
     feet = [f"{sweep}: " * (len(known) > 1) + facts.get("short", "") for sweep, facts in known.items()]
     drawn = [sweep for sweep, facts in known.items() if facts.get("sample_data")]
     whose = "" if len(drawn) == len(known) else f" ({', '.join(drawn)})"
     return feet + ([f"{SAMPLE.capitalize()}{whose}"] if drawn else [])
-
-
-# ---- titles: what was found, and the note on what is missing
 
 
 def leader(rows: pd.DataFrame) -> str:
@@ -109,13 +104,6 @@ def batching(rows: pd.DataFrame) -> str:
 
 
 def memory(rows: pd.DataFrame) -> str:
-    """Which method takes most memory, and where."""
     most = rows.loc[rows.gpu_memory_mb.idxmax()]
     where = f"at {most.image_size} px, batch {most.batch_size}"
     return f"{most.label} takes most GPU memory: {figure(most.gpu_memory_mb)} MB {where}"
-
-
-def not_measured(rows: pd.DataFrame) -> list[str]:
-    """ "Not measured: TensorRT FP16: unavailable, PyTorch FP32 (512 px batch 16): out of memory" """
-    found = [f"{called}: {status}" for called, status, _ in gaps(rows)]
-    return [f"Not measured: {', '.join(found)}"] if found else []

@@ -37,14 +37,14 @@ def parts(backend: str, precision: str) -> tuple[str, str, list[str]]:
     return called, precision, [word for word in words if word not in PRECISIONS]
 
 
-def label(backend: str, precision: str) -> str:
-    """As a list shows it: "TensorRT FP16, static shapes, CUDA graph"."""
-    called, precision, extras = parts(backend, precision)
+def label(row) -> str:
+    """What a list calls a row's method: "TensorRT FP16, static shapes, CUDA graph"."""
+    called, precision, extras = parts(row.backend, row.precision)
     return ", ".join([f"{called} {precision}".strip(), *(EXTRAS.get(word, (word,))[0] for word in extras)])
 
 
-def in_words(backend: str, precision: str = "") -> str:
+def in_words(row) -> str:
     """As a sentence says it: "TensorRT FP16 with static shapes and a CUDA graph"."""
-    called, precision, extras = parts(backend, precision)
+    called, precision, extras = parts(row.backend, row.precision)
     shown = [EXTRAS.get(word, (word, word))[1] for word in extras]
     return f"{called} {precision}".strip() + (f" with {' and '.join(shown)}" if shown else "")

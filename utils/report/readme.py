@@ -3,17 +3,18 @@
 A part stands in README.md between `<!-- begin PART FOLDER -->` and `<!-- end -->`.
 """
 
+import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
 from utils.measure.schema import BASELINE
 from utils.report import analysis, words
+from utils.report.names import in_words, label
 from utils.report.tables import read_serving, read_table
-from utils.report.words import figure, foot, markdown, name, sentence_name, times
-from utils.utils import UserError, write_atomic
+from utils.report.words import figure, foot, lines_of, markdown, times
+from utils.utils import UserError
 
 PART = re.compile(
     r"^<!-- begin (?P<kind>headline|summary|answers) (?P<folder>\S+) -->\n"
@@ -30,8 +31,6 @@ SERVING = {
 FACTS = {"ceilings": "measured limits", "sweep": "time"}  # of environment.json: what people call them
 Table = tuple[pd.DataFrame, dict]  # rows, and sweep -> environment: what tables.read_table() gives
 
-# ---- the parts
-
 
 def headline(rows: pd.DataFrame, environments: dict) -> str:
     """The method with the highest throughput and its speedup over PyTorch FP32; the same for FP16."""
@@ -40,14 +39,14 @@ def headline(rows: pd.DataFrame, environments: dict) -> str:
     if ok.empty:
         return "Nothing to compare with PyTorch FP32 has been measured here yet."
     best = ok.loc[ok.fps.idxmax()]
-    lines = [f"**Best: {sentence_name(best)}, {times(best)} PyTorch FP32**: {deed(best)}."]
+    lines = [f"**Best: {in_words(best)}, {times(best)} PyTorch FP32**: {deed(best)}."]
     if not best.speedup_low > 1:  # nor NaN
         why = "one round has no interval" if pd.isna(best.speedup_low) else "the intervals overlap"
-        lines = [f"No verdict ({why}); the most images/s: {sentence_name(best)}, {deed(best)}."]
+        lines = [f"No verdict ({why}); the most images/s: {in_words(best)}, {deed(best)}."]
     half = ok[(ok.precision == "FP16") & (ok.image_size == best.image_size)]
     if best.precision != "FP16" and len(half):
         row = half.loc[half.fps.idxmax()]
-        called = ", ".join(filter(None, [sentence_name(row).replace(" FP16", ""), times(row)]))
+        called = ", ".join(filter(None, [in_words(row).replace(" FP16", ""), times(row)]))
         lines.append(f"Best FP16: {called}: {deed(row)}.")
     return "<br>\n".join(lines) + f"\n\n<sub>{foot(environments.get(best.sweep, {}))}</sub>"
 
@@ -63,18 +62,16 @@ def summary_columns(rows: pd.DataFrame) -> list[tuple[int, int]]:
     """(image size, batch size) of the summary's columns: 224 px at batch 1, 16 and 256, 512 px at batch 16,
     or what comes nearest to these among what was measured."""
     small, large = analysis.usual_size(rows), 512 if (rows.image_size == 512).any() else rows.image_size.max()
-    batches = set(rows[rows.image_size == small].batch_size)
-    chosen = {min(batches), 256 if 256 in batches else max(batches), *({16} & batches)}
-    columns = [(small, batch) for batch in sorted(chosen)]
-    if large != small:
-        batches = set(rows[rows.image_size == large].batch_size)
-        columns.append((int(large), 16 if 16 in batches else int(max(batches))))
-    return columns
+    columns = set()
+    for size, wanted in ((small, 1), (small, 16), (small, 256), (large, 16)):
+        batches = rows[rows.image_size == size].batch_size
+        columns.add((int(size), min(batches, key=lambda batch: abs(math.log(batch / wanted)))))
+    return sorted(columns)
 
 
 def summary(rows: pd.DataFrame, environments: dict) -> str:
     """A row for each method across the environments of a machine, the fastest first; each cell images/s and
-    the speedup with its own interval; the environments as footnotes."""
+    the speedup with its own interval, or the status; the environments as footnotes."""
     ok = analysis.measured(rows)
     if ok.empty:
         return "Nothing has been measured here yet."
@@ -84,23 +81,19 @@ def summary(rows: pd.DataFrame, environments: dict) -> str:
     shown = pd.concat([analysis.at(rows, *column) for column in columns])
     order = analysis.measured(shown).groupby(["backend", "sweep"]).fps.max()
     for backend, sweep in order.sort_values(ascending=False, kind="stable").index:
-        own = shown[(shown.backend == backend) & (shown.sweep == sweep)]
-        cells = {(row.image_size, row.batch_size): summary_cell(row) for row in own.itertuples()}
+        own, cells = shown[(shown.backend == backend) & (shown.sweep == sweep)], dict.fromkeys(columns, "")
+        for row in own.itertuples():
+            figures = "<br>".join(filter(None, [figure(row.fps), times(row)]))
+            told = figures if row.status == "ok" else row.status.replace("_", " ")
+            cells[row.image_size, row.batch_size] = told
         ends = dict.fromkeys(f"{share * 100:.0f}" for share in (own.accuracy.min(), own.accuracy.max()))
-        called, accuracy = f"{name(own.iloc[0])} {marks[sweep]}".rstrip(), f"{'-'.join(ends)} %"
-        lines.append([called, *(cells.get(column, "") for column in columns), accuracy])
+        called = f"{label(own.iloc[0])} {marks[sweep]}".rstrip()
+        lines.append([called, *cells.values(), f"{'-'.join(ends)} %"])
     notes = ["images/s; below, the speedup over PyTorch FP32 in the same environment with its 95 % interval"]
     for sweep, mark in marks.items():
         notes.append((f"{mark}{sweep}: " if mark else "") + foot(environments.get(sweep, {})))
     notes += [": ".join(gap) for gap in words.gaps(rows[~rows.backend.isin(ok.backend)])]
     return f"{markdown(lines)}\n\n<sub>{'<br>'.join(filter(None, notes))}</sub>"
-
-
-def summary_cell(row) -> str:
-    """ "51,700<br>6.84x (6.80-6.88)"; the status of a row without figures."""
-    if row.status != "ok":
-        return row.status.replace("_", " ")
-    return "<br>".join(filter(None, [figure(row.fps), times(row)]))
 
 
 def answers(rows: pd.DataFrame, environments: dict) -> str:
@@ -109,35 +102,21 @@ def answers(rows: pd.DataFrame, environments: dict) -> str:
 
 PARTS = {"headline": headline, "summary": summary, "answers": answers}
 
-# ---- README.md
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        mend = "run compare.py in the repository's root, where README.md is, in UTF-8"
-        raise UserError(f"{path} can't be read ({error}); {mend}") from None
-
-
-def marked(path: Path) -> list[Path]:
-    """The folders that README.md shows parts of.  Raises UserError at a marker that belongs to no part."""
-    text = read_text(path)
-    if stray := re.search(r"^<!-- (begin|end).*", PART.sub("", text), re.MULTILINE):
-        says = f"{stray[0]} marks no generated part, such as <!-- begin summary results --> to <!-- end -->"
-        raise UserError(f"{path}: {says}; mend it, then: python compare.py --write-readme")
-    return [path.parent / match["folder"] for match in PART.finditer(text)]
-
 
 def read_folders(path: Path, measuring: Path | None = None) -> dict[Path, Table]:
     """What lies in the results folders that README.md shows parts of, and in results/published/, each read
     once, but for `measuring`.
 
-    To be called before that one is measured: raises UserError at a broken marker, and at a folder that is
-    missing or damaged.
+    To be called before that one is measured: raises UserError at a marker that belongs to no part, and at a
+    folder that is missing or damaged.
     """
+    text = path.read_text(encoding="utf-8")
+    if stray := re.search(r"^<!-- (begin|end).*", PART.sub("", text), re.MULTILINE):
+        says = f"{stray[0]} marks no generated part, such as <!-- begin summary results --> to <!-- end -->"
+        raise UserError(f"{path}: {says}; mend it, then: python compare.py --write-readme")
     published = (path.parent / "results" / "published").glob("*/benchmark_results.csv")
-    folders = sorted({*marked(path), *(table.parent for table in published)})
+    shown = {path.parent / match["folder"] for match in PART.finditer(text)}
+    folders = sorted(shown | {table.parent for table in published})
     known = measuring and measuring.resolve()
     return {folder: read_table(folder) for folder in folders if folder.resolve() != known}
 
@@ -149,15 +128,7 @@ def render(path: Path, tables: dict[Path, Table]) -> str:
         made = PARTS[match["kind"]](*tables[path.parent / match["folder"]])
         return "\n".join([match[0].partition("\n")[0], made.strip(), match["end"]])
 
-    return PART.sub(anew, read_text(path))
-
-
-def write_readme(path: Path, tables: dict[Path, Table]) -> None:
-    """Renew the generated parts of README.md and nothing else in it; a UserError leaves it as it was."""
-    write_atomic(path, render(path, tables))
-
-
-# ---- a results folder's own README.md
+    return PART.sub(anew, path.read_text(encoding="utf-8"))
 
 
 def folder_readme(folder: Path, rows: pd.DataFrame, environments: dict) -> str:
@@ -169,28 +140,23 @@ def folder_readme(folder: Path, rows: pd.DataFrame, environments: dict) -> str:
     parts += [summary(rows, environments), answers(rows, environments)]
     drawn = [chart for chart in CHARTS if (folder / f"{chart}.png").is_file()]
     parts += [f"![{chart.replace('_', ' ')}]({chart}.png)" for chart in drawn]
-    parts += ["## Every row", *by_size(rows, words.results_lines)]
+    parts += ["## Every row", *by_size(words.without_figures(rows), words.TABLE)]
     parts += [f"<sub>{line}</sub>" for line in words.reasons(rows)]
     if len(ok := analysis.measured(rows)):
-        parts += ["## What the device was doing"]
-        parts += by_size(ok, lambda group: words.lines_of(words.DEVICE, group))
-    for file, (title, table) in SERVING.items():
+        parts += ["## What the device was doing", *by_size(ok, words.DEVICE)]
+    for file, (title, columns) in SERVING.items():
         if (folder / file).is_file():
             found = read_serving(folder / file)
             old = f"{file} is damaged or of an earlier version; python end_to_end.py makes it anew."
-            parts += [f"## {title}", old if found is None else markdown(words.lines_of(table, found))]
+            parts += [f"## {title}", old if found is None else markdown(lines_of(columns, found))]
     return "\n\n".join([*parts, "## Environment", environment_table(environments)]) + "\n"
 
 
-def write_folder_readme(folder: Path, rows: pd.DataFrame, environments: dict) -> None:
-    write_atomic(folder / "README.md", folder_readme(folder, rows, environments))
-
-
-def by_size(rows: pd.DataFrame, lines: Callable) -> list[str]:
+def by_size(rows: pd.DataFrame, columns: list) -> list[str]:
     """A folded table for each image size, the first one open."""
     parts = []
     for size, group in rows.groupby("image_size"):
-        opened, table = "" if parts else " open", markdown(lines(group))
+        opened, table = "" if parts else " open", markdown(lines_of(columns, group))
         parts.append(f"<details{opened}><summary>{size} px</summary>\n\n{table}\n\n</details>")
     return parts
 

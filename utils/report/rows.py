@@ -19,7 +19,6 @@ WARNINGS = {  # what makes a row less sure than the others, and what to do about
     "shared core": "something else used the processor's cores for moments, close other programs "
     "(on a rented machine its neighbours may be the cause)",
     "throttled": "the GPU slowed itself down, cool it or raise its power limit",
-    "too short": "not all the runs asked for fitted into the time allowed, raise --max-seconds or --budget",
     "CPU-bound": "launching takes over 80 % of the time on the GPU, take a larger batch or a CUDA graph",
     "device memory": "the driver tells only the whole device's memory, whose rise is given, "
     "close what else uses the GPU",
@@ -93,21 +92,20 @@ def read_rows(results: Path) -> pd.DataFrame:
 def rows_of(found: list[Record], note: dict, limits: dict | None = None) -> list[Row]:
     """The rows of one sweep, against PyTorch FP32 and against what its machine can do at most; the backends
     in the order of measuring."""
-    groups: dict[str, dict[int, dict[int, Record]]] = {}  # backend -> image size -> round
-    for record in found:
-        groups.setdefault(record.backend, {}).setdefault(record.image_size, {})[record.round] = record
+    order = list(dict.fromkeys(record.backend for record in found))
+    groups: dict[tuple, dict[int, Record]] = {}  # (backend, image size) -> round -> record
+    for record in sorted(found, key=lambda one: (order.index(one.backend), one.image_size, one.round)):
+        groups.setdefault((record.backend, record.image_size), {})[record.round] = record
     rows = []
-    for sizes in groups.values():
-        for size, by_round in sorted(sizes.items()):
-            rounds = dict(sorted(by_round.items()))
-            baseline = groups.get(BASELINE, {}).get(size, {})
-            asked = {batch_size for record in rounds.values() for batch_size in record.batch_sizes}
-            tried = {batch["batch_size"] for record in rounds.values() for batch in record.batches}
-            for batch_size in sorted(asked | tried):
-                row = row_of(rounds, baseline, batch_size, note.get("precision_pct", TARGET_PCT))
-                if row.fps:
-                    add_roofline(row, rounds, note.get("environment", {}), limits)
-                rows.append(row)
+    for (_, size), rounds in groups.items():
+        baseline = groups.get((BASELINE, size), {})
+        asked = {batch_size for record in rounds.values() for batch_size in record.batch_sizes}
+        tried = {batch["batch_size"] for record in rounds.values() for batch in record.batches}
+        for batch_size in sorted(asked | tried):
+            row = row_of(rounds, baseline, batch_size, note.get("precision_pct", TARGET_PCT))
+            if row.fps:
+                add_roofline(row, rounds, note.get("environment", {}), limits)
+            rows.append(row)
     return rows
 
 
@@ -117,9 +115,8 @@ def row_of(rounds: dict[int, Record], baseline: dict[int, Record], batch_size: i
     `target` is the half-width of the interval that the sweep aimed at, in percent.
     """
     first = next(iter(rounds.values()))
-    status, reason = status_of(rounds, batch_size)
-    row = Row(first.sweep, first.backend, first.precision, first.device, first.image_size, batch_size, status)
-    row.reason, row.adds = reason, first.adds
+    machine = first.sweep, first.backend, first.precision, first.device
+    row = Row(*machine, first.image_size, batch_size, *status_of(rounds, batch_size), adds=first.adds)
     batches = {k: batch for k, record in rounds.items() if (batch := record.batch(batch_size))}
     add_accuracy(row, rounds, batches)
     builds = [record.build for record in rounds.values() if record.build]
@@ -132,18 +129,15 @@ def row_of(rounds: dict[int, Record], baseline: dict[int, Record], batch_size: i
         return row
     results = list(timed.values())
     vars(row).update(timing.summarize([batch["host_ms"] for batch in results], batch_size))
-    on_gpu = [ms for batch in results for ms in batch["gpu_ms"]]
-    row.gpu_ms = timing.trimmed_mean(on_gpu) if on_gpu else None
-    row.busy_ms = next((batch["busy_ms"] for batch in results if batch.get("busy_ms")), None)
     row.first_call_ms = results[:2][-1].get("first_call_ms")  # round 0 has classified the test set before
     cached = [batch for k, batch in timed.items() if (rounds[k].build or {})["from_cache"]]
     row.gpu_memory_mb = largest(cached or results, "gpu_memory_mb")  # building takes its own
     row.torch_memory_mb = largest(results, "torch_memory_mb")
     row.host_memory_mb = largest(results, "host_memory_mb")
-    add_sustained(row, results)
-    if status == "ok":
+    add_gpu(row, results)
+    if row.status == "ok":
         add_speedup(row, timed, baseline)
-    row.notes = warnings_of(row, results, first.runs, target) + build_notes(builds)
+    row.notes = warnings_of(row, results, target) + build_notes(builds)
     return row
 
 
@@ -162,12 +156,15 @@ def add_accuracy(row: Row, rounds: dict[int, Record], batches: dict[int, dict]) 
     row.max_abs_diff = float(np.max(differences)) if differences else None  # NaN if one is
 
 
-def add_sustained(row: Row, results: list[dict]) -> None:
-    """What the driver said beside the sustained loop, if there was one."""
+def add_gpu(row: Row, results: list[dict]) -> None:
+    """The time on the GPU, and what the driver said beside the sustained loop, if there was one."""
+    on_gpu = [ms for batch in results for ms in batch["gpu_ms"]]
+    row.gpu_ms = timing.trimmed_mean(on_gpu) if on_gpu else None
+    row.busy_ms = next((batch["busy_ms"] for batch in results if batch.get("busy_ms")), None)
     seen = next((batch["sustained"] for batch in results if batch["sustained"]), None)
     if seen:
-        for name in ("gpu_util_pct", "power_w", "sm_clock_mhz", "temperature_c", "throttled"):
-            setattr(row, name, seen[name])
+        read = ("gpu_util_pct", "power_w", "sm_clock_mhz", "temperature_c", "throttled")
+        vars(row).update({name: seen[name] for name in read})
         images = seen["calls"] * row.batch_size
         row.sustained_fps = images / seen["loop_s"]
         row.mj_per_image = seen["energy_j"] * 1000 / images if seen["energy_j"] else None
@@ -241,10 +238,10 @@ def percent_width(row) -> str:
     return f"±{width:.2g} %" if width < 99.5 else f"±{width:.0f} %"
 
 
-def warnings_of(row: Row, results: list[dict], asked: int, target: float) -> list[str]:
+def warnings_of(row: Row, results: list[dict], target: float) -> list[str]:
     """What makes a row less sure (see WARNINGS), each with its figures and its remedy: "noisy: ..., ...".
 
-    `results` is a dict for each round, `asked` the number of runs, `target` the half-width aimed at.
+    `results` is a dict for each round, `target` the half-width aimed at.
     """
     throttled = [batch["sustained"]["throttled"] for batch in results if batch["sustained"]]
     enqueue = np.concatenate([batch["enqueue_ms"] for batch in results])
@@ -252,30 +249,24 @@ def warnings_of(row: Row, results: list[dict], asked: int, target: float) -> lis
     core_ms = [ms for batch in results for ms in batch.get("core_ms") or []]  # what older records lack
     slower = np.quantile(core_ms, 0.9) / np.quantile(core_ms, 0.1) if core_ms else 1.0
     held_back_s = sum(batch.get("held_back_s") or 0.0 for batch in results)
-    several, short = len(results) > 1, (row.runs or 0) < asked
-    wide = several and width_pct(row) > target
+    wide = len(results) > 1 and width_pct(row) > target
     figure = "throughput" if row.backend == BASELINE or row.speedup is None else "speedup"
-    reached = f"{figure} {percent_width(row)}, target {target:g} %"
     found = {
-        "noisy": wide and not short and reached,
+        "noisy": wide and f"{figure} {percent_width(row)}, target {target:g} %, ",
         "throttled": any(words not in (None, "no") for words in throttled),
-        "too short": wide and short and reached,
-        "shared core": wide and slower > SHARED_CORE and f"a core was {slower:.2g} times as slow at times",
+        "shared core": wide and slower > SHARED_CORE and f"a core was {slower:.2g} times as slow at times, ",
         "CPU-bound": len(on_gpu) > 0 and np.median(enqueue) / np.median(on_gpu) > CPU_BOUND,
         "device memory": any(batch["memory_of"] == "device" for batch in results),
-        "CPU limit": held_back_s > HELD_BACK_S and f"for {held_back_s:.1f} s",
-        "one round": not several,
+        "CPU limit": held_back_s > HELD_BACK_S and f"for {held_back_s:.1f} s, ",
+        "one round": len(results) == 1,
     }
-    figures = {name: f"{said}, " if isinstance(said, str) else "" for name, said in found.items() if said}
+    figures = {name: said if isinstance(said, str) else "" for name, said in found.items() if said}
     return [f"{name}: {said}{WARNINGS[name]}" for name, said in figures.items()]
 
 
 def build_notes(builds: list[dict]) -> list[str]:
     """Facts about the artefact: its size, and how long building it and finding it in the cache took."""
-    if not builds or not builds[0]["artefact_mb"]:
-        return []
-    built = [build["seconds"] for build in builds if not build["from_cache"]]
-    cached = [build["seconds"] for build in builds if build["from_cache"]]
-    notes = [f"{builds[0]['artefact_mb']} MB"]
-    notes += [f"built in {built[0]:.1f} s"] if built else []
-    return notes + ([f"from the cache in {cached[0]:.2f} s"] if cached else [])
+    size = [f"{build['artefact_mb']} MB" for build in builds[:1] if build["artefact_mb"]]
+    built = [f"built in {build['seconds']:.1f} s" for build in builds if not build["from_cache"]]
+    cached = [f"from the cache in {build['seconds']:.2f} s" for build in builds if build["from_cache"]]
+    return size + built[:1] + cached[:1] if size else []

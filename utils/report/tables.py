@@ -25,8 +25,6 @@ SERVING = {  # the columns that are needed of what python end_to_end.py writes
     "max_latency_ms fps cores date",
 }
 
-# ---- from the records
-
 
 def write_table(results: Path) -> tuple[pd.DataFrame, dict]:
     """Make results/benchmark_results.csv and environment.json anew from results/raw/; what they hold."""
@@ -75,13 +73,10 @@ def short(facts: dict) -> str:
     return ", ".join(filter(None, [machine, driver, *shown, facts.get("date")]))
 
 
-# ---- from the files
-
-
 def load_csv(path: Path, columns: list[str], mend: str) -> pd.DataFrame:
     """A table that one of the scripts wrote, with these columns at least; a text that is missing is "".
 
-    Raises FileNotFoundError; UserError, which ends in `mend`, where it is cut short or no such table.
+    Raises UserError, which ends in `mend`, where it is missing, cut short or no such table.
     """
     try:
         content = path.read_bytes()
@@ -92,15 +87,12 @@ def load_csv(path: Path, columns: list[str], mend: str) -> pd.DataFrame:
         if missing := [name for name in columns if name not in table]:
             raise ValueError(f"no column {missing[0]}")
     except FileNotFoundError:
-        raise
+        raise UserError(f"{path} is missing; {mend}") from None
     except (OSError, ValueError, OverflowError) as error:  # of pandas' parser and of other encodings too
-        raise no_table(path, (str(error).strip().splitlines() or [type(error).__name__])[0], mend) from None
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is no table as it was written ({said}); {mend}") from None
     texts = [name for name in TEXTS if name in table]
     return table.assign(**{name: table[name].astype(object).fillna("") for name in texts})
-
-
-def no_table(path: Path, said: str, mend: str) -> UserError:
-    return UserError(f"{path} is no table as it was written ({said}); {mend}")
 
 
 def remedy(folder: Path) -> str:
@@ -110,37 +102,31 @@ def remedy(folder: Path) -> str:
 
 
 def read_csv(results: Path) -> pd.DataFrame:
-    """The rows of a folder, or in a CSV.  Raises FileNotFoundError; UserError where it is no such table."""
-    path = results if results.suffix == ".csv" else results / "benchmark_results.csv"
-    rows = load_csv(path, COLUMNS, remedy(path.parent))[COLUMNS]
-    if unknown := sorted(set(rows.status) - set(STATUSES)):
-        raise no_table(path, f"unknown status {unknown[0]!r}", remedy(path.parent))
-    if not rows.fps[rows.status == "ok"].between(0, np.inf, inclusive="neither").all():
-        raise no_table(path, "a row that is ok has no images/s in column fps", remedy(path.parent))
+    """The rows of a results folder.  Raises UserError where they are missing or no such table."""
+    path, mend = results / "benchmark_results.csv", remedy(results)
+    rows = load_csv(path, COLUMNS, mend)[COLUMNS]
+    measured = rows.fps[rows.status == "ok"].between(0, np.inf, inclusive="neither")
+    if rows.empty or not (rows.status.isin(STATUSES).all() and measured.all()):
+        what = "no rows, an unknown status, or a row that is ok without images/s"
+        raise UserError(f"{path} is no table as it was written ({what}); {mend}")
     return rows.assign(notes=rows.notes.map(lambda text: text.split("; ") if text else []))
 
 
 def read_table(results: Path) -> tuple[pd.DataFrame, dict]:
-    """Rows and environments (sweep -> facts) of a results folder, or of a CSV in it.  Raises UserError."""
-    folder = results.parent if results.suffix == ".csv" else results
-    mend, beside = remedy(folder), folder / "environment.json"
-    try:
-        rows = read_csv(results)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing; {mend}") from None
-    if rows.empty:
-        raise UserError(f"{folder / 'benchmark_results.csv'} has no rows; {mend}")
+    """Rows and environments (sweep -> facts) of a results folder.  Raises UserError."""
+    rows, path = read_csv(results), results / "environment.json"
     devices = dict(zip(rows.sweep, rows.device, strict=True))
     try:
-        known = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return rows, {sweep: signed(facts, devices.get(sweep, "cuda")) for sweep, facts in known.items()}
     except (OSError, ValueError, AttributeError):  # the last: of what is no dict
-        raise UserError(f"{beside} does not say what a sweep was measured with; {mend}") from None
+        mend = remedy(results)
+        raise UserError(f"{path} does not say what a sweep was measured with; {mend}") from None
 
 
 def read_serving(path: Path) -> pd.DataFrame | None:
     """end_to_end.csv or load.csv; None where it is missing, damaged or an earlier version's."""
     try:
         return load_csv(path, SERVING[path.name].split(), "")
-    except (FileNotFoundError, UserError):
+    except UserError:
         return None

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from utils.report.chart_style import dress, sheet, write_png
+from utils.report.chart_style import dress, legend, sheet, write_png
 from utils.report.names import PALETTE
 from utils.report.tables import load_csv
 from utils.report.words import SAMPLE
@@ -17,10 +17,8 @@ COLUMNS += ["train_images", "test_images", "device", "precision", "data", "sampl
 
 def read_table(path: Path) -> pd.DataFrame | None:
     """training.csv, or None where there is none.  Raises UserError where it is not what train.py wrote."""
-    try:
-        return load_csv(path, COLUMNS, "move it away, then run the same command again")
-    except FileNotFoundError:
-        return None
+    mend = "move it away, then run the same command again"
+    return load_csv(path, COLUMNS, mend) if path.exists() else None
 
 
 def write_results(results: Path, rows: list[dict]) -> None:
@@ -52,5 +50,5 @@ def draw_chart(table: pd.DataFrame) -> Figure:
             ax.plot(rows["epoch"], scale * rows[f"train_{quantity}"], linestyle=":", **look)
         ax.set_ylim(0)
         dress(ax, "epoch", f"{quantity} ({unit})")
-    part.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    legend(part, axes[0])
     return figure

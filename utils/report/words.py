@@ -1,5 +1,6 @@
 """Rows and judgements -> words: numbers, tables and the five answers."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import pandas as pd
@@ -26,9 +27,9 @@ def percent(value: float) -> str:
     return "" if pd.isna(value) else f"{value:.1%}"
 
 
-def interval(low: float, high: float, text: Callable = figure) -> str:
+def interval(low: float, high: float, form: Callable = figure) -> str:
     """ "12-14"; nothing where there is none."""
-    return "" if pd.isna(low) or low == high else f"{text(low)}-{text(high)}"
+    return "" if pd.isna(low) or low == high else f"{form(low)}-{form(high)}"
 
 
 def times(row) -> str:
@@ -46,27 +47,15 @@ def foot(known: dict) -> str:
     return known.get("short", "") + (f" · {SAMPLE}" if known.get("sample_data") else "")
 
 
-# ---- what a row is called
+# ---- tables: a list of columns, or of (header, the column or what else it shows of a row)
 
 
 def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with `label`, what their method is called, with its sweep where several have the method."""
     several = rows.groupby("backend").sweep.transform("nunique") > 1
-    named = [
-        name(row) + f" ({row.sweep})" * more for row, more in zip(rows.itertuples(), several, strict=True)
-    ]
+    pairs = zip(rows.itertuples(), several, strict=True)
+    named = [label(row) + f" ({row.sweep})" * more for row, more in pairs]
     return rows.assign(label=pd.Series(named, rows.index, dtype=object))
-
-
-def name(row) -> str:
-    return label(row.backend, row.precision)
-
-
-def sentence_name(row) -> str:
-    return in_words(row.backend, row.precision)
-
-
-# ---- tables: a list of columns, or of (header, the column or what else it shows of a row)
 
 
 def without_figures(rows: pd.DataFrame) -> pd.DataFrame:
@@ -76,15 +65,10 @@ def without_figures(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(**{column: rows[column].where(rows.status == "ok") for column in figures})
 
 
-def warnings(row) -> list[str]:
-    """The names of a row's warnings (see WARNINGS)."""
-    return [name for name in (note.partition(": ")[0] for note in row.notes) if name in WARNINGS]
-
-
-def warnings_text(row) -> str:
-    """ "noisy ±5 %, CPU-bound" """
-    wide = {"noisy", "too short"}
-    return ", ".join(f"{name} {percent_width(row)}" if name in wide else name for name in warnings(row))
+def warnings(row) -> dict[str, str]:
+    """The names of a row's warnings (see WARNINGS), and what a table says of each: "noisy ±5 %"."""
+    names = [name for name in (note.partition(": ")[0] for note in row.notes) if name in WARNINGS]
+    return {name: f"{name} {percent_width(row)}" if name == "noisy" else name for name in names}
 
 
 def whole_command(row) -> str:
@@ -95,7 +79,7 @@ def whole_command(row) -> str:
 
 
 HEAD = [
-    ("Method", name),
+    ("Method", label),
     ("Environment", "environment"),
     ("Size", lambda row: str(row.image_size)),
     ("Batch", lambda row: str(row.batch_size)),
@@ -114,7 +98,7 @@ TABLE = [
     ("Memory MB", lambda row: figure(row.gpu_memory_mb if row.device == "cuda" else row.host_memory_mb)),
     ("Agreement", lambda row: percent(row.agreement)),
     ("Accuracy", lambda row: percent(row.accuracy)),
-    ("Warnings", lambda row: warnings_text(row) if row.status == "ok" else ""),
+    ("Warnings", lambda row: ", ".join(warnings(row).values()) if row.status == "ok" else ""),
 ]
 DEVICE = [*HEAD, ("GPU busy %", lambda row: figure(row.busy_ms / row.mean_ms * 100)), "sustained_fps"]
 DEVICE += ["gpu_util_pct", "power_w", "mj_per_image", "sm_clock_mhz", "temperature_c", "tflops", "pct_peak"]
@@ -133,6 +117,12 @@ END_TO_END = [
     ("Agreement", lambda row: percent(row.agreement)),
     ("python predict.py", whole_command),
     ("Reason", "reason"),
+]
+RATIOS = [
+    *HEAD,
+    ("Ratio", lambda row: f"{row.fps_ratio:.3f}"),
+    ("Ratio, 95 % CI", lambda row: interval(row.fps_ratio_low, row.fps_ratio_high, "{:.3f}".format)),
+    ("Verdict", "verdict"),
 ]
 LOAD = [*HEAD[:3], "scenario", ("offered images/s", "rate"), "achieved", "p50_ms", "p90_ms", "p99_ms"]
 LOAD += [("valid", lambda row: "yes" if row.valid else "no"), ("our measurement", "fps")]
@@ -153,10 +143,6 @@ def lines_of(table: Iterable[str | tuple], rows: pd.DataFrame) -> list[list[str]
     return [list(line) for line in zip(*columns, strict=True)]
 
 
-def results_lines(rows: pd.DataFrame) -> list[list[str]]:
-    return lines_of(TABLE, without_figures(rows))
-
-
 def aligned(lines: list[list[str]]) -> str:
     """Columns of text, the first to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -174,19 +160,19 @@ def markdown(lines: list[list[str]]) -> str:
 
 def text_table(rows: pd.DataFrame) -> str:
     """The rows as aligned text, the reasons of those without figures below."""
-    return "\n".join([aligned(results_lines(rows)), *reasons(rows)])
+    return "\n".join([aligned(lines_of(TABLE, without_figures(rows))), *reasons(rows)])
 
 
 def gaps(rows: pd.DataFrame) -> list[tuple[str, str, str]]:
     """(method and, where it isn't all of its rows, where; status; reason) of the rows that are not ok."""
     found, keys = [], ["backend", "precision", "status", "reason"]
-    for (backend, precision, status, reason), group in rows[rows.status != "ok"].groupby(keys, sort=False):
+    for (backend, _, status, reason), group in rows[rows.status != "ok"].groupby(keys, sort=False):
         own, places = rows[rows.backend == backend], []
         for size, part in group.groupby("image_size"):
             batches = ", ".join(map(str, sorted(set(part.batch_size))))
             places.append(f"{size} px" + f" batch {batches}" * (len(part) < sum(own.image_size == size)))
         scope = f" ({', '.join(places)})" if len(group) < len(own) else ""
-        found.append((label(backend, precision) + scope, status.replace("_", " "), reason))
+        found.append((label(group.iloc[0]) + scope, status.replace("_", " "), reason))
     return found
 
 
@@ -194,53 +180,52 @@ def reasons(rows: pd.DataFrame) -> list[str]:
     """A line for each reason why rows have no figures or can't win, each variant and each warning."""
     variants = rows[rows.adds != ""].drop_duplicates("backend").itertuples()
     named = {warning for row in rows.itertuples() for warning in warnings(row)}
-    lines = [": ".join(gap) for gap in gaps(rows)] + [f"{name(row)}: {row.adds}" for row in variants]
+    lines = [": ".join(gap) for gap in gaps(rows)] + [f"{label(row)}: {row.adds}" for row in variants]
     return lines + [f"{warning}: {remedy}" for warning, remedy in WARNINGS.items() if warning in named]
 
 
-# ---- answers
-
-
-def answers_of(rows: pd.DataFrame) -> list[str]:
-    """The five answers for a machine, one sentence each, across the environments it was measured in."""
-    ok = analysis.measured(rows)
-    if ok.empty:
-        return ["Nothing was measured; the reasons are in the table."]
-    if ok.fps_low.isna().all():
-        return ["Each row was measured in a single round, which supports no verdict: use --rounds 3."]
-    found = {question: answer(ok) for question, answer in QUESTIONS.items()}
-    return [f"**{question}** {sentence}." for question, sentence in found.items() if sentence]
+# ---- answers: one sentence each for a machine, across the environments that it was measured in
 
 
 def which(ok: pd.DataFrame) -> str:
-    winners, ties, total = analysis.wins(ok)
-    if not total:
-        return f"Only {sentence_name(ok.iloc[0])} was measured, so there is nothing to compare it with"
-    grid = f"of {total} combinations of image and batch size"
-    if not winners:
+    groups = [group for _, group in ok.groupby(["image_size", "batch_size"]) if group.backend.nunique() > 1]
+    if not groups:
+        return f"Only {in_words(ok.iloc[0])} was measured, so there is nothing to compare it with"
+    leaders = [analysis.fastest(group) for group in groups]
+    wins = Counter(in_words(best[0]) for best in leaders if len(best) == 1)
+    ties, grid = len(groups) - wins.total(), f"of {len(groups)} combinations of image and batch size"
+    if not wins:
         return f"In none {grid} is one method clearly faster than all others"
-    (first, count), *others = [(sentence_name(row), count) for row, count in winners]
+    (first, count), *others = wins.most_common()
     texts = [f"In {count} {grid} {first} is the fastest", *(f"in {n} {other}" for other, n in others)]
     return ", ".join(texts) + (f"; {ties} {'is' if ties == 1 else 'are'} too close to call" if ties else "")
 
 
-def range_of(factors: list[float]) -> str:
-    low, high = figure(min(factors)), figure(max(factors))
+def range_of(factors: pd.Series) -> str:
+    low, high = figure(factors.min()), figure(factors.max())
     return low if low == high else f"{low} to {high}, depending on the method"
 
 
 def sizes(ok: pd.DataFrame) -> str:
-    batch, cost = analysis.size_cost(ok)
-    small, large = ok.image_size.min(), ok.image_size.max()
+    """At the largest batch at which a method was measured at the smallest and the largest image size."""
+    fps = ok.pivot_table("fps", ["batch_size", "sweep", "backend"], "image_size")
+    cost, (small, large) = (fps.iloc[:, 0] / fps.iloc[:, -1]).dropna(), fps.columns[[0, -1]]
+    if small == large or cost.empty:
+        return ""
+    batch = cost.index.get_level_values("batch_size").max()
     pixels = f"From {small} to {large} px there are {figure((large / small) ** 2)} times the pixels"
-    return f"{pixels}, and throughput at batch {batch} falls by a factor of {range_of(cost)}" if cost else ""
+    return f"{pixels}, and throughput at batch {batch} falls by a factor of {range_of(cost.loc[batch])}"
 
 
 def batches(ok: pd.DataFrame) -> str:
-    gains, size = analysis.batch_gain(ok), analysis.usual_size(ok)
-    own = ok[ok.image_size == size]
-    ends = f"From batch {own.batch_size.min()} to {analysis.shared_batch(own)} at {size} px"
-    return f"{ends}, throughput grows by a factor of {range_of(gains)}" if gains else ""
+    """Up to the largest batch that most methods share, at the usual image size."""
+    own = ok[ok.image_size == analysis.usual_size(ok)]
+    fps, last = own.pivot_table("fps", ["sweep", "backend"], "batch_size"), analysis.shared_batch(own)
+    gains, first = (fps[last] / fps.iloc[:, 0]).dropna(), fps.columns[0]
+    if first == last or gains.empty:
+        return ""
+    ends = f"From batch {first} to {last} at {own.image_size.iloc[0]} px"
+    return f"{ends}, throughput grows by a factor of {range_of(gains)}"
 
 
 def saturation(ok: pd.DataFrame) -> str:
@@ -252,26 +237,32 @@ def saturation(ok: pd.DataFrame) -> str:
         if len(longest) > 1:
             batch, last = analysis.saturation(longest), longest.batch_size.max()
             reached = f"from batch {batch} on" if batch else f"at no batch up to {last}"
-            found.setdefault(reached, []).append(sentence_name(longest.iloc[0]))
+            found.setdefault(reached, []).append(in_words(longest.iloc[0]))
     texts = [f"{reached} with {', '.join(names)}" for reached, names in found.items()]
-    gain = f"At {analysis.usual_size(ok)} px, doubling the batch gains less than 5 %"
+    gain = f"At {own.image_size.iloc[0]} px, doubling the batch gains less than 5 %"
     return f"{gain} {'; '.join(texts)}" if texts else ""
 
 
 def optimum(ok: pd.DataFrame) -> str:
-    """For each image size the best for throughput; sizes that share it are told together."""
+    """For each image size the fastest, of several the one that answers soonest; told together by method."""
     chosen = {}
-    for best in analysis.optimal(ok[ok.fps_low.notna()]):
-        cost = f"{figure(best.fps)} images/s at {best.image_size} px ({figure(best.mean_ms)} ms a batch)"
-        chosen.setdefault(f"{sentence_name(best)} at batch {best.batch_size}", []).append(cost)
+    for size, group in ok[ok.fps_low.notna()].groupby("image_size"):
+        best = min(analysis.fastest(group), key=lambda row: row.mean_ms)
+        cost = f"{figure(best.fps)} images/s at {size} px ({figure(best.mean_ms)} ms a batch)"
+        chosen.setdefault(f"{in_words(best)} at batch {best.batch_size}", []).append(cost)
     texts = [f"{method} gives {', '.join(costs)}" for method, costs in chosen.items()]
     return f"For throughput, {'; '.join(texts)}"
 
 
-QUESTIONS = {
-    "Which is fastest?": which,
-    "Image size:": sizes,
-    "Batch size:": batches,
-    "Saturation:": saturation,
-    "Optimal here:": optimum,
-}
+QUESTIONS = {"Which is fastest?": which, "Image size:": sizes, "Batch size:": batches}
+QUESTIONS |= {"Saturation:": saturation, "Optimal here:": optimum}
+
+
+def answers_of(rows: pd.DataFrame) -> list[str]:
+    ok = analysis.measured(rows)
+    if ok.empty:
+        return ["Nothing was measured; the reasons are in the table."]
+    if ok.fps_low.isna().all():
+        return ["Each row was measured in a single round, which supports no verdict: use --rounds 3."]
+    found = {question: answer(ok) for question, answer in QUESTIONS.items()}
+    return [f"**{question}** {sentence}." for question, sentence in found.items() if sentence]

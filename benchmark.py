@@ -126,24 +126,16 @@ def rows_asked(rows, asked: list[Job]):
 
 def measure_script(description: str | None, script: str, makers: dict) -> None:
     """What a backend's `script` does when it is run itself: measure its first backend, or those asked for of
-    its BACKENDS, the `makers`, in one round, and print their table; with --profile trace instead."""
-    from utils.measure.worker import trace
+    its BACKENDS, the `makers`, in one round, and print their table."""
     from utils.report import words
     from utils.report.rows import read_rows
 
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=form)
     jobs.add_arguments(parser, list(makers))
-    tracing = "not time but trace the first size and last batch size"
-    parser.add_argument("--profile", action="store_true", help=tracing)
     parser.set_defaults(rounds=1, backends=[next(iter(makers))])
     args = jobs.parse(parser)
     asked = jobs.make_jobs(args, dict.fromkeys(makers, script), {})
-    if args.profile:
-        for job in asked:
-            if job.image_size == asked[0].image_size and job.round == 0:
-                trace(job, makers[job.backend]())
-        return
     with file_lock(asked[0].results / ".benchmark.lock", "measuring"):
         sweep(asked, TIMEOUT_S, CI_WIDTH_PCT[asked[0].device], budget_minutes=0)
     print(words.text_table(rows_asked(read_rows(asked[0].results), asked)))

@@ -246,14 +246,6 @@ def test_a_backend_script_alone_leaves_the_same_record_and_auto_doubles_until_it
         assert len(batch["core_ms"]) == len(batch["block_runs"]) and min(batch["core_ms"]) > 0
 
 
-def test_a_profile_is_a_table_by_operator_and_a_trace(call, tmp_path):
-    arguments = ["--quick", "--profile", "--batch-sizes", 2, "--device", "cpu", "--results", tmp_path]
-    said = call("pytorch_inference.py", *arguments).stdout
-    assert "convolution" in said and "Self CPU" in said
-    trace = read(tmp_path / "quick" / "profile" / "pytorch_64_batch2.json")
-    assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
-
-
 def test_the_export_is_used_again_until_its_checkpoint_changes(folder):
     checkpoint = folder / "weights" / "best_resnet18_64.pth"
     path, _, cached = onnx_export.export(checkpoint, 64, "FP32")

@@ -192,28 +192,3 @@ def problem_of(error: Exception) -> Problem:
     else:
         mend = "benchmark.log beside the table says more; run the same command to try again"
     return Problem("failed", f"{words[-LONGEST_REASON:]}; {mend}")
-
-
-def trace(job: Job, backend: Backend) -> None:
-    """Print torch.profiler's table by operator of some calls at the largest batch, and write their Chrome
-    trace to results/profile/.  Raises UserError where the backend can't run."""
-    import torch
-
-    if reason := backend.why_unavailable(job.device):
-        raise UserError(f"{job.backend}: {reason}")
-    batch_size, size = job.batch_sizes[-1], job.image_size
-    path = job.results / "profile" / f"{job.backend}_{size}_batch{batch_size}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kinds = torch.profiler.ProfilerActivity
-    activities, order = [kinds.CPU], "self_cpu_time_total"
-    if job.device == "cuda":
-        activities, order = [kinds.CPU, kinds.CUDA], "self_cuda_time_total"
-    with inference(job.device):
-        backend.data = job.data
-        backend.load(job.checkpoint, size, [batch_size], job.device)
-        x = backend.prepare(torch.rand(batch_size, 3, size, size).to(job.device))
-        profiler = gpu.profiled(lambda: backend.predict(x), activities)
-    profiler.export_chrome_trace(str(path))
-    print(f"{job.backend}, {size} px, batch {batch_size}, {gpu.CALLS} calls")
-    print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60))
-    print(f"written: {path} (open it in chrome://tracing or ui.perfetto.dev)")

@@ -1,6 +1,6 @@
 """Records -> rows: the CSV is a pure function of results/raw/."""
 
-import dataclasses
+import types
 from pathlib import Path
 
 import numpy as np
@@ -27,60 +27,27 @@ WARNINGS = {  # what makes a row less sure than the others, and what to do about
 }
 
 
-@dataclasses.dataclass
-class Row:
-    """One configuration of one sweep; the fields are benchmark_results.csv's columns.  None: not known."""
-
-    sweep: str
-    backend: str
-    precision: str
-    device: str
-    image_size: int
-    batch_size: int
-    status: str
-    reason: str = ""
-    runs: int | None = None
-    rounds: int | None = None
-    mean_ms: float | None = None
-    std_ms: float | None = None
-    p50_ms: float | None = None
-    p95_ms: float | None = None
-    p99_ms: float | None = None
-    min_ms: float | None = None
-    gpu_ms: float | None = None
-    busy_ms: float | None = None
-    fps: float | None = None
-    fps_low: float | None = None
-    fps_high: float | None = None
-    sustained_fps: float | None = None
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
-    build_s: float | None = None
-    load_s: float | None = None
-    first_call_ms: float | None = None
-    gpu_memory_mb: float | None = None
-    torch_memory_mb: float | None = None
-    host_memory_mb: float | None = None
-    gpu_util_pct: float | None = None
-    power_w: float | None = None
-    mj_per_image: float | None = None
-    sm_clock_mhz: float | None = None
-    temperature_c: float | None = None
-    throttled: str | None = None
-    tflops: float | None = None
-    pct_peak: float | None = None
-    pct_measured_peak: float | None = None
-    flops_per_byte: float | None = None
-    limit: str | None = None
-    max_abs_diff: float | None = None
-    agreement: float | None = None
-    accuracy: float | None = None
-    adds: str = ""
-    notes: list[str] = dataclasses.field(default_factory=list)  # joined by "; " in the CSV
+COLUMNS = ["sweep", "backend", "precision", "device", "image_size", "batch_size", "status", "reason"]
+COLUMNS += ["runs", "rounds", "mean_ms", "std_ms", "p50_ms", "p95_ms", "p99_ms", "min_ms", "gpu_ms"]
+COLUMNS += [
+    "busy_ms",
+    "fps",
+    "fps_low",
+    "fps_high",
+    "sustained_fps",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+]
+COLUMNS += ["build_s", "load_s", "first_call_ms", "gpu_memory_mb", "torch_memory_mb", "host_memory_mb"]
+COLUMNS += ["gpu_util_pct", "power_w", "mj_per_image", "sm_clock_mhz", "temperature_c", "throttled"]
+COLUMNS += ["tflops", "pct_peak", "pct_measured_peak", "flops_per_byte", "limit"]
+COLUMNS += ["max_abs_diff", "agreement", "accuracy", "adds", "notes"]
 
 
-COLUMNS = [field.name for field in dataclasses.fields(Row)]
+class Row(types.SimpleNamespace):
+    """One configuration of one sweep, a line of benchmark_results.csv; its fields are COLUMNS, None what is
+    not known."""
 
 
 def read_rows(results: Path) -> pd.DataFrame:
@@ -115,8 +82,9 @@ def row_of(rounds: dict[int, Record], baseline: dict[int, Record], batch_size: i
     `target` is the half-width of the interval that the sweep aimed at, in percent.
     """
     first = next(iter(rounds.values()))
-    machine = first.sweep, first.backend, first.precision, first.device
-    row = Row(*machine, first.image_size, batch_size, *status_of(rounds, batch_size), adds=first.adds)
+    known = ("sweep", "backend", "precision", "device", "image_size", "adds")
+    row = Row(**dict.fromkeys(COLUMNS) | {name: getattr(first, name) for name in known})
+    row.batch_size, (row.status, row.reason), row.notes = batch_size, status_of(rounds, batch_size), []
     batches = {k: batch for k, record in rounds.items() if (batch := record.batch(batch_size))}
     add_accuracy(row, rounds, batches)
     builds = [record.build for record in rounds.values() if record.build]
@@ -208,6 +176,7 @@ def add_roofline(row: Row, rounds: dict[int, Record], environment: dict, limits:
 
 def status_of(rounds: dict[int, Record], batch_size: int) -> tuple[str, str]:
     """Status and reason of a configuration: ok only where every round is and the test set has been passed."""
+    interrupted = "failed", "was interrupted; run python benchmark.py again"
     for record in rounds.values():
         if record.further:
             continue
@@ -217,12 +186,10 @@ def status_of(rounds: dict[int, Record], batch_size: int) -> tuple[str, str]:
             return "mismatch", reason
         batch = record.batch(batch_size)
         if batch is None:
-            return "failed", "was interrupted; run python benchmark.py again"
+            return interrupted
         if batch["status"] != "ok":
             return batch["status"], batch["reason"]
-    if 0 not in rounds:
-        return "failed", "the accuracy pass (round 0) is missing; run python benchmark.py again"
-    return "ok", ""
+    return ("ok", "") if 0 in rounds else interrupted
 
 
 def width_pct(row) -> float:

@@ -36,8 +36,8 @@ def measured_rows(measured) -> list:
     keys = {job.key for job in measured.asked}
     rows = rows_of([record for record in measured.records.values() if record.key in keys], {})
     wanted = {(job.backend, job.image_size, batch) for job in measured.asked for batch in job.batch_sizes}
-    rows = [row for row in rows if (row.backend, row.image_size, row.batch_size) in wanted]
-    return [row for row in rows if row.status == "ok"]
+    ok = [row for row in rows if row.status == "ok"]
+    return [row for row in ok if (row.backend, row.image_size, row.batch_size) in wanted]
 
 
 def further_jobs(asked: list[Job], rows: list, wide: list, round_: int) -> list[list[Job]]:
@@ -62,7 +62,7 @@ def sweep(asked: list[Job], timeout: float, ci_width: float, budget_minutes: flo
     from utils.report.rows import width_pct
 
     measured, limit_s, first = Sweep(asked, timeout), budget_minutes * 60, asked[0]
-    todo, further = measured.prepare(ci_width), 0
+    todo = measured.prepare(ci_width)
     with tqdm(total=len(todo), desc="benchmark", unit="process", disable=None) as progress:
         if todo:
             print_busy()
@@ -79,12 +79,10 @@ def sweep(asked: list[Job], timeout: float, ci_width: float, budget_minutes: flo
             if not wide or measured.spent_s >= limit_s:
                 break
             groups = further_jobs(asked, rows, wide, round_)
-            widest = f"the widest ±{width_pct(wide[0]):.1f} %"
-            progress.set_postfix_str(f"{len(wide)} rows still too wide, {widest}")
+            progress.set_postfix_str(f"{len(wide)} rows still too wide, up to ±{width_pct(wide[0]):.1f} %")
             progress.total += sum(map(len, groups))
             measured.measure_round(groups, progress, limit_s)
-            further += 1
-    if not todo and not further:
+    if not progress.total:
         print(f"{measured.folder}: everything is up to date")
 
 
@@ -111,22 +109,16 @@ def write_all(asked: list[Job], others: dict | None) -> int:
         made = readme.render(ROOT / "README.md", others | {ROOT / "results": (rows, environments)})
         write_atomic(ROOT / "README.md", made)
     print(f"written: {results / 'benchmark_results.csv'}, README.md, environment.json and charts beside it")
-    failed = rows_asked(rows[rows.status == "failed"], asked)
+    failed = rows[(rows.status == "failed") & rows.backend.isin({job.backend for job in asked})]
     for row in failed.itertuples():
         where = f"{row.backend}, {row.image_size} px, batch {row.batch_size}"
         print(f"failed: {where}: {row.reason}", file=sys.stderr)
     return int(len(failed) > 0 or not (rows.status == "ok").any())
 
 
-def rows_asked(rows, asked: list[Job]):
-    """Of a table, what is asked for."""
-    backends_asked = {job.backend for job in asked}
-    return rows[(rows.sweep == asked[0].sweep) & rows.backend.isin(backends_asked)]
-
-
 def measure_script(description: str | None, script: str, makers: dict) -> None:
     """What a backend's `script` does when it is run itself: measure its first backend, or those asked for of
-    its BACKENDS, the `makers`, in one round, and print their table."""
+    its BACKENDS, the `makers`, in one round, and print the table."""
     from utils.report import words
     from utils.report.rows import read_rows
 
@@ -138,7 +130,7 @@ def measure_script(description: str | None, script: str, makers: dict) -> None:
     asked = jobs.make_jobs(args, dict.fromkeys(makers, script), {})
     with file_lock(asked[0].results / ".benchmark.lock", "measuring"):
         sweep(asked, TIMEOUT_S, CI_WIDTH_PCT[asked[0].device], budget_minutes=0)
-    print(words.text_table(rows_asked(read_rows(asked[0].results), asked)))
+    print(words.text_table(read_rows(asked[0].results)))
 
 
 def main() -> None:

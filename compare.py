@@ -52,7 +52,8 @@ def tell_best(results: Path, limits: dict[str, float | None]) -> int:
 
 
 def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | None) -> int:
-    """Print how the second table differs from the first; the exit code."""
+    """Print how the second table differs from the first; the exit code: 0, with `slower_by` only if something
+    could be judged, nothing is slower and nothing was lost."""
     from utils.measure.schema import BASELINE
     from utils.report import analysis, tables, words
 
@@ -77,13 +78,9 @@ def compare_two(paths: list[Path], sweeps: list[str] | None, slower_by: float | 
     for fact in dict.fromkeys([*a, *b]):
         if fact not in PASSING and a.get(fact) != b.get(fact):
             print(f"{fact}: {a.get(fact)} -> {b.get(fact)}")
-    lost = len(analysis.measured(before)) - len(both)
-    return 0 if slower_by is None else gate(both, lost, slower_by)
-
-
-def gate(both, lost: int, slower_by: float) -> int:
-    """The exit code: 0 only if something could be judged, nothing is slower and nothing was lost."""
-    judged = both[both.fps_ratio_low.notna()]
+    if slower_by is None:
+        return 0
+    judged, lost = both[both.fps_ratio_low.notna()], len(analysis.measured(before)) - len(both)
     slower = judged[judged.fps_ratio_high < 1 - slower_by]
     beyond = f"slower by more than {slower_by:.1%} beyond their intervals"
     print(f"{len(slower)} of {len(judged)} configurations are {beyond}")
@@ -109,10 +106,7 @@ def write_readmes(path: Path) -> None:
 
 def share(text: str) -> float:
     """ "5%" or "0.05" -> 0.05"""
-    value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share from 0% to 100%")
-    return value
+    return number(float, 0, 100)(text[:-1]) / 100 if text.endswith("%") else number(float, 0, 1)(text)
 
 
 def parse() -> argparse.Namespace:

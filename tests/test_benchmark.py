@@ -60,7 +60,7 @@ def read(path: Path) -> dict:
 
 
 def test_every_row_is_ok_checked_and_complete(results):
-    rows = tables.read_csv(results)
+    rows = tables.read_table(results)[0]
     assert len(rows) == 2 * 2 and set(rows.status) == {"ok"}
     assert (rows.runs >= 6).all() and set(rows.rounds) == {2}
     assert (rows.agreement >= 0.99).all() and (rows.max_abs_diff < 0.01).all()
@@ -150,7 +150,7 @@ def test_a_backend_that_fails_says_what_mends_it_and_the_exit_code_is_1(tiny, ca
     (weights / "resnet18_64_fp32.onnx").mkdir()
     folders = ["--weights", weights, "--results", tmp_path / "quick"]
     said = call("benchmark.py", *ONCE, *folders, code=1, cwd=tiny).stderr
-    rows = tables.read_csv(tmp_path / "quick").set_index("backend")
+    rows = tables.read_table(tmp_path / "quick")[0].set_index("backend")
     assert rows.status.to_dict() == {"pytorch": "ok", "onnx": "failed"}
     assert "resnet18_64_fp32.onnx" in rows.reason["onnx"] and "move it away" in rows.reason["onnx"]
     assert f"failed: onnx, 64 px, batch 1: {rows.reason['onnx']}" in said
@@ -161,7 +161,7 @@ def test_an_onnx_runtime_that_does_not_load_costs_its_own_row(tiny, call, tmp_pa
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     call("benchmark.py", *ONCE, "--results", tmp_path / "quick", cwd=tiny)
-    rows = tables.read_csv(tmp_path / "quick").set_index("backend")
+    rows = tables.read_table(tmp_path / "quick")[0].set_index("backend")
     assert rows.status.to_dict() == {"pytorch": "ok", "onnx": "unavailable"}
     assert "installed but does not load: ImportError: its libraries" in rows.reason["onnx"]
 
@@ -189,7 +189,7 @@ def test_a_damaged_roofline_is_measured_anew(results, call):
     path = results / "raw" / "main" / "ceilings.json"
     path.write_text(path.read_text(encoding="utf-8")[:50], encoding="utf-8")
     call("benchmark.py", *MEASURED)
-    assert (tables.read_csv(results).pct_measured_peak > 0).all()
+    assert (tables.read_table(results)[0].pct_measured_peak > 0).all()
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was(tiny, tmp_path, call, monkeypatch):
@@ -208,7 +208,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tiny, tmp_path, call, monkeyp
     kept = first.stat().st_mtime_ns
     call("benchmark.py", *arguments, cwd=tiny)
     assert first.stat().st_mtime_ns == kept
-    rows = tables.read_csv(tmp_path / "quick")
+    rows = tables.read_table(tmp_path / "quick")[0]
     assert set(rows.status) == {"ok"} and set(rows.rounds) == {2}
 
 

@@ -326,7 +326,7 @@ def test_the_csv_is_a_pure_function_of_the_raw_records(tmp_path):
     tables.write_table(tmp_path)
     assert (tmp_path / "benchmark_results.csv").read_bytes() == text
     assert list(first.columns) == COLUMNS == text.decode().splitlines()[0].split(",")
-    pd.testing.assert_frame_equal(first, tables.read_csv(tmp_path))
+    pd.testing.assert_frame_equal(first, tables.read_table(tmp_path)[0])
     assert "2 threads, torch 2.14.1" in (tmp_path / "environment.json").read_text(encoding="utf-8")
 
 

@@ -1,8 +1,5 @@
-"""Charts: the rows of benchmark_results.csv, and of what end_to_end.py writes -> PNG.  A pure reader.
-
-A chart shows every method of a machine, in whichever environment it was measured.  What was tried and not
-measured stays visible: as a gap and in the note under the panels.
-"""
+"""Charts of every method of a machine, in whichever environment it was measured.  What was tried and not
+measured stays visible: as a gap and in the note under the panels."""
 
 import textwrap
 from pathlib import Path
@@ -14,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from utils.measure.schema import BASELINE
 from utils.report import analysis, chart_style
-from utils.report.chart_style import GREY, INK, colour, dress, feet_of, leader, legend, sheet, style
+from utils.report.chart_style import GREY, INK, dress, feet_of, leader, legend, sheet, style
 from utils.report.names import FAMILIES, family, label
 from utils.report.tables import read_serving, short
 from utils.report.words import figure, gaps, times, with_labels, without_figures
@@ -94,7 +91,7 @@ def draw_horizontal(title: str, small_print: list[str], rows: pd.DataFrame, colu
     left of each and `text` at its end."""
     fig, part = sheet(0.4 + 0.48 * len(rows), title, small_print)
     ax, values = part.subplots(), rows[column].fillna(0)
-    colours, error = [colour(name) for name in rows.backend], half_widths(rows, column)
+    colours, error = [style(row)["color"] for row in rows.itertuples()], half_widths(rows, column)
     bars = ax.barh(range(len(rows)), values, 0.7, xerr=error, color=colours, ecolor=INK, capsize=2)
     ax.bar_label(bars, rows.text, padding=5, fontsize=8.5)
     dress(ax, "images/s", "")
@@ -221,8 +218,7 @@ def draw_load(load: pd.DataFrame, environments: dict[str, dict]) -> Figure:
 
 def draw_all(rows: pd.DataFrame, environments: dict[str, dict], results: Path) -> list[Path]:
     """Write every chart and return the paths; a chart of what was not measured is removed."""
-    figures: dict[str, Figure | None] = {}
-    figures |= {name: draw(chart, rows, environments) for name, chart in CHARTS.items()}
+    figures = {name: draw(chart, rows, environments) for name, chart in CHARTS.items()}
     figures["methods.png"] = draw_methods(rows, environments)
     figures["roofline.png"] = draw_roofline(rows, environments)
     for name, draw_serving in (("end_to_end", draw_end_to_end), ("load", draw_load)):

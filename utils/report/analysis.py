@@ -76,11 +76,8 @@ def best_batch(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_within(rows: pd.DataFrame, limits: dict) -> pd.DataFrame:
-    """The measured rows within the limits, fastest first.
-
-    `limits` has p95_ms and memory_mb (of the GPU, on a CPU of the host) at most, and accuracy at least; None
-    is no limit.  A row whose figure is not known does not fit.
-    """
+    """The measured rows within the limits, fastest first: p95_ms and memory_mb (of the GPU, on a CPU of the
+    host) at most, accuracy at least; None is no limit.  A row whose figure is not known does not fit."""
     ok = measured(rows)
     ok = ok.assign(memory_mb=ok.gpu_memory_mb.where(ok.device == "cuda", ok.host_memory_mb).astype(float))
     for column, limit in limits.items():

@@ -21,10 +21,6 @@ MARKERS = ["o", "s", "D", "P"]  # of a plain method, another variant of it, in a
 FILLS = {"FP32": ("none", "-"), "TF32": ("top", ":"), "BF16": ("bottom", ":"), "INT8": ("left", "-.")}
 
 
-def colour(backend: str) -> str:
-    return FAMILIES.get(family(backend), ("", GREY))[1]
-
-
 def style(row) -> dict:
     """How a line looks: colour for the backend, marker for the variant, fill and dashes for the precision."""
     _, precision, extras = parts(row.backend, row.precision)
@@ -32,7 +28,8 @@ def style(row) -> dict:
     fill, dashes = FILLS.get(precision, ("full", "--"))
     marker = dict(marker=MARKERS[2 * graph + (len(extras) > graph)], markersize=6.5, fillstyle=fill)
     marker |= dict(markerfacecoloralt="white")  # else lines shine through the other half
-    return marker | dict(color=colour(row.backend), linestyle=dashes, linewidth=1.2)
+    colour = FAMILIES.get(family(row.backend), ("", GREY))[1]
+    return marker | dict(color=colour, linestyle=dashes, linewidth=1.2)
 
 
 def dress(ax, x_label: str, y_label: str) -> None:

@@ -1,7 +1,5 @@
-"""README.md's generated parts, and the READMEs of results folders, which are generated as a whole.
-
-A part stands in README.md between `<!-- begin PART FOLDER -->` and `<!-- end -->`.
-"""
+"""README.md's generated parts, each between `<!-- begin PART FOLDER -->` and `<!-- end -->`, and the READMEs
+of results folders, which are generated as a whole."""
 
 import math
 import re
@@ -17,9 +15,7 @@ from utils.report.words import figure, foot, lines_of, markdown, times
 from utils.utils import UserError
 
 PART = re.compile(
-    r"^<!-- begin (?P<kind>headline|summary|answers) (?P<folder>\S+) -->\n"
-    r"(?:(?!<!-- (?:begin|end)).*\n)*"
-    r"(?P<end><!-- end -->)$",
+    r"^<!-- begin (headline|summary|answers) (\S+) -->\n(?:(?!<!-- (?:begin|end)).*\n)*<!-- end -->$",
     re.MULTILINE,
 )
 CHARTS = ["methods", "fps_vs_image_size", "fps_vs_batch_size", "speedup_vs_image_size"]
@@ -115,7 +111,7 @@ def read_folders(path: Path, measuring: Path | None = None) -> dict[Path, Table]
         says = f"{stray[0]} marks no generated part, such as <!-- begin summary results --> to <!-- end -->"
         raise UserError(f"{path}: {says}; mend it, then: python compare.py --write-readme")
     published = (path.parent / "results" / "published").glob("*/benchmark_results.csv")
-    shown = {path.parent / match["folder"] for match in PART.finditer(text)}
+    shown = {path.parent / part[2] for part in PART.finditer(text)}
     folders = sorted(shown | {table.parent for table in published})
     known = measuring and measuring.resolve()
     return {folder: read_table(folder) for folder in folders if folder.resolve() != known}
@@ -124,9 +120,9 @@ def read_folders(path: Path, measuring: Path | None = None) -> dict[Path, Table]
 def render(path: Path, tables: dict[Path, Table]) -> str:
     """README.md's text with every generated part made anew from the folder it names."""
 
-    def anew(match: re.Match) -> str:
-        made = PARTS[match["kind"]](*tables[path.parent / match["folder"]])
-        return "\n".join([match[0].partition("\n")[0], made.strip(), match["end"]])
+    def anew(part: re.Match) -> str:
+        made = PARTS[part[1]](*tables[path.parent / part[2]])
+        return f"<!-- begin {part[1]} {part[2]} -->\n{made}\n<!-- end -->"
 
     return PART.sub(anew, path.read_text(encoding="utf-8"))
 

@@ -77,10 +77,8 @@ def rows_of(found: list[Record], note: dict, limits: dict | None = None) -> list
 
 
 def row_of(rounds: dict[int, Record], baseline: dict[int, Record], batch_size: int, target: float) -> Row:
-    """The row of one configuration from its records, and the baseline's, by round.
-
-    `target` is the half-width of the interval that the sweep aimed at, in percent.
-    """
+    """The row of one configuration from its records, and the baseline's, by round.  `target`: the half-width
+    of the interval that the sweep aimed at, in percent."""
     first = next(iter(rounds.values()))
     known = ("sweep", "backend", "precision", "device", "image_size", "adds")
     row = Row(**dict.fromkeys(COLUMNS) | {name: getattr(first, name) for name in known})
@@ -139,10 +137,8 @@ def add_gpu(row: Row, results: list[dict]) -> None:
 
 
 def add_speedup(row: Row, timed: dict[int, dict], baseline: dict[int, Record]) -> None:
-    """How many times as fast as the baseline: the geometric mean over the rounds, each formed block by block.
-
-    Where the baseline had no blocks beside it, the means of the same round serve.
-    """
+    """How many times as fast as the baseline: the geometric mean over the rounds, each formed block by block
+    or, where the baseline had none beside it, between the means of the round."""
     ratios = []
     for round_, batch in timed.items():
         base = baseline[round_].batch(row.batch_size) if round_ in baseline else None
@@ -206,10 +202,7 @@ def percent_width(row) -> str:
 
 
 def warnings_of(row: Row, results: list[dict], target: float) -> list[str]:
-    """What makes a row less sure (see WARNINGS), each with its figures and its remedy: "noisy: ..., ...".
-
-    `results` is a dict for each round, `target` the half-width aimed at.
-    """
+    """What makes a row less sure (see WARNINGS), each with its figures and its remedy: "noisy: ..., ..."."""
     throttled = [batch["sustained"]["throttled"] for batch in results if batch["sustained"]]
     enqueue = np.concatenate([batch["enqueue_ms"] for batch in results])
     on_gpu = np.concatenate([batch["gpu_ms"] for batch in results])

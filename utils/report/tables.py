@@ -35,7 +35,7 @@ def write_table(results: Path) -> tuple[pd.DataFrame, dict]:
     environments = {name: environment_of(folder) for name, folder in sweeps_of(results).items()}
     environments = {name: facts for name, facts in environments.items() if facts}
     write_json(results / "environment.json", environments)
-    return read_csv(results), environments
+    return read_table(results)
 
 
 def environment_of(folder: Path) -> dict:
@@ -48,7 +48,7 @@ def environment_of(folder: Path) -> dict:
     timed = [sum(batch.get("host_ms", [])) for record in found for batch in record.batches]
     spent = {"timed_s": round(sum(timed) / 1000, 1), "total_s": note.get("spent_s")}
     facts |= {"sweep": {"processes": len(found), **spent}, "short": short(facts), "ceilings": limits}
-    return signed(facts | {"settings": note.get("settings")}, found[-1].device)
+    return facts | {"settings": note.get("settings")}
 
 
 def signed(facts: dict, device: str) -> dict:
@@ -95,33 +95,24 @@ def load_csv(path: Path, columns: list[str], mend: str) -> pd.DataFrame:
     return table.assign(**{name: table[name].astype(object).fillna("") for name in texts})
 
 
-def remedy(folder: Path) -> str:
-    """What brings a results folder's files back."""
-    published = "published" in folder.resolve().parts
-    return "restore it: git checkout results/published" if published else "make it anew: python benchmark.py"
-
-
-def read_csv(results: Path) -> pd.DataFrame:
-    """The rows of a results folder.  Raises UserError where they are missing or no such table."""
-    path, mend = results / "benchmark_results.csv", remedy(results)
+def read_table(results: Path) -> tuple[pd.DataFrame, dict]:
+    """Rows and environments (sweep -> facts) of a results folder.  Raises UserError, with what brings them
+    back, where rows are missing or either is damaged."""
+    path, beside = results / "benchmark_results.csv", results / "environment.json"
+    published = "published" in results.resolve().parts
+    mend = "restore it: git checkout results/published" if published else "make it anew: python benchmark.py"
     rows = load_csv(path, COLUMNS, mend)[COLUMNS]
     measured = rows.fps[rows.status == "ok"].between(0, np.inf, inclusive="neither")
     if rows.empty or not (rows.status.isin(STATUSES).all() and measured.all()):
         what = "no rows, an unknown status, or a row that is ok without images/s"
         raise UserError(f"{path} is no table as it was written ({what}); {mend}")
-    return rows.assign(notes=rows.notes.map(lambda text: text.split("; ") if text else []))
-
-
-def read_table(results: Path) -> tuple[pd.DataFrame, dict]:
-    """Rows and environments (sweep -> facts) of a results folder.  Raises UserError."""
-    rows, path = read_csv(results), results / "environment.json"
+    rows = rows.assign(notes=rows.notes.map(lambda text: text.split("; ") if text else []))
     devices = dict(zip(rows.sweep, rows.device, strict=True))
     try:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
         return rows, {sweep: signed(facts, devices.get(sweep, "cuda")) for sweep, facts in known.items()}
     except (OSError, ValueError, AttributeError):  # the last: of what is no dict
-        mend = remedy(results)
-        raise UserError(f"{path} does not say what a sweep was measured with; {mend}") from None
+        raise UserError(f"{beside} does not say what a sweep was measured with; {mend}") from None
 
 
 def read_serving(path: Path) -> pd.DataFrame | None:

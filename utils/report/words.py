@@ -12,8 +12,6 @@ from utils.report.rows import WARNINGS, percent_width
 
 SAMPLE = "trained on the drawn sample images"
 
-# ---- numbers
-
 
 def figure(value: float) -> str:
     """The one way to print a number: three digits, thousands apart: "0.512", "1,000"; NaN is ""."""

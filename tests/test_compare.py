@@ -285,6 +285,12 @@ def test_a_readme_with_a_broken_marker_is_left_alone(tmp_path, text, said):
     assert path.read_text(encoding="utf-8") == text
 
 
+def test_a_readme_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "README.md").write_bytes("Мой".encode("cp1251"))
+    with pytest.raises(UserError, match="README.md is not UTF-8; save it so"):
+        readme.read_folders(tmp_path / "README.md")
+
+
 # ---- before anything is measured, and by which device
 
 

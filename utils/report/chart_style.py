@@ -58,10 +58,10 @@ def sheet(height: float, title: str, small_print: list[str]):
     return fig, part
 
 
-def legend(part, ax) -> None:
+def legend(part, ax, columns: int = 3) -> None:
     """The panel's methods under all panels."""
     handles = ax.get_legend_handles_labels()
-    part.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    part.legend(*handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def write_png(fig: Figure, path: Path) -> None:

@@ -100,13 +100,13 @@ PARTS = {"headline": headline, "summary": summary, "answers": answers}
 
 
 def read_folders(path: Path, measuring: Path | None = None) -> dict[Path, Table]:
-    """What lies in the results folders that README.md shows parts of, and in results/published/, each read
-    once, but for `measuring`.
-
-    To be called before that one is measured: raises UserError at a marker that belongs to no part, and at a
-    folder that is missing or damaged.
-    """
-    text = path.read_text(encoding="utf-8")
+    """What lies in the results folders that README.md shows parts of, and in results/published/, but for the
+    one that is about to be measured.  Raises UserError at a marker that belongs to no part, and at a folder
+    that is missing or damaged."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8; save it so, then: python compare.py --write-readme") from None
     if stray := re.search(r"^<!-- (begin|end).*", PART.sub("", text), re.MULTILINE):
         says = f"{stray[0]} marks no generated part, such as <!-- begin summary results --> to <!-- end -->"
         raise UserError(f"{path}: {says}; mend it, then: python compare.py --write-readme")

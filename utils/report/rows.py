@@ -46,8 +46,7 @@ COLUMNS += ["max_abs_diff", "agreement", "accuracy", "adds", "notes"]
 
 
 class Row(types.SimpleNamespace):
-    """One configuration of one sweep, a line of benchmark_results.csv; its fields are COLUMNS, None what is
-    not known."""
+    """One line of benchmark_results.csv; its fields are COLUMNS, None what is not known."""
 
 
 def read_rows(results: Path) -> pd.DataFrame:

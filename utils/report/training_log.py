@@ -50,5 +50,5 @@ def draw_chart(table: pd.DataFrame) -> Figure:
             ax.plot(rows["epoch"], scale * rows[f"train_{quantity}"], linestyle=":", **look)
         ax.set_ylim(0)
         dress(ax, "epoch", f"{quantity} ({unit})")
-    legend(part, axes[0])
+    legend(part, axes[0], columns=4)
     return figure

@@ -4,9 +4,6 @@ MLPerf's own load generator (mlcommons-loadgen) asks and judges: its Server scen
 99 % of the images were answered within the limit, over enough images to know.  An image's latency begins when
 it should have arrived and ends with its logits on the host: waiting, gathering into a batch, copying uint8
 pixels, normalising, inference, copying back.  Reading and decoding are outside: the pixels lie in memory.
-
-Its Offline scenario is a check of this project's clock: both time the same runs, on batches that lie on the
-device in the backend's own form.
 """
 
 import dataclasses
@@ -17,8 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -30,9 +26,9 @@ from utils.serve.pipeline import Network
 
 QUERIES = 600  # images of a rate at least: 459 without a late one show 99 % (confidence 99 %)
 HOPELESS_QUERIES = 100  # where one image alone takes longer than the limit
-MIN_SECONDS = 2.0  # of a rate; of the Offline scenario
+MIN_SECONDS = 2.0  # of a rate
 SEARCH = 6, 60.0  # rates that are tried, seconds after which none is begun
-FIRST_SHARE = 0.4  # of the Offline throughput: the first rate
+FIRST_SHARE = 0.4  # of the throughput in full batches: the first rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +36,14 @@ class Row(Served):
     """One line of load.csv; the fields are its columns, and `cores` and `date`."""
 
     batch_size_max: int
-    scenario: str  # server; offline has no rate, and in `fps` what this project's clock says of the same
-    rate: float | None = None  # images/s offered
-    achieved: float | None = None  # images/s
-    p50_ms: float | None = None
-    p90_ms: float | None = None
-    p99_ms: float | None = None
-    valid: bool = False  # what the generator says
-    max_latency_ms: float | None = None
+    scenario: str  # server; "offline" in rows of an earlier version, which alone have `fps`
+    rate: float  # images/s offered
+    achieved: float  # images/s
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    valid: bool  # what the generator says
+    max_latency_ms: float
     fps: float | None = None
 
 
@@ -55,7 +51,7 @@ def why_unavailable() -> str | None:
     return why_not_importable("mlperf_loadgen", "pip install mlcommons-loadgen")
 
 
-def generate(scenario: str, images: int, waiting: queue.SimpleQueue, **settings) -> dict:
+def generate(images: int, waiting: queue.SimpleQueue, **settings) -> dict:
     """Run the generator; its results by name.  Leaves no files.
 
     The samples' numbers and their images' indices, two lists, arrive in `waiting`.
@@ -63,9 +59,9 @@ def generate(scenario: str, images: int, waiting: queue.SimpleQueue, **settings)
     import mlperf_loadgen
 
     asked = mlperf_loadgen.TestSettings()
-    asked.scenario = getattr(mlperf_loadgen.TestScenario, scenario)
+    asked.scenario = mlperf_loadgen.TestScenario.Server
     asked.mode = mlperf_loadgen.TestMode.PerformanceOnly
-    for name, value in {"min_duration_ms": int(MIN_SECONDS * 1000), **settings}.items():
+    for name, value in settings.items():
         setattr(asked, name, value)
     # "Fast": lists of numbers, where the usual one makes an object of each of 200,000 samples.
     system = mlperf_loadgen.ConstructFastSUT(lambda *samples: waiting.put(samples), lambda: None)
@@ -86,37 +82,26 @@ def generate(scenario: str, images: int, waiting: queue.SimpleQueue, **settings)
     return {entry["key"]: entry["value"] for entry in entries}
 
 
-def answer(numbers: Sequence[int]) -> None:
+def server(network: Network, pixels, rate: float, max_latency_ms: float, queries: int) -> dict:
+    """Offer single images at `rate` images/s and serve them; the generator's results.
+
+    The generator has a thread of its own; this one stays the worker, since CUDA streams belong to threads.
+    """
     import mlperf_loadgen
 
-    ready = [mlperf_loadgen.QuerySampleResponse(number, 0, 0) for number in numbers]
-    mlperf_loadgen.QuerySamplesComplete(ready)
-
-
-def in_background(scenario: str, images: int, waiting: queue.SimpleQueue, **settings) -> Future:
-    """The results of the generator, which runs in a thread; at its end None arrives in `waiting`.
-
-    The calling thread stays the worker, since CUDA streams belong to threads.
-    """
-    told = Future()
+    waiting, told, largest, arrived = queue.SimpleQueue(), Future(), network.batch_sizes[-1], []
+    settings = {"server_target_qps": rate, "server_target_latency_ns": int(max_latency_ms * 1e6)}
+    settings |= {"server_target_latency_percentile": 0.99, "min_query_count": queries}
+    settings["min_duration_ms"] = int(MIN_SECONDS * 1000)
 
     def offer() -> None:
         try:
-            told.set_result(generate(scenario, images, waiting, **settings))
+            told.set_result(generate(len(pixels), waiting, **settings))
         except Exception as error:
             told.set_exception(error)
         waiting.put(None)
 
     threading.Thread(target=offer, daemon=True).start()  # if the worker fails, nobody waits for it
-    return told
-
-
-def server(network: Network, pixels, rate: float, max_latency_ms: float, queries: int) -> dict:
-    """Offer single images at `rate` images/s and serve them; the generator's results."""
-    waiting, largest, arrived = queue.SimpleQueue(), network.batch_sizes[-1], []
-    limits = {"server_target_latency_ns": int(max_latency_ms * 1e6), "server_target_latency_percentile": 0.99}
-    settings = {"server_target_qps": rate, "min_query_count": queries, **limits}
-    told = in_background("Server", len(pixels), waiting, **settings)
     batch = torch.empty(largest, *pixels.shape[1:], dtype=torch.uint8, pin_memory=network.device == "cuda")
     while True:
         while len(arrived) < largest and not (arrived and waiting.empty()):
@@ -127,57 +112,38 @@ def server(network: Network, pixels, rate: float, max_latency_ms: float, queries
         numbers, indices = zip(*taken, strict=True)
         torch.index_select(pixels, 0, torch.tensor(indices), out=batch[: len(taken)])
         network.finish(network.enqueue(batch[: len(taken)]))
-        answer(numbers)
+        ready = [mlperf_loadgen.QuerySampleResponse(number, 0, 0) for number in numbers]
+        mlperf_loadgen.QuerySamplesComplete(ready)
 
 
-def offline(network: Network, pixels: torch.Tensor) -> tuple[dict, float]:
-    """The generator's results for batches on the device; images/s of the same runs by our clock."""
-    batch_size, on_gpu = network.batch_sizes[-1], network.device == "cuda"
-    x = network.backend.prepare(network.normalise(pixels[torch.arange(batch_size) % len(pixels)]))
-    wait = torch.cuda.current_stream().synchronize if on_gpu else lambda: None
+def batch_s(network: Network, pixels: torch.Tensor) -> float:
+    """Seconds from pixels to logits on the host, one batch after another."""
 
     def call():
-        return network.backend.predict(x)
+        network.finish(network.enqueue(pixels))
 
-    timed = timing.warm_up(call, wait, 3, MIN_SECONDS / 2, 30)
-    waiting = queue.SimpleQueue()
-    settings = {"offline_expected_qps": batch_size / timing.trimmed_mean(timed) * 1000}
-    settings["min_duration_ms"] = int(2000 * MIN_SECONDS)  # handing over all images takes a while, too
-    told = in_background("Offline", len(pixels), waiting, **settings)
-    (numbers, _), timed = waiting.get() or ([], []), []
-    with ThreadPoolExecutor(1) as answering:  # beside the next batch: else each costs what its answers do
-        for first in range(0, len(numbers), batch_size):
-            start = time.perf_counter()
-            call()
-            wait()
-            timed.append((time.perf_counter() - start) * 1000)
-            answering.submit(answer, numbers[first : first + batch_size])
-    return told.result(), batch_size / timing.trimmed_mean(timed) * 1000
+    timed = timing.warm_up(call, lambda: None, 10, MIN_SECONDS, 30)
+    return timing.trimmed_mean(timed[len(timed) // 2 :]) / 1000
 
 
 def measure(where: dict, network: Network, pixels: torch.Tensor, max_latency_ms: float) -> list[Row]:
-    """Offline, then rates: upwards while VALID, then halving what lies between VALID and INVALID.
+    """Rates: upwards while VALID, then halving what lies between VALID and INVALID.
 
     `where` has the first columns.  Where a batch of one takes longer than the limit, one rate shows it.
     """
     sys.setswitchinterval(0.0005)  # s; generator and worker share Python: neither shall keep the other
-    told, fps = offline(network, pixels)
-    throughput, valid = told["result_samples_per_second"], told["result_validity"] == "VALID"
-    rows = [Row(**where, scenario="offline", achieved=throughput, valid=valid, fps=fps)]
-    start = time.perf_counter()
-    for _ in range(10):
-        network.finish(network.enqueue(pixels[:1]))
-    hopeless = (time.perf_counter() - start) / 10 * 1000 > max_latency_ms
+    hopeless = batch_s(network, pixels[:1]) * 1000 > max_latency_ms
     (tries, seconds), queries = ((1, 0), HOPELESS_QUERIES) if hopeless else (SEARCH, QUERIES)
-    low, high, rate, start = 0.0, throughput, FIRST_SHARE * throughput, time.perf_counter()
+    largest = network.batch_sizes[-1]
+    low, high = 0.0, largest / batch_s(network, pixels[torch.arange(largest) % len(pixels)])
+    rate, start, rows = FIRST_SHARE * high, time.perf_counter(), []
     for _ in range(tries):
         told = server(network, pixels, rate, max_latency_ms, queries)
         found = {f"p{k}_ms": told[f"result_{k}.00_percentile_latency_ns"] / 1e6 for k in (50, 90, 99)}
-        found["achieved"] = told["result_completed_samples_per_sec"]
-        valid = told["result_validity"] == "VALID"
-        how = {"rate": rate, "valid": valid, "max_latency_ms": max_latency_ms}
-        rows.append(Row(**where, scenario="server", **how, **found))
-        low, high = (rate, high) if valid else (low, rate)
+        found |= {"rate": rate, "achieved": told["result_completed_samples_per_sec"]}
+        found |= {"valid": told["result_validity"] == "VALID", "max_latency_ms": max_latency_ms}
+        rows.append(Row(**where, scenario="server", **found))
+        low, high = (rate, high) if found["valid"] else (low, rate)
         rate = (low + high) / 2
         if time.perf_counter() - start > seconds:
             break

@@ -17,6 +17,7 @@ import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 import argparse
 import collections
 import dataclasses
+import itertools
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,6 @@ from tqdm import tqdm
 
 from utils import environment
 from utils.devices import choose_device
-from utils.images import fingerprint
 from utils.serve import choices
 from utils.utils import (
     ROOT,
@@ -94,30 +94,19 @@ def make_asked(args: argparse.Namespace) -> list:
     return asked
 
 
-def warn_of_other_data(asked: list) -> None:
-    """Say where a network was trained on other images than those beside the test set."""
-    here = fingerprint(asked[0].data)
-    for path in dict.fromkeys(one.checkpoint for one in asked):
-        if (trained_on := choices.data_of(choices.load_facts(path))) and trained_on != here:
-            what = f"{path} was trained on other images than those in {asked[0].data}"
-            print(f"{what}: accuracy is of images it was not made for", file=sys.stderr)
-
-
 def measure_rounds(asked: list, rounds: int) -> list[Row]:
-    """Every backend in a fresh process per round, each round starting with another one."""
+    """Every backend in a fresh process per round."""
     from utils.serve.throughput import measure_here
 
     found = collections.defaultdict(list)
     with tqdm(total=rounds * len(asked), desc="end to end", unit="process", disable=None) as progress:
-        for k in range(rounds):
-            shift = k % len(asked)
-            for one in asked[shift:] + asked[:shift]:
-                progress.set_postfix_str(f"{one.backend}, {one.image_size} px")
-                for figures in guarded(measure_here, one, k == 0):
-                    if one.photos and k == 0 and "status" not in figures:
-                        figures |= run_predict(one, figures["decoder"])
-                    found[one, figures["decoder"]].append(figures)
-                progress.update()
+        for k, one in itertools.product(range(rounds), asked):
+            progress.set_postfix_str(f"{one.backend}, {one.image_size} px")
+            for figures in guarded(measure_here, one, k == 0):
+                if one.photos and k == 0 and "status" not in figures:
+                    figures |= run_predict(one, figures["decoder"])
+                found[one, figures["decoder"]].append(figures)
+            progress.update()
     return [row_of(one, told) for (one, _), told in found.items()]
 
 
@@ -178,26 +167,13 @@ def write_table(rows: list, path: Path, keys: list[str]) -> None:
     table = pd.DataFrame([vars(row) for row in rows])
     table = table.assign(cores=environment.cores(), date=environment.today())
     old = tables.read_serving(path)
-    if old is not None and set(old) <= set(table):
-        if "images" in table and "images" not in old:
-            old["images"] = TEST_SET  # as an earlier version's rows all were
-        old = old.reindex(columns=list(table))
+    if old is not None and set(keys) <= set(old):
         kept = old[~old.set_index(keys).index.isin(table.set_index(keys).index)]
         table = pd.concat([kept, table]) if len(kept) else table
     elif path.exists():
         print(f"{path} was no such table; it was renamed to {rename_to_backup(path)}", file=sys.stderr)
     table = table.sort_values(["sweep", "image_size"], kind="stable")
     write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-
-
-def print_table(path: Path, sweep: str) -> None:
-    """The rows of a sweep, as the page of results shows them."""
-    from utils.report import tables, words
-
-    table = tables.read_serving(path)
-    if table is not None:
-        columns = words.LOAD if path.name == "load.csv" else words.END_TO_END
-        print(words.aligned(words.lines_of(columns, table[table.sweep == sweep])))
 
 
 def measure_load(asked: list, max_latency_ms: float, path: Path) -> None:
@@ -213,9 +189,8 @@ def measure_load(asked: list, max_latency_ms: float, path: Path) -> None:
             said = f"{rows[0]['status']}: {rows[0]['reason']}"
         else:
             write_table(rows, path, ["sweep", "backend", "image_size"])
-            best = max((row.rate for row in rows if row.valid and row.rate), default=None)
-            served = f"{best:,.0f} images/s" if best else "no rate that was tried"
-            said = f"within {max_latency_ms:g} ms at p99: {served}"
+            best = max((row.rate for row in rows if row.valid), default=0)
+            said = f"{best:,.0f} images/s within {max_latency_ms:g} ms at p99"
         print(f"{one.backend}, {one.image_size} px: {said}", flush=True)
 
 
@@ -244,14 +219,17 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     asked = make_asked(args)
-    warn_of_other_data(asked)
+    from utils.report import tables, words
+
     path = args.results / ("load.csv" if args.load else "end_to_end.csv")
     if args.load:
         measure_load([one for one in asked if not one.photos], args.max_latency_ms, path)
     else:
         rows = measure_rounds(asked, args.rounds)
         write_table(rows, path, ["sweep", "backend", "image_size", "decoder", "images"])
-    print_table(path, args.sweep)
+    if (table := tables.read_serving(path)) is not None:
+        columns = words.LOAD if args.load else words.END_TO_END
+        print(words.aligned(words.lines_of(columns, table[table.sweep == args.sweep])))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Image files -> batches of uint8 pixels by Pillow, as training and testing read them; needs no PyTorch."""
 
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -19,14 +18,14 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from utils import images
 from utils.environment import cores
-from utils.images import ORIENTATION, load_rgb, open_image
 from utils.utils import MOST_WORKERS, end_with_parent, fresh_processes, uninterrupted
 
 FEW = 256  # images that threads have decoded before processes have started
 CHUNK = {False: 8, True: 32}  # files that a worker takes at a time: to decode, or to look at for DALI
 IN_FLIGHT = 2  # batches that wait for the network while the decoder goes on
-HUGE = 16_000_000  # pixels beyond which workers decode one picture at a time, to bound their memory
+HUGE = 16_000_000  # pixels beyond which a picture is not left to DALI, to bound its memory
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
 PLAIN = None  # outcome of a file that is left to DALI
 
@@ -48,15 +47,16 @@ class Batch:
 
 # ---- in the workers
 
-here = threading.local()  # of a worker: `pixels` to write to, `alone`, `broken_off`
+here = threading.local()  # of a worker: `pixels` to write to, `broken_off`
 
 
-def start_worker(memory, image_size: int, alone, broken_off, everybody=None) -> None:
-    """`everybody`: where processes decode, the barrier at which they wait until all have started."""
+def start_worker(memory, image_size: int, broken_off, alone=None, everybody=None) -> None:
+    """Processes share the lock `alone`, and wait at the barrier `everybody` until all have started."""
     here.pixels = np.frombuffer(memory, np.uint8).reshape(-1, image_size, image_size, 3)
-    here.alone, here.broken_off = alone, broken_off
+    here.broken_off = broken_off
     warnings.filterwarnings("ignore", module="PIL")  # of odd but readable files
     if everybody:
+        images.alone = alone
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
         end_with_parent()
         # On a CPU inference goes first: its threads wait for each other, and decoding fills what they leave.
@@ -66,18 +66,14 @@ def start_worker(memory, image_size: int, alone, broken_off, everybody=None) -> 
 
 def decode(first: int, paths: list[str], leave_plain: bool) -> list[str | None]:
     """Decode files into here.pixels[first:]; of each "", PLAIN if left to DALI, or why it can't be read."""
-    outcomes = []
+    outcomes, square = [], here.pixels.shape[1:3]
     for index, path in enumerate(paths, first):
         if here.broken_off.value or (leave_plain and is_plain(path)):
             outcomes.append(PLAIN)
             continue
         try:
-            with open_image(path) as image:
-                huge = image.width * image.height > HUGE
-            with here.alone if huge else contextlib.nullcontext():
-                # On Pillow's images torchvision's Resize(antialias=True), as testing has it, is this.
-                square = load_rgb(path).resize(here.pixels.shape[1:3], Image.Resampling.BILINEAR)
-                here.pixels[index] = square
+            # On Pillow's images torchvision's Resize(antialias=True), as testing has it, is this.
+            here.pixels[index] = images.load_rgb(path).resize(square, Image.Resampling.BILINEAR)
             outcomes.append("")
         except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
             outcomes.append(" ".join(f"{type(error).__name__}: {error}".split()))
@@ -99,7 +95,7 @@ def is_plain(path: str) -> bool:
             if image.mode not in ("RGB", "L") or image.width * image.height > HUGE:
                 return False
             if image.format == "JPEG":
-                upright = image.getexif().get(ORIENTATION, 1) == 1
+                upright = image.getexif().get(images.ORIENTATION, 1) == 1
                 return upright and image.info.get("adobe_transform", 1) == 1 and end.endswith(JPEG_END)
             if {"transparency", "exif", "Raw profile type exif"} & image.info.keys():
                 return False
@@ -134,14 +130,14 @@ class Pillow:
         memory: typing.Any = None
         if threads:
             memory, self.broken_off = bytearray(int(np.prod(shape))), ctypes.c_bool()
-            arguments = memory, image_size, threading.Lock(), self.broken_off
+            arguments = memory, image_size, self.broken_off
             self.pool = ThreadPoolExecutor(workers, initializer=start_worker, initargs=arguments)
         else:
             context = fresh_processes(__name__, large=())
             # Shared, or in a file where /dev/shm is small.
             memory = context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
             self.broken_off = context.RawValue(ctypes.c_bool)
-            arguments = memory, image_size, context.Lock(), self.broken_off, context.Barrier(workers)
+            arguments = memory, image_size, self.broken_off, context.Lock(), context.Barrier(workers)
             self.pool = ProcessPoolExecutor(workers, context, start_worker, arguments)
             with uninterrupted():  # processes that are on their way when this one ends would complain
                 wait([self.pool.submit(int) for _ in range(workers)])

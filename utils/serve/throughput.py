@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +48,21 @@ class Asked(choices.Served):
 def open_network(asked: Asked, under_load: bool = False) -> Network:
     """The backend, loaded for the table's batch sizes; under load it serves all of these and, if its engine
     takes any, powers of two as well, so that 2 images don't cost as much as 8."""
-    backend = backends.make(asked.backend)
+    backend, sizes = backends.make(asked.backend), set(asked.batch_sizes)
     backend.data = asked.data  # to calibrate with
-    powers = {2**k for k in range(asked.batch_size.bit_length())}
-    sizes = sorted(powers.union(asked.batch_sizes) if under_load and backend.any_batch else asked.batch_sizes)
-    backend.load(asked.checkpoint, asked.image_size, sizes, asked.device)
+    if under_load and backend.any_batch:
+        sizes |= {2**k for k in range(asked.batch_size.bit_length())}
+    backend.load(asked.checkpoint, asked.image_size, sorted(sizes), asked.device)
     serving = [size for size in sizes if size <= asked.batch_size] if under_load else [asked.batch_size]
     return Network(backend, serving, asked.image_size, asked.device)
+
+
+def read_test_set(asked: Asked) -> tuple:
+    """The loader that testing reads with, and in its order every file and the index of its class."""
+    classes = model.load_facts(asked.checkpoint)["classes"]
+    loader = datasets.make_test_loader(asked.data, asked.image_size, asked.batch_size, classes)
+    files, truth = zip(*loader.dataset.files, strict=True)
+    return loader, list(map(str, files)), truth
 
 
 def measure_here(asked: Asked, parity: bool) -> list[dict]:
@@ -76,29 +84,19 @@ def measure_here(asked: Asked, parity: bool) -> list[dict]:
                 figures |= throughput(decoder, network, files, asked)
                 if parity and not asked.photos:
                     figures |= compare(decoder.batches(files), network, loader, truth)
-    for figures in found:  # measured with Pillow alone
-        figures["serial_images_per_s"] = found[0].get("serial_images_per_s")
     return found
-
-
-def read_test_set(asked: Asked) -> tuple:
-    """The loader that testing reads with, and in its order every file and the index of its class."""
-    classes = model.load_facts(asked.checkpoint)["classes"]
-    loader = datasets.make_test_loader(asked.data, asked.image_size, asked.batch_size, classes)
-    files, truth = zip(*loader.dataset.files, strict=True)
-    return loader, list(map(str, files)), truth
 
 
 def throughput(decoder, network, files: list[str], asked: Asked) -> dict:
     """Images/s of the pipeline, of its halves alone and of one step after another; overlap and limit."""
     endless = itertools.cycle(files)
     first = next(decoder.batches(itertools.islice(endless, asked.batch_size)))
-    resident = torch.as_tensor(first.pixels).to(asked.device, copy=True)
+    resident = dataclasses.replace(first, pixels=torch.as_tensor(first.pixels).to(asked.device, copy=True))
     on_gpu, full, half = asked.device == "cuda", decoder.slots, asked.seconds / 2
     parts = [
         (lambda: copied(decoder.batches(endless), asked.device), full),
-        (lambda: inferred(network, resident), 2),
-        (lambda: (len(logits) for _, logits in classify(decoder.batches(endless), network)), full),
+        (lambda: classified(network, (resident for _ in itertools.count())), 2),
+        (lambda: classified(network, decoder.batches(endless)), full),
     ]
     rate(parts[-1][0](), full, half)  # not counted: a process that has just begun finds cold memory
     early = [rate(served(), warm_up, half) for served, warm_up in parts]
@@ -150,16 +148,14 @@ def load_here(asked: Asked, max_latency_ms: float) -> list:
 def rate(served, warm_up: int, seconds: float) -> float:
     """Images/s of an endless generator of image counts, after `warm_up` batches and half a second."""
     with contextlib.closing(served):
-        begin, start, images = time.perf_counter(), None, 0
-        for number, count in enumerate(served):
-            now = time.perf_counter()
-            if start:
-                images += count
-                if now - start >= seconds:
-                    return images / (now - start)
-            elif number >= warm_up and now - begin >= WARM_UP_SECONDS:
-                start = now
-    raise RuntimeError("what is to be timed came to an end")
+        begin = time.perf_counter()
+        for number, _ in enumerate(served):
+            if number >= warm_up and time.perf_counter() - begin >= WARM_UP_SECONDS:
+                break
+        start, images = time.perf_counter(), 0
+        while (took := time.perf_counter() - start) < seconds:
+            images += next(served)
+        return images / took
 
 
 def copied(batches: Iterable[Batch], device: str) -> Iterator[int]:
@@ -171,13 +167,9 @@ def copied(batches: Iterable[Batch], device: str) -> Iterator[int]:
         yield len(batch.paths)
 
 
-def inferred(network: Network, pixels: torch.Tensor) -> Iterator[int]:
-    """Run the network on pixels that lie on the device, starting a batch before waiting for the last."""
-    started = network.enqueue(pixels)
-    while True:
-        following = network.enqueue(pixels)
-        yield len(network.finish(started))
-        started = following
+def classified(network: Network, batches: Generator[Batch, None, None]) -> Iterator[int]:
+    for _, logits in classify(batches, network):
+        yield len(logits)
 
 
 def one_after_another(decoder: Pillow, network: Network, files: Iterator[str]) -> Iterator[int]:

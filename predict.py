@@ -24,22 +24,21 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import backends
-from utils.backend import Unavailable, inference
+from utils.backend import Backend, Unavailable, inference
 from utils.devices import choose_device, torchrun_number
-from utils.environment import is_out_of_memory, keep_to_share
-from utils.serve import choices, decoder, labels
+from utils.environment import is_out_of_memory, keep_to_share, read_driver
+from utils.serve import choices, labels
 from utils.serve.dali import open_decoder
-from utils.utils import UserError, add_path_arguments, fresh_processes, number, run_main, sha256, write_json
+from utils.serve.decoder import Batch
+from utils.utils import UserError, add_path_arguments, number, run_main, sha256, write_json
 
 # PyTorch is imported only once the first files are being decoded, then DALI and the backend.
-STARTED = utils.STARTED
 STEPS = ["start", "decoding", "inference"]  # what the time went to
 NOT_FINITE = "the network gives no finite numbers for it; try --backend pytorch, or python train.py --force"
 RANK, LOCAL_RANK = torchrun_number("RANK", 0), torchrun_number("LOCAL_RANK", 0)
@@ -57,24 +56,19 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("source", type=Path, help="folder of images, or one image")
     parser.add_argument("--out", type=Path, default=Path("labels.csv"))
-    parser.add_argument("--backend", help="default: the one measured here that is done first, else pytorch")
+    by_table = "default: the one measured here that is done first, else"
+    parser.add_argument("--backend", choices=backends.SCRIPTS, metavar="NAME", help=f"{by_table} pytorch")
     auto = f"auto: DALI on a GPU for {choices.DALI_PAYS:,} images or more"
     parser.add_argument("--decoder", choices=["auto", "pillow", "dali"], default="auto", help=auto)
     positive = number(int, 1, 1_000_000)
-    batch = "default: the one measured here that is done first, else 256 on a GPU and 16 on a CPU"
-    parser.add_argument("--batch-size", type=positive, help=batch)
+    parser.add_argument("--batch-size", type=positive, help=f"{by_table} 256 on a GPU and 16 on a CPU")
     parser.add_argument("--image-size", type=positive, help="default: that of the most accurate checkpoint")
     parser.add_argument("--probabilities", action="store_true", help="of every class, a column each")
-    excel = "begin the table with a byte order mark, by which Excel knows letters like Cyrillic"
-    parser.add_argument("--excel", action="store_true", help=excel)
-    timings = "file for the seconds that starting, decoding and inference took, as JSON"
-    parser.add_argument("--timings", type=Path, help=timings)
+    parser.add_argument("--excel", action="store_true", help="have Excel show letters like Cyrillic")
+    parser.add_argument("--timings", type=Path, help="JSON file for the seconds that each step took")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     add_path_arguments(parser)
-    args = parser.parse_args()
-    if args.backend not in (None, *backends.SCRIPTS):
-        raise UserError(f"--backend {args.backend} is not one of {', '.join(backends.SCRIPTS)}")
-    return args
+    return parser.parse_args()
 
 
 # ---- several processes, by torchrun
@@ -117,12 +111,12 @@ class Run:
     facts: dict
     choice: choices.Choice
     device: str
-    decoder_name: str
+    decoder: str
 
     def classify(self, images: list[str], problems: dict, out: Path, progress: tqdm) -> int:
         """Classify what has no row yet and write the table; the exit code.  Raises Unavailable."""
         header = [*labels.COLUMNS, *(self.facts["classes"] if self.args.probabilities else [])]
-        made_by = json.dumps([self.choice.backend, self.decoder_name, self.device, header])
+        made_by = json.dumps([self.choice.backend, self.decoder, self.device, header])
         source = sha256(str(self.args.source), str(self.args.source.resolve()))
         key = f"{source[:8]}-{sha256(self.checkpoint, made_by)[:8]}"
         part, done = labels.resume(out, key, len(header), RANK)
@@ -130,40 +124,46 @@ class Run:
             say(f"resuming: {len(done):,} rows are there already")
         mine = [path for path in share_of(images, RANK, WORLD_SIZE) if path not in done]
         progress.reset(len(mine))
-        try:
-            told = self.label(mine, part, progress)
-        finally:
-            if part.stat().st_size == 0:  # no row to go on from
-                part.unlink()
-        everybody = gather(told)
+        everybody = gather(self.label(mine, part, progress))
         if RANK:
             return 0
         rows = labels.merge(out, key, images, header, self.args.excel)
         summarise(everybody, len(rows), out, self.args.timings)
-        gone = {path: "its row is gone; run the same command again" for path in images if path not in rows}
         for told in everybody:
-            gone |= told["problems"]
-        return report(problems | gone)
+            problems |= told["problems"]
+        return report(problems)
 
     def label(self, paths: list[str], part: Path, progress: tqdm) -> dict:
         """Classify, appending rows to `part` batch by batch; the problems and where the seconds went."""
-        told = {"images": 0, "problems": {}}
-        with self.opened(paths) as (batches, network):
-            from utils.serve.pipeline import classify
+        size, batch_size, device = self.facts["image_size"], self.choice.batch_size, self.device
+        files = open_decoder(self.decoder, size, batch_size, device, paths, len(paths), LOCAL_RANK)
+        with contextlib.closing(files):
+            batches, images, problems = files.batches(paths), 0, {}
+            import torch  # while the first files are being decoded
 
-            told["spent"] = {"start": time.perf_counter() - STARTED}
-            progress.set_description_str("labelling")
-            progress.unpause()  # its images/s are without the start
-            for batch, logits in classify(batches, network, told["spent"]):
-                for index in np.flatnonzero(~np.isfinite(logits).all(1)):
-                    batch.problems.setdefault(int(index), NOT_FINITE)
-                labels.write_rows(part, self.rows_of(batch, logits), "a")
-                told["images"] += len(batch.paths)
-                told["problems"] |= {batch.paths[index]: why for index, why in batch.problems.items()}
-                progress.update(len(batch.paths))
-            return {**told, "seconds": time.perf_counter() - STARTED}
+            from utils.serve.pipeline import Network, classify
 
-    def rows_of(self, batch: decoder.Batch, logits: np.ndarray) -> list[list[str]]:
+            choose_device(self.args.device)
+            if device == "cuda":
+                torch.cuda.set_device(LOCAL_RANK)
+            with inference(device):
+                backend = self.load()
+                files.get_ready(device)
+                network = Network(backend, [batch_size], size, device)
+                spent = {"start": time.perf_counter() - utils.STARTED}
+                progress.set_description_str("labelling")
+                progress.unpause()  # its images/s are without the start
+                for batch, logits in classify(batches, network, spent):
+                    for index in np.flatnonzero(~np.isfinite(logits).all(1)):
+                        batch.problems.setdefault(int(index), NOT_FINITE)
+                    labels.write_rows(part, self.rows_of(batch, logits), "a")
+                    images += len(batch.paths)
+                    problems |= {batch.paths[index]: why for index, why in batch.problems.items()}
+                    progress.update(len(batch.paths))
+                seconds = time.perf_counter() - utils.STARTED
+        return {"images": images, "problems": problems, "spent": spent, "seconds": seconds}
+
+    def rows_of(self, batch: Batch, logits: np.ndarray) -> list[list[str]]:
         """path, class, probability and, if asked for, every class's; of the files that could be read."""
         with np.errstate(invalid="ignore"):  # what is not finite has become a problem
             power = np.exp(logits - logits.max(1, keepdims=True))
@@ -175,32 +175,14 @@ class Run:
                 rows.append([batch.paths[index], self.facts["classes"][best], *texts])
         return rows
 
-    @contextlib.contextmanager
-    def opened(self, paths: list[str]) -> Iterator[tuple]:
-        """(batches of all paths, network); decoding begins while all else is imported."""
-        size, batch_size, device = self.facts["image_size"], self.choice.batch_size, self.device
-        files = open_decoder(self.decoder_name, size, batch_size, device, paths, len(paths), LOCAL_RANK)
-        with contextlib.closing(files):
-            batches = files.batches(paths)
-            import torch
-
-            from utils.serve.pipeline import Network
-
-            choose_device(self.args.device)
-            if device == "cuda":
-                torch.cuda.set_device(LOCAL_RANK)
-            with inference(device):
-                backend = self.load_in_turn()
-                files.get_ready(device)
-                yield batches, Network(backend, [batch_size], size, device)
-
-    def load_in_turn(self):
+    def load(self) -> Backend:
         """The backend, loaded by the first process before the others, since it builds what they load."""
         why = gather(None)[0] if RANK else None
-        backend = backends.make(self.choice.backend)
+        backend, sizes = backends.make(self.choice.backend), list(self.choice.batch_sizes)
+        backend.data = None if self.choice.measured else self.args.data  # INT8 as it was measured
         try:
-            if not why:
-                self.load(backend)
+            if not (why := why or backend.why_unavailable(self.device)):
+                backend.load(self.checkpoint, self.facts["image_size"], sizes, self.device)
         except Unavailable as error:
             why = str(error)
         if not RANK:
@@ -208,19 +190,6 @@ class Run:
         if why:
             raise Unavailable(why)
         return backend
-
-    def load(self, backend) -> None:
-        if reason := backend.why_unavailable(self.device):
-            raise Unavailable(reason)
-        asked = self.checkpoint, self.facts["image_size"], list(self.choice.batch_sizes), self.device
-        backend.data = None if self.choice.measured else self.args.data  # INT8 as it was measured
-        try:
-            backend.load(*asked)
-        except Unavailable:
-            if not (self.choice.measured and self.args.backend):
-                raise
-            backend.data = self.args.data
-            backend.load(*asked)
 
 
 def summarise(told: list[dict], rows: int, out: Path, timings: Path | None) -> None:
@@ -247,25 +216,23 @@ def report(problems: dict[str, str]) -> int:
 
 def classify_all(args: argparse.Namespace, images: list[str], problems: dict, out: Path, progress) -> int:
     """Choose what classifies, then have it done; the exit code."""
-    if len(images) > decoder.FEW:
-        fresh_processes(decoder.__name__, large=())  # their server imports while others go on
     checkpoint, facts = choices.choose_checkpoint(args.weights, args.image_size, args.data)
     # By the driver, since asking PyTorch takes seconds; where it can't use that GPU, choose_device() says so.
-    gpu = args.device == "auto" and choices.gpu_name()
+    gpu = args.device == "auto" and read_driver("nvmlDeviceGetName")
     device = "cuda" if gpu or args.device == "cuda" else "cpu"
-    decoder_name = choices.choose_decoder(args.decoder, device, len(images))
+    decoder = choices.choose_decoder(args.decoder, device, len(images))
     rows = choices.measured_here(args.results, device, facts["image_size"])
     found = choices.choose_backends(args.backend, rows, len(images), device)
-    say(f"{checkpoint.name}: {choices.described(checkpoint, facts)}")
+    say(f"{checkpoint.name}: {choices.described(facts)}")
     if not args.backend and not found[0].measured:
         say("nothing was measured here at this size: PyTorch serves; python benchmark.py finds faster ones")
     if args.batch_size:
         found = [one.with_batch(args.batch_size) for one in found]
     while True:
         choice = found.pop(0)
-        say(f"{len(images):,} images, {choice.backend}, batch {choice.batch_size}, {decoder_name}, {device}")
+        say(f"{len(images):,} images, {choice.backend}, batch {choice.batch_size}, {decoder}, {device}")
         try:
-            run = Run(args, checkpoint, facts, choice, device, decoder_name)
+            run = Run(args, checkpoint, facts, choice, device, decoder)
             return run.classify(images, problems, out, progress)
         except Unavailable as why:
             if not found:
@@ -278,25 +245,22 @@ def classify_all(args: argparse.Namespace, images: list[str], problems: dict, ou
                 said = " ".join(str(error).split())[-300:] or "out of memory"
                 mend = "the rows stay, go on with a smaller --batch-size"
                 raise UserError(f"batch {choice.batch_size}: {said}; {mend}") from None
-            found.insert(0, choice.smaller())
+            found.insert(0, choice.with_batch(choice.batch_size // 2))
             say(f"batch {choice.batch_size} does not fit into the memory; trying {found[0].batch_size}")
         gc.collect()  # lets go of the backend that can't be used
         import torch
 
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
     args = parse()
     keep_to_share(LOCAL_RANK, LOCAL_WORLD_SIZE)
-    (images, problems, others), out = choices.find_images(args.source), labels.check_out(args.out)
+    (images, problems), out = choices.find_images(args.source), labels.check_out(args.out)
     alone = labels.alone_at(out) if RANK == 0 else contextlib.nullcontext()
     tqdm.set_lock(threading.RLock())  # its own is made for several processes, which takes a while
     shown = tqdm(total=len(images), desc="starting", unit="image", disable=True if RANK else None)
     with alone, shown as progress:
-        if others:
-            say(f"{others:,} files in {args.source} are no pictures")
         code = classify_all(args, images, problems, out, progress)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -14,14 +14,9 @@ from pathlib import Path
 
 from utils.utils import WINDOWS, UserError, check_folder, file_lock, named, write_whole
 
-
-def encoding(windows: bool) -> dict:
-    """How to open a table, so that file names stay: any bytes on Linux, halves of surrogates on Windows."""
-    errors = "surrogatepass" if windows else "surrogateescape"
-    return {"encoding": "utf-8", "errors": errors, "newline": ""}
-
-
-TEXT = encoding(WINDOWS)
+# File names may have any bytes on Linux, and halves of surrogates on Windows.
+ERRORS = "surrogatepass" if WINDOWS else "surrogateescape"
+TEXT: dict = {"encoding": "utf-8", "errors": ERRORS, "newline": ""}
 COLUMNS = ["path", "class", "probability"]  # then, if asked for, a probability for each class
 BOM = "\ufeff"  # by which Excel knows UTF-8
 SHARE = re.compile(r"[01]\.\d{6}")
@@ -72,7 +67,6 @@ def read_rows(part: Path, columns: int) -> dict[str, list[str]]:
         whole = (line for line in file if line.endswith(("\n", "\r")))  # a name may have "\r" in it
         for path, *others in csv.reader(whole):
             if len(others) == columns - 1:
-                path = os.fsdecode(path.encode(TEXT["encoding"], TEXT["errors"]))  # as it is known here
                 rows[path] = [path, *others]
     return rows
 
@@ -104,7 +98,10 @@ def resume(out: Path, key: str, columns: int, rank: int) -> tuple[Path, dict]:
                 file = Path(path).stat()
                 if max(file.st_mtime, file.st_ctime) <= written:
                     done[path] = row
-    write_whole(own, lambda path: write_rows(path, done.values()))
+    if done:
+        write_whole(own, lambda path: write_rows(path, done.values()))
+    else:
+        own.unlink(missing_ok=True)
     return own, done
 
 
@@ -116,7 +113,6 @@ def merge(out: Path, key: str, images: list[str], header: list[str], bom: bool =
     kept = {path: rows[path] for path in images if path in rows}
     first = [BOM * bom + header[0], *header[1:]]
     write_whole(out, lambda path: write_rows(path, [first, *kept.values()]))
-    source = key.partition("-")[0]
-    for part in parts_of(out, f"{source}-[0-9a-f]+"):  # also those of this folder by other settings
+    for part in parts_of(out, key.partition("-")[0] + "-[0-9a-f]+"):  # also by other settings
         part.unlink()
     return kept

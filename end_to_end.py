@@ -2,8 +2,8 @@
 
 Reads results/benchmark_results.csv (what is ok, and its fastest batch), data/test and weights/; writes
 results/end_to_end.csv.  The pipeline (utils/serve/pipeline.py) serves the test set over and over; beside it
-stand its two halves alone (decode, resize and copy; inference), one step after another without overlap, and
-whether the labels are those of the test set as training reads it.  Every round is a fresh process.
+stand its two halves alone (decode, resize and copy; inference) and whether the labels are those of the test
+set as training reads it.  Every round is a fresh process.
 
 With --images, a row for that folder too, with the seconds that `python predict.py FOLDER` takes to start and
 in all.  With --load, results/load.csv instead: the latency of single images that arrive at random.
@@ -16,8 +16,8 @@ import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 
 import argparse
 import collections
-import dataclasses
 import itertools
+import json
 import statistics
 import subprocess
 import sys
@@ -27,46 +27,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils import environment
+from utils.backend import why_not_importable
 from utils.devices import choose_device
-from utils.serve import choices
-from utils.utils import (
-    ROOT,
-    UserError,
-    add_path_arguments,
-    in_fresh_process,
-    number,
-    read_dict,
-    rename_to_backup,
-    run_main,
-    write_atomic,
-)
+from utils.utils import UserError, add_path_arguments, in_fresh_process, number, run_main, write_atomic
 
-TEST_SET = "test set"  # in column `images`
-
-
-@dataclasses.dataclass(frozen=True)
-class Row(choices.Served):
-    """One line of end_to_end.csv; the fields are its columns, and `cores` and `date`.  Empty: not known."""
-
-    batch_size: int
-    decoder: str
-    images_per_s: float | None = None  # from files to labels, once running
-    images_per_s_low: float | None = None
-    images_per_s_high: float | None = None
-    decode_images_per_s: float | None = None  # decoding, resizing and copying alone
-    infer_images_per_s: float | None = None  # normalising, inference and copying back alone
-    serial_images_per_s: float | None = None  # Pillow, one step after another
-    overlap: float | None = None  # pipeline over its slower half; on a CPU over both sharing the cores
-    limit: str = ""  # decode, copy or inference
-    agreement: float | None = None  # with the test set as training reads it, on the same backend
-    max_abs_diff: float | None = None
-    accuracy: float | None = None
-    status: str = "ok"
-    reason: str = ""
-    images: str = TEST_SET  # or "photos": the folder of --images
-    files: int | None = None  # of photos, labelled by one command,
-    start_s: float | None = None  # which took this long until the first batch was classified,
-    whole_s: float | None = None  # and this long in all
+COLUMNS = ["sweep", "backend", "precision", "image_size", "batch_size", "decoder"]  # of end_to_end.csv
+COLUMNS += ["images_per_s", "images_per_s_low", "images_per_s_high"]  # from files to labels, once running
+COLUMNS += ["decode_images_per_s", "infer_images_per_s"]  # with copying to the device, or from it; alone
+COLUMNS += ["serial_images_per_s"]  # one step after another; of earlier versions
+COLUMNS += ["overlap"]  # pipeline over its slower half; on a CPU over both sharing the cores
+COLUMNS += ["limit"]  # decode, copy or inference
+COLUMNS += ["agreement", "max_abs_diff"]  # with the test set as training reads it, on the same backend
+COLUMNS += ["accuracy", "status", "reason"]
+COLUMNS += ["images"]  # "test set", or "photos": the folder of --images
+COLUMNS += ["files", "start_s", "whole_s"]  # by one command: how many, until the first batch, in all
 
 
 def make_asked(args: argparse.Namespace) -> list:
@@ -94,7 +68,7 @@ def make_asked(args: argparse.Namespace) -> list:
     return asked
 
 
-def measure_rounds(asked: list, rounds: int) -> list[Row]:
+def measure_rounds(asked: list, rounds: int) -> list[dict]:
     """Every backend in a fresh process per round."""
     from utils.serve.throughput import measure_here
 
@@ -114,48 +88,45 @@ def guarded(function, asked, *arguments) -> list:
     """What the function returns in a fresh process; what goes wrong there costs its own rows."""
     try:
         return in_fresh_process(function, asked, *arguments)
-    except UserError:
-        raise
     except Exception as error:
         from utils.measure.worker import problem_of
 
+        if isinstance(error, UserError):
+            raise
         return [{"decoder": name, **vars(problem_of(error))} for name in asked.decoders]
 
 
 def run_predict(asked, decoder: str) -> dict:
     """How long `python predict.py FOLDER` takes with this backend and decoder, as a user runs it."""
     options = {name: getattr(asked, name) for name in ("backend", "device", "data", "weights", "results")}
+    options |= {"decoder": decoder, "image-size": asked.image_size}
     with tempfile.TemporaryDirectory() as folder:
         timings = Path(folder, "timings.json")
-        options |= {"decoder": decoder, "image-size": asked.image_size, "timings": timings}
-        command = [sys.executable, ROOT / "predict.py", asked.photos, "--out", Path(folder, "labels.csv")]
-        command += [part for name, value in options.items() for part in (f"--{name}", value)]
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, encoding="utf-8", errors="replace"
-        )
-        told = read_dict(timings)
-    if not told:
-        return {"status": "failed", "reason": f"predict.py: {' '.join(done.stderr.split())[-500:]}"}
+        options |= {"out": Path(folder, "labels.csv"), "timings": timings}
+        script = Path(__file__).with_name("predict.py")
+        command = [sys.executable, script, asked.photos, *(f"--{name}={options[name]}" for name in options)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+        if not timings.exists():
+            return {"status": "failed", "reason": f"predict.py: {' '.join(done.stderr.split())[-500:]}"}
+        told = json.loads(timings.read_text(encoding="utf-8"))
     return {"files": told["images"], "start_s": told["start"], "whole_s": told["seconds"]}
 
 
-def row_of(asked, rounds: list[dict]) -> Row:
+def row_of(asked, rounds: list[dict]) -> dict:
     """One line from the figures of each round; a single round has no interval."""
-    import numpy as np
-
     from utils.measure import timing
 
-    row = {field.name: getattr(asked, field.name) for field in dataclasses.fields(choices.Served)}
-    row |= {"batch_size": asked.batch_size, "images": "photos" if asked.photos else TEST_SET}
+    row = dict.fromkeys(COLUMNS) | {name: getattr(asked, name) for name in COLUMNS[:5]}
+    row |= {"status": "ok", "images": "photos" if asked.photos else "test set"}
     row |= collections.ChainMap(*rounds)  # what only some of them know, by the first that does
     if timed := [figures for figures in rounds if "images_per_s" in figures]:
         rates = [figures["images_per_s"] for figures in timed]
         row["images_per_s"] = statistics.harmonic_mean(rates)
         row["images_per_s_low"], row["images_per_s_high"] = timing.interval(row["images_per_s"], rates)
-        for name in ("decode_images_per_s", "infer_images_per_s", "serial_images_per_s", "overlap"):
-            row[name] = float(np.median([figures.get(name) or np.nan for figures in timed]))
+        for name in ("decode_images_per_s", "infer_images_per_s", "overlap"):
+            row[name] = statistics.median(figures[name] for figures in timed)
         row["limit"] = statistics.mode(figures["limit"] for figures in timed)
-    return Row(**row)
+    return row
 
 
 def write_table(rows: list, path: Path, keys: list[str]) -> None:
@@ -164,34 +135,30 @@ def write_table(rows: list, path: Path, keys: list[str]) -> None:
 
     from utils.report import tables
 
-    table = pd.DataFrame([vars(row) for row in rows])
-    table = table.assign(cores=environment.cores(), date=environment.today())
+    table = pd.DataFrame(rows).assign(cores=environment.cores(), date=environment.today())
     old = tables.read_serving(path)
     if old is not None and set(keys) <= set(old):
         kept = old[~old.set_index(keys).index.isin(table.set_index(keys).index)]
         table = pd.concat([kept, table]) if len(kept) else table
     elif path.exists():
-        print(f"{path} was no such table; it was renamed to {rename_to_backup(path)}", file=sys.stderr)
+        backup = path.replace(path.with_name(f"{path.name}.1"))
+        print(f"{path} was no such table; it was renamed to {backup}", file=sys.stderr)
     table = table.sort_values(["sweep", "image_size"], kind="stable")
     write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
 
 def measure_load(asked: list, max_latency_ms: float, path: Path) -> None:
     """Every backend in a fresh process; the table is written after each."""
-    from utils.serve import load
     from utils.serve.throughput import load_here
 
-    if reason := load.why_unavailable():
+    if reason := why_not_importable("mlperf_loadgen", "pip install mlcommons-loadgen"):
         raise UserError(reason)
-    for one in asked:
+    for one in tqdm(asked, "under load", unit="process", disable=None):
         rows = guarded(load_here, one, max_latency_ms)
-        if isinstance(rows[0], dict):
-            said = f"{rows[0]['status']}: {rows[0]['reason']}"
+        if "status" in rows[0]:
+            tqdm.write(f"{one.backend}, {one.image_size} px: {rows[0]['status']}: {rows[0]['reason']}")
         else:
             write_table(rows, path, ["sweep", "backend", "image_size"])
-            best = max((row.rate for row in rows if row.valid), default=0)
-            said = f"{best:,.0f} images/s within {max_latency_ms:g} ms at p99"
-        print(f"{one.backend}, {one.image_size} px: {said}", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -200,18 +167,14 @@ def parse() -> argparse.Namespace:
     size, in_table = number(int, 1, 1_000_000), "default: all that are in the table"
     parser.add_argument("--image-sizes", nargs="+", type=size, help=in_table)
     parser.add_argument("--backends", nargs="+", help=in_table)
-    decoders = "default: both on a GPU, pillow on a CPU"
-    parser.add_argument("--decoders", nargs="+", choices=["pillow", "dali"], help=decoders)
+    parser.add_argument("--decoders", nargs="+", choices=["pillow", "dali"], help="default: both on a GPU")
     parser.add_argument("--images", type=Path, help="folder of photos: a row for these, too")
-    whose = "whose rows; this environment must be the one that measured them"
-    parser.add_argument("--sweep", default="main", help=whose)
-    rounds = "fresh processes for every backend"
-    parser.add_argument("--rounds", type=number(int, 1, 1000), default=3, help=rounds)
-    seconds = "of each timing, after a warm-up"
-    parser.add_argument("--seconds", type=number(float, 0.001, 3600), default=2.0, help=seconds)
+    parser.add_argument("--sweep", default="main", help="whose rows; it was measured in this environment")
+    parser.add_argument("--rounds", type=number(int, 1, 1000), default=3, help="processes for every backend")
+    parser.add_argument("--seconds", type=number(float, 0.001, 3600), default=2.0, help="of each timing")
     parser.add_argument("--load", action="store_true", help="latency of single images under load instead")
-    limit = "with --load: what 99 %% of the images have to be answered within"
-    parser.add_argument("--max-latency-ms", type=number(float, 0.001, 1e6), default=15.0, help=limit)
+    within = "with --load: what 99 %% of the images have to be answered within"
+    parser.add_argument("--max-latency-ms", type=number(float, 0.001, 1e6), default=15.0, help=within)
     add_path_arguments(parser)
     return parser.parse_args()
 

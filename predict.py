@@ -18,10 +18,12 @@ import contextlib
 import dataclasses
 import datetime
 import gc
+import importlib.util
 import json
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -71,15 +73,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# ---- several processes, by torchrun
-
-
-def share_of(images: list[str], rank: int, of: int) -> list[str]:
-    """One process's share, in order: drawn by lot, since every second file may be a heavy one."""
-    lots = np.random.default_rng(0).permutation(len(images))
-    return [images[k] for k in np.sort(lots[rank::of])]
-
-
 def gather(value) -> list:
     """The value of every process; waits for all of them."""
     if WORLD_SIZE == 1:
@@ -97,9 +90,6 @@ def gather(value) -> list:
             atexit.register(dist.destroy_process_group)  # else Gloo's threads may abort the process
         dist.all_gather_object(values, value)
     return values
-
-
-# ---- one run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,16 +112,15 @@ class Run:
         part, done = labels.resume(out, key, len(header), RANK)
         if done:
             say(f"resuming: {len(done):,} rows are there already")
-        mine = [path for path in share_of(images, RANK, WORLD_SIZE) if path not in done]
+        mine = [path for path in images[RANK::WORLD_SIZE] if path not in done]
         progress.reset(len(mine))
         everybody = gather(self.label(mine, part, progress))
         if RANK:
             return 0
         rows = labels.merge(out, key, images, header, self.args.excel)
-        summarise(everybody, len(rows), out, self.args.timings)
         for told in everybody:
             problems |= told["problems"]
-        return report(problems)
+        return report(everybody, len(rows), problems, out, self.args.timings)
 
     def label(self, paths: list[str], part: Path, progress: tqdm) -> dict:
         """Classify, appending rows to `part` batch by batch; the problems and where the seconds went."""
@@ -165,14 +154,12 @@ class Run:
 
     def rows_of(self, batch: Batch, logits: np.ndarray) -> list[list[str]]:
         """path, class, probability and, if asked for, every class's; of the files that could be read."""
-        with np.errstate(invalid="ignore"):  # what is not finite has become a problem
-            power = np.exp(logits - logits.max(1, keepdims=True))
-        rows = []
-        for index, shares in enumerate(power / power.sum(1, keepdims=True)):
-            if index not in batch.problems:
-                best, every = shares.argmax(), shares if self.args.probabilities else []
-                texts = [f"{share:.6f}" for share in (shares[best], *every)]
-                rows.append([batch.paths[index], self.facts["classes"][best], *texts])
+        right, rows = [index for index in range(len(logits)) if index not in batch.problems], []
+        power = np.exp(logits[right] - logits[right].max(1, keepdims=True))
+        for index, shares in zip(right, power / power.sum(1, keepdims=True), strict=True):
+            best, every = shares.argmax(), shares if self.args.probabilities else []
+            texts = [f"{share:.6f}" for share in (shares[best], *every)]
+            rows.append([batch.paths[index], self.facts["classes"][best], *texts])
         return rows
 
     def load(self) -> Backend:
@@ -192,8 +179,8 @@ class Run:
         return backend
 
 
-def summarise(told: list[dict], rows: int, out: Path, timings: Path | None) -> None:
-    """Say how fast it was, where the time went and what the bottleneck was."""
+def report(told: list[dict], rows: int, problems: dict[str, str], out: Path, timings: Path | None) -> int:
+    """Say where the time went, what the bottleneck was and what has no row; the exit code."""
     images, last = sum(part["images"] for part in told), max(told, key=lambda part: part["seconds"])
     seconds, spent = last["seconds"], last["spent"]
     rate = images / max(seconds - spent["start"], 0.001)
@@ -203,10 +190,6 @@ def summarise(told: list[dict], rows: int, out: Path, timings: Path | None) -> N
     print(f"bottleneck: {max(STEPS, key=spent.get)}")
     if timings:
         write_json(timings, {"images": images, "seconds": seconds, **spent})
-
-
-def report(problems: dict[str, str]) -> int:
-    """Name what has no row; the exit code."""
     if problems:
         print(f"{len(problems):,} files or folders can't be read and have no row:", file=sys.stderr)
     for path, why in sorted(problems.items()):
@@ -220,10 +203,13 @@ def classify_all(args: argparse.Namespace, images: list[str], problems: dict, ou
     # By the driver, since asking PyTorch takes seconds; where it can't use that GPU, choose_device() says so.
     gpu = args.device == "auto" and read_driver("nvmlDeviceGetName")
     device = "cuda" if gpu or args.device == "cuda" else "cpu"
-    decoder = choices.choose_decoder(args.decoder, device, len(images))
+    decoder, pays = args.decoder, device == "cuda" and len(images) >= choices.DALI_PAYS
+    if decoder == "auto":
+        there = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+        decoder = "dali" if pays and there else "pillow"
     rows = choices.measured_here(args.results, device, facts["image_size"])
     found = choices.choose_backends(args.backend, rows, len(images), device)
-    say(f"{checkpoint.name}: {choices.described(facts)}")
+    say(f"{checkpoint.name}: classes {textwrap.shorten(', '.join(facts['classes']), 80)}")
     if not args.backend and not found[0].measured:
         say("nothing was measured here at this size: PyTorch serves; python benchmark.py finds faster ones")
     if args.batch_size:

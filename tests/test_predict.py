@@ -233,7 +233,7 @@ def test_the_last_line_says_where_the_time_went(project, photos, monkeypatch):
 
 def test_readings_of_a_clock_that_are_equal_are_no_division_by_zero(tmp_path, capsys):
     told = {"images": 3, "problems": {}, "seconds": 1.0, "spent": dict.fromkeys(predict.STEPS, 1.0)}
-    predict.summarise([told], 3, tmp_path / "labels.csv", None)
+    assert predict.report([told], 3, {}, tmp_path / "labels.csv", None) == 0
     assert "3 images in 1.0 s" in capsys.readouterr().out
 
 

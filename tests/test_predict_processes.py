@@ -11,19 +11,7 @@ import torch
 from conftest import ROOT, start_script
 from test_predict import label, read
 
-import predict
 from utils import environment
-
-
-def test_processes_share_images_by_lot():
-    images = [f"{k:04d}.{'png' if k % 2 else 'jpg'}" for k in range(1000)]
-    for of in (1, 2, 3):
-        shares = [predict.share_of(images, rank, of) for rank in range(of)]
-        assert sorted(sum(shares, [])) == images and all(share == sorted(share) for share in shares)
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-        for share in shares:
-            assert 0.4 < sum(path.endswith(".png") for path in share) / len(share) < 0.6
-    assert predict.share_of([], 1, 2) == [] and predict.share_of(["a"], 1, 2) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux's alone")

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import importlib.util
 import io
 import pickle
 import zipfile
@@ -17,9 +16,6 @@ from utils.utils import UserError, checkpoint_path, read_dict
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
 DALI_PAYS = 4_000  # images from which DALI makes good the seconds that it takes to start (16 cores, H200)
 DALI_RATE = 14_000  # images/s that it decodes: no backend need be faster (H200)
-
-
-# ---- the images
 
 
 def find_images(source: Path) -> tuple[list[str], dict[str, str]]:
@@ -39,9 +35,6 @@ def find_images(source: Path) -> tuple[list[str], dict[str, str]]:
         what = f"{source} holds no images, by the names of its {len(found)} files; name another folder"
         raise UserError(what + some)
     return images, problems
-
-
-# ---- the checkpoint
 
 
 class FactsReader(pickle.Unpickler):
@@ -87,30 +80,10 @@ def choose_checkpoint(weights: Path, image_size: int | None, data: Path) -> tupl
         here = fingerprint(data)
         found = [pair for pair, images in zip(found, trained_on, strict=True) if images == here] or found
     if len({tuple(facts["classes"]) for _, facts in found}) > 1:
-        which = "; ".join(f"{path.name}: {described(facts)}" for path, facts in found)
+        which = "; ".join(f"{path.name}: {', '.join(facts['classes'][:5])}" for path, facts in found)
         ask = "choose one: --image-size SIZE, or --data the folder of images that it was trained on"
         raise UserError(f"{weights} holds checkpoints of different classes ({which}); {ask}")
     return min(found, key=lambda pair: (-pair[1].get("accuracy", 0), pair[1]["image_size"]))
-
-
-def described(facts: dict) -> str:
-    """The classes that a checkpoint knows, the first five of many."""
-    classes = facts["classes"]
-    more = f" and {len(classes) - 5} more" if len(classes) > 5 else ""
-    return f"classes {', '.join(classes[:5])}{more}"
-
-
-# ---- the backend
-
-
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """What serves images: the first columns of end_to_end.csv and load.csv."""
-
-    sweep: str
-    backend: str
-    precision: str
-    image_size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,14 +149,3 @@ def choose_backends(name: str | None, rows: list[dict], count: int, device: str)
             found[choice] = start_s + inference_s(best)
     size = -(-count // -(-count // BATCH_SIZE[device]))  # so that the last batch is as large as the others
     return sorted(found, key=found.__getitem__) or [Choice(name or "pytorch", size, (size,), measured=False)]
-
-
-# ---- the decoder
-
-
-def choose_decoder(name: str, device: str, count: int) -> str:
-    """DALI where a GPU, many images and the package are there, else Pillow; nothing is imported yet."""
-    if name != "auto":
-        return name
-    there = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
-    return "dali" if device == "cuda" and count >= DALI_PAYS and there else "pillow"

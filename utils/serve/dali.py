@@ -1,7 +1,4 @@
-"""NVIDIA DALI as a decoder: files -> pixels on the GPU, many times as fast as CPUs decode.
-
-Every file is looked at beforehand: what DALI would not decode as Pillow does goes through Pillow, in order.
-"""
+"""NVIDIA DALI as a decoder: files -> pixels on the GPU, many times as fast as CPUs decode."""
 
 import contextlib
 import itertools
@@ -28,7 +25,7 @@ HARDWARE = 0.8  # of a batch at most for the JPEG engine; with 16 CPUs beside an
 
 
 class Dali:
-    """NVIDIA DALI: decodes and resizes on the GPU; the same on a CPU without one.
+    """Decodes and resizes on the GPU; the same on a CPU without one.
 
     Its Pillow decoder looks at every file beforehand and decodes what DALI would not decode as load_rgb()
     does.  One pipeline is enough for JPEGs.  Where other files come, two alternate: while one waits for PNGs,
@@ -197,9 +194,7 @@ class Dali:
         return self.on_device(batch)
 
 
-def open_decoder(
-    name: str, image_size: int, batch_size: int, device: str, paths: list[str], count=None, index=0
-):
+def open_decoder(name, image_size, batch_size, device, paths, count=None, index=0) -> Pillow | Dali:
     """The decoder of this name for files like `paths`, `count` of them; `index` is the GPU's."""
     if name == "dali":
         return Dali(image_size, batch_size, device, paths, count, index)

@@ -6,7 +6,6 @@ it should have arrived and ends with its logits on the host: waiting, gathering 
 pixels, normalising, inference, copying back.  Reading and decoding are outside: the pixels lie in memory.
 """
 
-import dataclasses
 import json
 import os
 import queue
@@ -19,9 +18,7 @@ from pathlib import Path
 
 import torch
 
-from utils.backend import why_not_importable
 from utils.measure import timing
-from utils.serve.choices import Served
 from utils.serve.pipeline import Network
 
 QUERIES = 600  # images of a rate at least: 459 without a late one show 99 % (confidence 99 %)
@@ -29,26 +26,6 @@ HOPELESS_QUERIES = 100  # where one image alone takes longer than the limit
 MIN_SECONDS = 2.0  # of a rate
 SEARCH = 6, 60.0  # rates that are tried, seconds after which none is begun
 FIRST_SHARE = 0.4  # of the throughput in full batches: the first rate
-
-
-@dataclasses.dataclass(frozen=True)
-class Row(Served):
-    """One line of load.csv; the fields are its columns, and `cores` and `date`."""
-
-    batch_size_max: int
-    scenario: str  # server; "offline" in rows of an earlier version, which alone have `fps`
-    rate: float  # images/s offered
-    achieved: float  # images/s
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    valid: bool  # what the generator says
-    max_latency_ms: float
-    fps: float | None = None
-
-
-def why_unavailable() -> str | None:
-    return why_not_importable("mlperf_loadgen", "pip install mlcommons-loadgen")
 
 
 def generate(images: int, waiting: queue.SimpleQueue, **settings) -> dict:
@@ -126,10 +103,11 @@ def batch_s(network: Network, pixels: torch.Tensor) -> float:
     return timing.trimmed_mean(timed[len(timed) // 2 :]) / 1000
 
 
-def measure(where: dict, network: Network, pixels: torch.Tensor, max_latency_ms: float) -> list[Row]:
+def measure(where: dict, network: Network, pixels: torch.Tensor, max_latency_ms: float) -> list[dict]:
     """Rates: upwards while VALID, then halving what lies between VALID and INVALID.
 
-    `where` has the first columns.  Where a batch of one takes longer than the limit, one rate shows it.
+    The rows of load.csv (`fps` is of earlier versions); `where` has the first columns.  Where a batch of one
+    takes longer than the limit, one rate shows it.
     """
     sys.setswitchinterval(0.0005)  # s; generator and worker share Python: neither shall keep the other
     hopeless = batch_s(network, pixels[:1]) * 1000 > max_latency_ms
@@ -139,11 +117,11 @@ def measure(where: dict, network: Network, pixels: torch.Tensor, max_latency_ms:
     rate, start, rows = FIRST_SHARE * high, time.perf_counter(), []
     for _ in range(tries):
         told = server(network, pixels, rate, max_latency_ms, queries)
-        found = {f"p{k}_ms": told[f"result_{k}.00_percentile_latency_ns"] / 1e6 for k in (50, 90, 99)}
-        found |= {"rate": rate, "achieved": told["result_completed_samples_per_sec"]}
-        found |= {"valid": told["result_validity"] == "VALID", "max_latency_ms": max_latency_ms}
-        rows.append(Row(**where, scenario="server", **found))
-        low, high = (rate, high) if found["valid"] else (low, rate)
+        achieved, valid = told["result_completed_samples_per_sec"], told["result_validity"] == "VALID"
+        row = {**where, "scenario": "server", "rate": rate, "achieved": achieved}  # images/s
+        row |= {f"p{k}_ms": told[f"result_{k}.00_percentile_latency_ns"] / 1e6 for k in (50, 90, 99)}
+        rows.append(row | {"valid": valid, "max_latency_ms": max_latency_ms, "fps": None})
+        low, high = (rate, high) if valid else (low, rate)
         rate = (low + high) / 2
         if time.perf_counter() - start > seconds:
             break

@@ -1,14 +1,13 @@
 """Batches of pixels -> logits: decoding, copying and inference at the same time.
 
 A decoder turns paths into uint8 batches (N, S, S, 3), in order: Pillow in worker processes (decoder.py),
-the reference, which does what training and testing do, or DALI (dali.py).  A Network normalises them on the
-device and runs a backend.  classify() keeps a few batches of each in flight: memory is bounded however many
-files come.
+which does what training and testing do, or DALI (dali.py).  A Network normalises them on the device and
+runs a backend.  A few batches of each are in flight: memory is bounded however many files come.
 """
 
+import collections
 import contextlib
 import time
-from collections import deque
 from collections.abc import Generator
 
 import numpy as np
@@ -17,8 +16,6 @@ import torch
 from utils.backend import Backend
 from utils.images import MEAN, STD
 from utils.serve.decoder import IN_FLIGHT, Batch
-
-# ---- the network
 
 
 class Network:
@@ -64,29 +61,23 @@ class Network:
 def classify(batches: Generator[Batch, None, None], network: Network, waited: dict | None = None):
     """Yield (Batch, logits) for a decoder's batches in order, decoding and inferring at the same time.
 
-    Adds to waited["decoding"] and waited["inference"] the seconds that this process waited for each.
+    waited["decoding"] and waited["inference"] become the seconds that this process waited for each.
     """
-    waited = {} if waited is None else waited
-    waiting = deque()
+    waiting, decoding, inference = collections.deque(), 0.0, 0.0
     with contextlib.closing(batches):
         while True:
-            with stopwatch(waited, "decoding"):
-                batch = next(batches, None)
-            with stopwatch(waited, "inference"):
-                if batch:
-                    waiting.append((batch, network.enqueue(batch.pixels)))
-                done = None
-                if waiting and (len(waiting) == IN_FLIGHT or not batch):
-                    oldest, started = waiting.popleft()
-                    done = oldest, network.finish(started)
+            start, done = time.perf_counter(), None
+            batch = next(batches, None)
+            decoded = time.perf_counter()
+            if batch:
+                waiting.append((batch, network.enqueue(batch.pixels)))
+            if waiting and (len(waiting) == IN_FLIGHT or not batch):
+                oldest, started = waiting.popleft()
+                done = oldest, network.finish(started)
+            decoding, inference = decoding + decoded - start, inference + time.perf_counter() - decoded
+            if waited is not None:
+                waited |= {"decoding": decoding, "inference": inference}
             if done:
                 yield done
             elif not batch:
                 return
-
-
-@contextlib.contextmanager
-def stopwatch(spent: dict, name: str):
-    start = time.perf_counter()
-    yield
-    spent[name] = spent.get(name, 0.0) + time.perf_counter() - start

@@ -27,9 +27,13 @@ LOAD_IMAGES = 256  # under load at most: they lie in memory
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked(choices.Served):
+class Asked:
     """What one process is asked: a measured row of the table, and how."""
 
+    sweep: str
+    backend: str
+    precision: str
+    image_size: int
     batch_size: int
     device: str
     batch_sizes: tuple[int, ...]  # of the table, so that the engine that was measured is the one that serves
@@ -88,7 +92,7 @@ def measure_here(asked: Asked, parity: bool) -> list[dict]:
 
 
 def throughput(decoder, network, files: list[str], asked: Asked) -> dict:
-    """Images/s of the pipeline, of its halves alone and of one step after another; overlap and limit."""
+    """Images/s of the pipeline and of its halves alone; overlap and limit."""
     endless = itertools.cycle(files)
     first = next(decoder.batches(itertools.islice(endless, asked.batch_size)))
     resident = dataclasses.replace(first, pixels=torch.as_tensor(first.pixels).to(asked.device, copy=True))
@@ -103,8 +107,6 @@ def throughput(decoder, network, files: list[str], asked: Asked) -> dict:
     late = [rate(served(), warm_up, half) for served, warm_up in reversed(parts)]  # finds warmer memory
     decode, infer, both = ((a + b) / 2 for a, b in zip(early, reversed(late), strict=True))
     figures = {"images_per_s": both, "decode_images_per_s": decode, "infer_images_per_s": infer}
-    if decoder.name == "pillow":
-        figures["serial_images_per_s"] = rate(one_after_another(decoder, network, endless), 1, half)
     possible = min(decode, infer) if on_gpu else 1 / (1 / decode + 1 / infer)
     limit = "decode" if decode < infer else "inference"
     if on_gpu and limit == "decode" and rate(copied(itertools.repeat(first), "cuda"), 2, 0.2) < 2 * decode:
@@ -130,15 +132,15 @@ def compare(batches, network, loader, truth: tuple[int, ...]) -> dict:
     return figures
 
 
-def load_here(asked: Asked, max_latency_ms: float) -> list:
+def load_here(asked: Asked, max_latency_ms: float) -> list[dict]:
     """Rows of latency under load."""
     files = read_test_set(asked)[1][:LOAD_IMAGES]
     with inference(asked.device):
         network = open_network(asked, under_load=True)
         with contextlib.closing(Pillow(asked.image_size, 16, len(files))) as decoder:
             pixels = torch.cat([torch.tensor(batch.pixels) for batch in decoder.batches(files)])
-        where = {"sweep": asked.sweep, "backend": asked.backend, "image_size": asked.image_size}
-        where |= {"precision": network.backend.precision, "batch_size_max": network.batch_sizes[-1]}
+        where = {"sweep": asked.sweep, "backend": asked.backend, "precision": network.backend.precision}
+        where |= {"image_size": asked.image_size, "batch_size_max": network.batch_sizes[-1]}
         return load.measure(where, network, pixels, max_latency_ms)
 
 
@@ -170,10 +172,3 @@ def copied(batches: Iterable[Batch], device: str) -> Iterator[int]:
 def classified(network: Network, batches: Generator[Batch, None, None]) -> Iterator[int]:
     for _, logits in classify(batches, network):
         yield len(logits)
-
-
-def one_after_another(decoder: Pillow, network: Network, files: Iterator[str]) -> Iterator[int]:
-    """Decode a batch, then classify it, then decode the next one: nothing overlaps."""
-    while True:
-        for batch in decoder.batches(itertools.islice(files, decoder.batch_size)):
-            yield len(network.finish(network.enqueue(batch.pixels)))

@@ -36,7 +36,7 @@ COLUMNS += ["images_per_s", "images_per_s_low", "images_per_s_high"]  # from fil
 COLUMNS += ["decode_images_per_s", "infer_images_per_s"]  # with copying to the device, or from it; alone
 COLUMNS += ["serial_images_per_s"]  # one step after another; of earlier versions
 COLUMNS += ["overlap"]  # pipeline over its slower half; on a CPU over both sharing the cores
-COLUMNS += ["limit"]  # decode, copy or inference
+COLUMNS += ["limit"]  # decode or inference
 COLUMNS += ["agreement", "max_abs_diff"]  # with the test set as training reads it, on the same backend
 COLUMNS += ["accuracy", "status", "reason"]
 COLUMNS += ["images"]  # "test set", or "photos": the folder of --images
@@ -129,13 +129,14 @@ def row_of(asked, rounds: list[dict]) -> dict:
     return row
 
 
-def write_table(rows: list, path: Path, keys: list[str]) -> None:
+def write_table(rows: list[dict], path: Path) -> None:
     """Write the rows with what the file has of others; one that can't be read is renamed to a backup."""
     import pandas as pd
 
     from utils.report import tables
 
     table = pd.DataFrame(rows).assign(cores=environment.cores(), date=environment.today())
+    keys = [name for name in ("sweep", "backend", "image_size", "decoder", "images") if name in table]
     old = tables.read_serving(path)
     if old is not None and set(keys) <= set(old):
         kept = old[~old.set_index(keys).index.isin(table.set_index(keys).index)]
@@ -158,7 +159,7 @@ def measure_load(asked: list, max_latency_ms: float, path: Path) -> None:
         if "status" in rows[0]:
             tqdm.write(f"{one.backend}, {one.image_size} px: {rows[0]['status']}: {rows[0]['reason']}")
         else:
-            write_table(rows, path, ["sweep", "backend", "image_size"])
+            write_table(rows, path)
 
 
 def parse() -> argparse.Namespace:
@@ -188,8 +189,7 @@ def main() -> None:
     if args.load:
         measure_load([one for one in asked if not one.photos], args.max_latency_ms, path)
     else:
-        rows = measure_rounds(asked, args.rounds)
-        write_table(rows, path, ["sweep", "backend", "image_size", "decoder", "images"])
+        write_table(measure_rounds(asked, args.rounds), path)
     if (table := tables.read_serving(path)) is not None:
         columns = words.LOAD if args.load else words.END_TO_END
         print(words.aligned(words.lines_of(columns, table[table.sweep == args.sweep])))

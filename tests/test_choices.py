@@ -75,7 +75,6 @@ ROWS = [  # what compiles is fastest, but only once it has compiled
         ("cpu", 1_000, "pytorch", 256),
         ("cpu", 100_000, "onnx", 256),
         ("cpu", 10_000_000, "torch-compile", 256),
-        ("cuda", 10_000_000, "onnx", 256),  # DALI would not decode for more
     ],
 )
 def test_the_backend_is_the_one_that_is_done_first(device, count, first, batch_size):

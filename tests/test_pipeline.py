@@ -307,14 +307,14 @@ def test_a_missing_table_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "\0\0"])
 def test_a_damaged_table_of_serving_is_set_aside_and_made_anew(tmp_path, content, capsys):
-    path, keys = tmp_path / "end_to_end.csv", ["sweep", "backend", "image_size", "decoder", "images"]
+    path = tmp_path / "end_to_end.csv"
     path.write_text(content, encoding="utf-8")
     blank = dict.fromkeys(end_to_end.COLUMNS) | {"sweep": "2.10", "decoder": "pillow", "images": "test set"}
     rows = [blank | {"backend": name, "image_size": 64, "batch_size": 4} for name in ("onnx", "pytorch")]
-    end_to_end.write_table(rows, path, keys)
+    end_to_end.write_table(rows, path)
     assert (tmp_path / "end_to_end.csv.1").read_text(encoding="utf-8") == content
     assert "was renamed to" in capsys.readouterr().err
-    end_to_end.write_table(rows[1:], path, keys)
+    end_to_end.write_table(rows[1:], path)
     table = tables.read_serving(path)
     assert table.backend.tolist() == ["onnx", "pytorch"] and set(table.sweep) == {"2.10"}
     assert set(table.cores) == {environment.cores()} and set(table.date) == {str(datetime.date.today())}

@@ -15,7 +15,6 @@ from utils.utils import UserError, checkpoint_path, read_dict
 
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
 DALI_PAYS = 4_000  # images from which DALI makes good the seconds that it takes to start (16 cores, H200)
-DALI_RATE = 14_000  # images/s that it decodes: no backend need be faster (H200)
 
 
 def find_images(source: Path) -> tuple[list[str], dict[str, str]]:
@@ -32,8 +31,7 @@ def find_images(source: Path) -> tuple[list[str], dict[str, str]]:
     problems |= dict.fromkeys(unread_pictures(set(found) - set(images)), unread)
     if not images:
         some = "".join(f"\n  {path}: {why}" for path, why in sorted(problems.items())[:20])
-        what = f"{source} holds no images, by the names of its {len(found)} files; name another folder"
-        raise UserError(what + some)
+        raise UserError(f"{source} holds no images in its {len(found)} files; name another folder{some}")
     return images, problems
 
 
@@ -131,21 +129,20 @@ def measured_here(results: Path, device: str, image_size: int) -> list[dict]:
 def choose_backends(name: str | None, rows: list[dict], count: int, device: str) -> list[Choice]:
     """By the table what is done first with `count` images, then the next ones; PyTorch where it has none.
 
-    Of a backend the batch size is the one that classifies them fastest; to that come loading and the first
-    calls.  `name` is the backend that the user wants, or None.
+    Of a backend the batch size is the one that classifies them fastest; loading and the first call come on
+    top.  `name` is the backend that the user wants, or None.
     """
 
     def inference_s(row: dict) -> float:
-        seconds = -(-count // row["batch_size"]) * row["batch_size"] / row["fps"]
-        return max(seconds, count / DALI_RATE) if device == "cuda" else seconds
+        return -(-count // row["batch_size"]) * row["batch_size"] / row["fps"]
 
     found = {}
     for backend in [name] if name else backends.SCRIPTS:
         if own := [row for row in rows if row["backend"] == backend]:
             best = min(own, key=inference_s)
             sizes = {row["batch_size"] for row in rows if row["sweep"] == best["sweep"]}
-            start_s = best["load_s"] + max(row["first_call_ms"] for row in own) / 1000
+            first_call_s = max(row["first_call_ms"] for row in own) / 1000
             choice = Choice(backend, best["batch_size"], tuple(sorted(sizes)))
-            found[choice] = start_s + inference_s(best)
+            found[choice] = best["load_s"] + first_call_s + inference_s(best)
     size = -(-count // -(-count // BATCH_SIZE[device]))  # so that the last batch is as large as the others
     return sorted(found, key=found.__getitem__) or [Choice(name or "pytorch", size, (size,), measured=False)]

@@ -32,8 +32,6 @@ class Dali:
     which the processor decodes, the other keeps the JPEG engine busy.
     """
 
-    name = "dali"
-
     def __init__(self, image_size: int, batch_size: int, device: str, paths: list[str], count=None, index=0):
         """For files like `paths`, `count` of them if that is known; `index` is the GPU's.
 

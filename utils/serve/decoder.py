@@ -2,7 +2,6 @@
 
 import ctypes
 import dataclasses
-import functools
 import itertools
 import os
 import signal
@@ -106,18 +105,12 @@ def is_plain(path: str) -> bool:
         return False
 
 
-# ---- in the process that classifies
-
-
 class Pillow:
-    """Decodes in worker processes, which write into memory that they share with this one.
+    """Decodes in worker processes, which write into memory that they share with this one, or in threads.
 
-    `count` is the number of files that will come, None if it is not known.  There are no more workers than
-    the files need; few files are decoded by threads, since processes take a while to start.  `for_dali`: the
-    workers look at every file and decode only what DALI would not decode alike; `hold` batches are kept.
+    `count` is the number of files that will come, None if it is not known.  `for_dali`: workers look at every
+    file and decode only what DALI would not decode alike.  `hold` batches are kept.
     """
-
-    name = "pillow"
 
     def __init__(self, image_size: int, batch_size: int, count=None, for_dali=False, hold=IN_FLIGHT):
         self.image_size, self.batch_size, self.leave_plain = image_size, batch_size, for_dali
@@ -127,7 +120,6 @@ class Pillow:
         self.ahead = max(2, -(-2 * workers * self.chunk // batch_size))  # two chunks for every worker
         self.slots, self.unpin = self.ahead + hold + 1, None
         shape = self.slots * batch_size, image_size, image_size, 3
-        memory: typing.Any = None
         if threads:
             memory, self.broken_off = bytearray(int(np.prod(shape))), ctypes.c_bool()
             arguments = memory, image_size, self.broken_off
@@ -135,7 +127,7 @@ class Pillow:
         else:
             context = fresh_processes(__name__, large=())
             # Shared, or in a file where /dev/shm is small.
-            memory = context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
+            memory: typing.Any = context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
             self.broken_off = context.RawValue(ctypes.c_bool)
             arguments = memory, image_size, self.broken_off, context.Lock(), context.Barrier(workers)
             self.pool = ProcessPoolExecutor(workers, context, start_worker, arguments)
@@ -150,7 +142,7 @@ class Pillow:
 
             cuda, where = typing.cast(typing.Any, torch.cuda.cudart()), self.pixels.ctypes.data
             if int(cuda.cudaHostRegister(where, self.pixels.nbytes, 0)) == 0:  # else copies are slower
-                self.unpin = functools.partial(cuda.cudaHostUnregister, where)
+                self.unpin = lambda: cuda.cudaHostUnregister(where)
 
     def close(self) -> None:
         self.broken_off.value = True

@@ -95,11 +95,7 @@ def server(network: Network, pixels, rate: float, max_latency_ms: float, queries
 
 def batch_s(network: Network, pixels: torch.Tensor) -> float:
     """Seconds from pixels to logits on the host, one batch after another."""
-
-    def call():
-        network.finish(network.enqueue(pixels))
-
-    timed = timing.warm_up(call, lambda: None, 10, MIN_SECONDS, 30)
+    timed = timing.warm_up(lambda: network.finish(network.enqueue(pixels)), lambda: None, 10, MIN_SECONDS, 30)
     return timing.trimmed_mean(timed[len(timed) // 2 :]) / 1000
 
 

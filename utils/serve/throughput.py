@@ -44,10 +44,6 @@ class Asked:
     seconds: float
     photos: Path | None = None  # a folder that is read instead of the test set
 
-    @property
-    def checkpoint(self) -> Path:
-        return checkpoint_path(self.weights, self.image_size)
-
 
 def open_network(asked: Asked, under_load: bool = False) -> Network:
     """The backend, loaded for the table's batch sizes; under load it serves all of these and, if its engine
@@ -56,14 +52,15 @@ def open_network(asked: Asked, under_load: bool = False) -> Network:
     backend.data = asked.data  # to calibrate with
     if under_load and backend.any_batch:
         sizes |= {2**k for k in range(asked.batch_size.bit_length())}
-    backend.load(asked.checkpoint, asked.image_size, sorted(sizes), asked.device)
+    checkpoint = checkpoint_path(asked.weights, asked.image_size)
+    backend.load(checkpoint, asked.image_size, sorted(sizes), asked.device)
     serving = [size for size in sizes if size <= asked.batch_size] if under_load else [asked.batch_size]
     return Network(backend, serving, asked.image_size, asked.device)
 
 
 def read_test_set(asked: Asked) -> tuple:
     """The loader that testing reads with, and in its order every file and the index of its class."""
-    classes = model.load_facts(asked.checkpoint)["classes"]
+    classes = model.load_facts(checkpoint_path(asked.weights, asked.image_size))["classes"]
     loader = datasets.make_test_loader(asked.data, asked.image_size, asked.batch_size, classes)
     files, truth = zip(*loader.dataset.files, strict=True)
     return loader, list(map(str, files)), truth
@@ -96,7 +93,7 @@ def throughput(decoder, network, files: list[str], asked: Asked) -> dict:
     endless = itertools.cycle(files)
     first = next(decoder.batches(itertools.islice(endless, asked.batch_size)))
     resident = dataclasses.replace(first, pixels=torch.as_tensor(first.pixels).to(asked.device, copy=True))
-    on_gpu, full, half = asked.device == "cuda", decoder.slots, asked.seconds / 2
+    full, half = decoder.slots, asked.seconds / 2
     parts = [
         (lambda: copied(decoder.batches(endless), asked.device), full),
         (lambda: classified(network, (resident for _ in itertools.count())), 2),
@@ -107,11 +104,8 @@ def throughput(decoder, network, files: list[str], asked: Asked) -> dict:
     late = [rate(served(), warm_up, half) for served, warm_up in reversed(parts)]  # finds warmer memory
     decode, infer, both = ((a + b) / 2 for a, b in zip(early, reversed(late), strict=True))
     figures = {"images_per_s": both, "decode_images_per_s": decode, "infer_images_per_s": infer}
-    possible = min(decode, infer) if on_gpu else 1 / (1 / decode + 1 / infer)
-    limit = "decode" if decode < infer else "inference"
-    if on_gpu and limit == "decode" and rate(copied(itertools.repeat(first), "cuda"), 2, 0.2) < 2 * decode:
-        limit = "copy"
-    return {**figures, "overlap": both / possible, "limit": limit}
+    possible = min(decode, infer) if asked.device == "cuda" else 1 / (1 / decode + 1 / infer)
+    return {**figures, "overlap": both / possible, "limit": "decode" if decode < infer else "inference"}
 
 
 def compare(batches, network, loader, truth: tuple[int, ...]) -> dict:
@@ -121,11 +115,8 @@ def compare(batches, network, loader, truth: tuple[int, ...]) -> dict:
     logits = np.concatenate([found for _, found in classify(batches, network)])
     chosen, count = logits.argmax(1), len(truth)
     different = int((chosen != expected.argmax(1)).sum())
-    figures = {
-        "agreement": 1 - different / count,
-        "max_abs_diff": float(np.abs(logits - expected).max()),
-        "accuracy": float((chosen == truth).mean()),
-    }
+    figures = {"agreement": 1 - different / count, "accuracy": float((chosen == truth).mean())}
+    figures["max_abs_diff"] = float(np.abs(logits - expected).max())
     if different > max(1, (1 - accuracy.MIN_AGREEMENT) * count):
         reason = f"another class than the test set as training reads it on {different} of {count} images"
         figures |= {"status": "mismatch", "reason": reason}
@@ -144,9 +135,6 @@ def load_here(asked: Asked, max_latency_ms: float) -> list[dict]:
         return load.measure(where, network, pixels, max_latency_ms)
 
 
-# ---- how fast: endless iterators of the images that each step has finished
-
-
 def rate(served, warm_up: int, seconds: float) -> float:
     """Images/s of an endless generator of image counts, after `warm_up` batches and half a second."""
     with contextlib.closing(served):
@@ -163,9 +151,7 @@ def rate(served, warm_up: int, seconds: float) -> float:
 def copied(batches: Iterable[Batch], device: str) -> Iterator[int]:
     """Bring the pixels of every batch to the device, and wait."""
     for batch in batches:
-        torch.as_tensor(batch.pixels).to(device, non_blocking=True)
-        if device == "cuda":
-            torch.cuda.current_stream().synchronize()
+        torch.as_tensor(batch.pixels).to(device)
         yield len(batch.paths)
 
 

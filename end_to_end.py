@@ -38,8 +38,7 @@ COLUMNS += ["serial_images_per_s"]  # one step after another; of earlier version
 COLUMNS += ["overlap"]  # pipeline over its slower half; on a CPU over both sharing the cores
 COLUMNS += ["limit"]  # decode or inference
 COLUMNS += ["agreement", "max_abs_diff"]  # with the test set as training reads it, on the same backend
-COLUMNS += ["accuracy", "status", "reason"]
-COLUMNS += ["images"]  # "test set", or "photos": the folder of --images
+COLUMNS += ["accuracy", "status", "reason", "images"]  # "test set", or "photos": the folder of --images
 COLUMNS += ["files", "start_s", "whole_s"]  # by one command: how many, until the first batch, in all
 
 

@@ -1,4 +1,4 @@
-"""Which images are classified, by which checkpoint, backend, batch size and decoder.  Needs no PyTorch."""
+"""Which images are classified, by which checkpoint, backend and batch size.  Needs no PyTorch."""
 
 import contextlib
 import csv
@@ -14,7 +14,6 @@ from utils.images import files_below, fingerprint, is_image, unread_pictures
 from utils.utils import UserError, checkpoint_path, read_dict
 
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
-DALI_PAYS = 4_000  # images from which DALI makes good the seconds that it takes to start (16 cores, H200)
 
 
 def find_images(source: Path) -> tuple[list[str], dict[str, str]]:
@@ -129,8 +128,7 @@ def measured_here(results: Path, device: str, image_size: int) -> list[dict]:
 def choose_backends(name: str | None, rows: list[dict], count: int, device: str) -> list[Choice]:
     """By the table what is done first with `count` images, then the next ones; PyTorch where it has none.
 
-    Of a backend the batch size is the one that classifies them fastest; loading and the first call come on
-    top.  `name` is the backend that the user wants, or None.
+    `name` is the backend that the user wants, or None.  Loading it and its first call count, too.
     """
 
     def inference_s(row: dict) -> float:

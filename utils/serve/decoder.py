@@ -44,9 +44,7 @@ class Batch:
     slot: int = 0  # of the Pillow decoder's memory
 
 
-# ---- in the workers
-
-here = threading.local()  # of a worker: `pixels` to write to, `broken_off`
+here = threading.local()  # in a worker: `pixels` to write to, `broken_off`
 
 
 def start_worker(memory, image_size: int, broken_off, alone=None, everybody=None) -> None:

@@ -15,8 +15,7 @@ from pathlib import Path
 from utils.utils import WINDOWS, UserError, check_folder, file_lock, named, write_whole
 
 # File names may have any bytes on Linux, and halves of surrogates on Windows.
-ERRORS = "surrogatepass" if WINDOWS else "surrogateescape"
-TEXT: dict = {"encoding": "utf-8", "errors": ERRORS, "newline": ""}
+TEXT: dict = dict(encoding="utf-8", newline="", errors="surrogatepass" if WINDOWS else "surrogateescape")
 COLUMNS = ["path", "class", "probability"]  # then, if asked for, a probability for each class
 BOM = "\ufeff"  # by which Excel knows UTF-8
 SHARE = re.compile(r"[01]\.\d{6}")

@@ -103,9 +103,9 @@ def throughput(decoder, network, files: list[str], asked: Asked) -> dict:
     early = [rate(served(), warm_up, half) for served, warm_up in parts]
     late = [rate(served(), warm_up, half) for served, warm_up in reversed(parts)]  # finds warmer memory
     decode, infer, both = ((a + b) / 2 for a, b in zip(early, reversed(late), strict=True))
-    figures = {"images_per_s": both, "decode_images_per_s": decode, "infer_images_per_s": infer}
     possible = min(decode, infer) if asked.device == "cuda" else 1 / (1 / decode + 1 / infer)
-    return {**figures, "overlap": both / possible, "limit": "decode" if decode < infer else "inference"}
+    figures = {"images_per_s": both, "decode_images_per_s": decode, "infer_images_per_s": infer}
+    return figures | {"overlap": both / possible, "limit": "decode" if decode < infer else "inference"}
 
 
 def compare(batches, network, loader, truth: tuple[int, ...]) -> dict:

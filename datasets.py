@@ -10,17 +10,12 @@ Writes only to draw the sample into a folder without images; data/SAMPLE.txt the
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 
 import argparse
-import contextlib
-import functools
+import collections
 import itertools
 import math
 import random
-import shutil
-import signal
-import sys
-import typing
-import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,29 +25,22 @@ from utils import images
 from utils.images import MEAN, SPLITS, STD, all_images, content_hashes, fingerprint, is_sample, list_images
 from utils.images import load_rgb as load_rgb
 from utils.sample_images import LAYOUT, draw_sample, has_data
-from utils.utils import UserError, run_main, uninterrupted
+from utils.utils import UserError, run_main
 
 DEFAULT = Path("data")
 
 
 def check_folders(data: Path) -> None:
     """Raise UserError unless every class has images and every test class was trained; decodes nothing."""
-    listed, again = list_images(data), "then: python datasets.py"
-    lost = [str(path) for split in SPLITS for path in images.visible(data / split) if not path.exists()]
-    if lost:
-        raise UserError(f"{', '.join(lost)} is a link that leads nowhere; mend or remove it, {again}")
+    listed = list_images(data)
     for split, classes in listed.items():
         if not classes:
-            hidden = ", ".join(path.name for path in images.visible(data / split) if path.is_dir())
-            cause = f"holds hidden folders only ({hidden})" if hidden else "holds no class folders"
-            raise UserError(f"{data / split} {cause}; {LAYOUT.format(data=data)}")
-        if empty := [data / split / name for name, paths in classes.items() if not paths]:
-            unread = images.unread_pictures(itertools.chain(*map(images.visible_files, empty)))
-            cause = f" but {len(unread)} in formats that are not read, as {unread[0]}" if unread else ""
-            mend = f"put some there, as JPEG for instance, or remove the folder, {again}"
-            raise UserError(f"no images in {', '.join(map(str, empty))}{cause}; {mend}")
+            raise UserError(f"{data / split} holds no class folders; {LAYOUT.format(data=data)}")
+        if empty := [str(data / split / name) for name, paths in classes.items() if not paths]:
+            mend = "put some there, as JPEG for instance, or remove the folder, then: python datasets.py"
+            raise UserError(f"no images in {', '.join(empty)}; {mend}")
     if unknown := [str(data / "test" / name) for name in listed["test"] if name not in listed["train"]]:
-        mend = f"add {data / 'train'}/<the same name>/ or remove it, {again}"
+        mend = f"add {data / 'train'}/<the same name>/ or remove it, then: python datasets.py"
         raise UserError(f"{', '.join(unknown)} has no counterpart to learn from; {mend}")
     if len(listed["train"]) < 2:
         cause = "holds one class only, and a network learns to tell classes apart"
@@ -74,30 +62,17 @@ def check_images(data: Path) -> dict[Path, tuple[int, int]]:
     if broken:
         count = f"{len(broken)} of {len(paths)} images can't be read"
         raise UserError("\n  ".join([f"{count}; replace or delete them, then: python datasets.py", *broken]))
-    if unread := images.unread_pictures(files_of(data)):
-        cause = "are in formats that are not read; convert them, to JPEG for instance, to use them"
-        print(f"note: {len(unread)} pictures {cause}: {', '.join(unread[:5])}", file=sys.stderr)
     return found
-
-
-def files_of(data: Path) -> list[Path]:
-    return [path for split in SPLITS for path in images.visible_files(data / split)]
 
 
 def ensure_data(data: Path, seed: int = 0) -> None:
     """Check the folders; draw the sample if the default one holds nothing at all.  Raises UserError."""
     if not has_data(data):
-        if data != DEFAULT and not (data / "sample.part").is_dir():
-            what = "holds no images" if data.exists() else "does not exist"
+        if data != DEFAULT:
             draw = f"or draw the sample there: python datasets.py --draw-sample --data {data}"
-            raise UserError(f"{data} {what}; {LAYOUT.format(data=data)}, {draw}")
+            raise UserError(f"{data} holds no images; {LAYOUT.format(data=data)}, {draw}")
         draw_sample(data, seed)
     check_folders(data)
-
-
-def class_names(data: Path) -> list[str]:
-    """The classes in the order of a network's outputs."""
-    return sorted(list_images(data)["train"])
 
 
 def describe(data: Path) -> dict:
@@ -113,8 +88,7 @@ def describe(data: Path) -> dict:
 def to_normalised(picture: Image.Image, image_size: int, rng: random.Random | None = None):
     """RGB image -> float32 (3, S, S), normalised; squeezed into the square: nothing is cut off.
 
-    With a generator it is a random part of the picture, mirrored or not: mild, since on a CPU the readers
-    take their time from the training itself.
+    With a generator it is a random part of the picture, mirrored or not.
     """
     import torch
 
@@ -128,141 +102,73 @@ def to_normalised(picture: Image.Image, image_size: int, rng: random.Random | No
     square = picture.resize((image_size, image_size), Image.Resampling.BILINEAR, box)
     if rng and rng.random() < 0.5:
         square = ImageOps.mirror(square)
-    mean, std = (torch.tensor([[[255 * value]] for value in values]) for values in (MEAN, STD))
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float().sub_(mean).div_(std)
+    mean, std = (np.array([255 * value for value in values], np.float32) for values in (MEAN, STD))
+    return torch.from_numpy((np.asarray(square, dtype=np.float32) - mean) / std).permute(2, 0, 1)
 
 
-class Pictures:
-    """One split as (float32 (3, S, S), label), the label by the class's place in `classes`.
+class Loader:
+    """One split in batches, read ahead by threads: float32 (N, 3, S, S) normalised, int64 (N,) labels.
 
-    With a seed, chance is decided by it and the number asked for: epoch * len + index.  So a training that
-    was interrupted sees the same pictures as one that was not, with any number of workers.
+    A label is the class's place in `classes`.  With a seed, order and pictures are varied at random, by that
+    and by `epoch` alone, which the caller sets: a training that was interrupted sees the same as one that was
+    not.  `part` is (rank, how many processes): each gets its own images, with a seed as many as the others,
+    without one every image exactly once.  Raises UserError.
     """
 
-    def __init__(self, data: Path, split: str, classes: list[str], image_size: int, seed: int | None = None):
+    def __init__(
+        self,
+        data: Path,
+        split: str,
+        classes,
+        image_size: int,
+        batch_size: int,
+        threads=4,
+        seed=None,
+        part=(0, 1),
+    ):
+        check_folders(data)
         listed = list_images(data)[split]
         if unknown := sorted(set(listed) - set(classes)):
             mend = f"remove it, or train on it: python train.py --force --data {data}"
             raise UserError(f"{data / split / unknown[0]} is a class that the network never saw; {mend}")
-        self.image_size, self.seed = image_size, seed
         self.files = [(path, classes.index(name)) for name, paths in listed.items() for path in paths]
+        self.image_size, self.batch_size, self.threads = image_size, batch_size, threads
+        self.seed, self.epoch, (self.rank, self.world_size) = seed, 0, part
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, number: int) -> tuple:
+    def read(self, number: int) -> tuple:
+        """The picture of that number, which tells the epoch, too: epoch * images + index."""
         path, label = self.files[number % len(self.files)]
         rng = None if self.seed is None else random.Random(f"{self.seed}/{number}")
         return to_normalised(images.load_known(path), self.image_size, rng), label
 
-
-class EpochSampler:
-    """One process's part of the images in random order, as numbers that tell the epoch, too: see Pictures."""
-
-    def __init__(self, count: int, world_size: int, rank: int, seed: int):
-        self.count, self.world_size, self.rank, self.seed, self.epoch = count, world_size, rank, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def batches(self) -> list[list[int]]:
+        """The numbers of this epoch's pictures."""
+        count, size = len(self.files), self.batch_size
+        numbers = np.arange(count)[self.rank :: self.world_size]
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(count)
+            shared = np.resize(order, -(-count // self.world_size) * self.world_size)  # as many for each
+            numbers = self.epoch * count + shared[self.rank :: self.world_size]
+        found = [numbers[at : at + size].tolist() for at in range(0, len(numbers), size)]
+        # Batch norm needs two images: a last one alone is left out, another one in every epoch.
+        return found[:-1] if self.seed is not None and len(found) > 1 and len(found[-1]) == 1 else found
 
     def __len__(self) -> int:
-        return -(-self.count // self.world_size)
+        return len(self.batches())
 
-    def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
-        shared = np.resize(order, len(self) * self.world_size)  # repeats some, so that all get as many
-        return iter((self.epoch * self.count + shared[self.rank :: self.world_size]).tolist())
+    def __iter__(self) -> Iterator[tuple]:
+        import torch
 
-
-def make_loaders(
-    data: Path, image_size: int, batch_size: int, num_workers=4, seed=0, rank=0, world_size=1, **options
-) -> tuple:
-    """(train loader, test loader, classes): float32 (N, 3, S, S) normalised and int64 (N,).
-
-    `batch_size` is that of one process.  Call train_loader.sampler.set_epoch(epoch) before each epoch.  Of
-    `world_size` processes each gets its own part: of the training images as many as the others, of the test
-    images every one exactly once.
-    """
-    check_folders(data)
-    classes = class_names(data)
-    train = Pictures(data, "train", classes, image_size, seed)
-    test = Pictures(data, "test", classes, image_size)
-    sampler = EpochSampler(len(train), world_size, rank, seed)
-    # A last batch of one image has no variance for batch norm: it is left out, another one in every epoch.
-    drop_last = len(sampler) > batch_size and len(sampler) % batch_size == 1
-    workers = affordable_workers(num_workers, world_size, batch_size, image_size)
-    common = batch_size, workers, seed
-    train_loader = loader(train, *common, sampler=sampler, drop_last=drop_last, **options)
-    test_loader = loader(test, *common, sampler=range(rank, len(test), world_size), **options)
-    return train_loader, test_loader, classes
-
-
-def make_test_loader(data: Path, image_size: int, batch_size: int, classes: list[str], num_workers=0):
-    """The test set in a fixed order: float32 (N, 3, S, S) normalised, int64 (N,) indices in `classes`.
-
-    Raises UserError.
-    """
-    check_folders(data)
-    test = Pictures(data, "test", classes, image_size)
-    return loader(test, batch_size, affordable_workers(num_workers, 1, batch_size, image_size), seed=0)
-
-
-@functools.lru_cache  # says it once
-def affordable_workers(wanted: int, processes: int, batch_size: int, image_size: int) -> int:
-    """How many worker processes can leave their batches in /dev/shm, each three; 0: this process reads."""
-    shared = Path("/dev/shm")
-    if not wanted or not shared.is_dir():  # not Linux
-        return wanted
-    free_mb, batch_mb = shutil.disk_usage(shared).free / 1e6, batch_size * 3 * image_size**2 * 4 / 1e6
-    fit = min(wanted, int(free_mb / (3 * batch_mb * processes)))
-    if fit < wanted:
-        cause = f"/dev/shm has {free_mb:.0f} MB free, so {fit} instead of {wanted} processes read images"
-        print(f"note: {cause}; docker run --shm-size=2g gives a container more", file=sys.stderr)
-    return fit
-
-
-def loader(dataset, batch_size: int, num_workers: int, seed: int, **options) -> typing.Any:
-    """torch's DataLoader; Ctrl-C waits while its workers start: they and half an iterator would complain."""
-    import torch
-
-    class Loader(torch.utils.data.DataLoader):
-        def __iter__(self):
-            with uninterrupted():
-                return super().__iter__()
-
-    # Workers beyond the cores only wait here; the warning would meet every user of a small machine.
-    warnings.filterwarnings("ignore", message="This DataLoader will create")
-    options["generator"] = torch.Generator().manual_seed(seed)
-    options["persistent_workers"] = num_workers > 0  # starting them anew costs seconds on Windows and macOS
-    return Loader(dataset, batch_size, num_workers=num_workers, worker_init_fn=be_quiet, **options)
-
-
-def be_quiet(worker: int) -> None:
-    """In a worker: Ctrl-C is for the main process to hear; that that one has gone nobody need be told."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    shown = sys.excepthook
-
-    def show(kind, error, trace) -> None:
-        if not isinstance(error, ConnectionError | EOFError):
-            shown(kind, error, trace)
-
-    sys.excepthook = show
-
-
-@contextlib.contextmanager
-def readable_errors() -> Iterator[None]:
-    """Around the use of a loader: what went wrong in a worker process becomes one sentence, a UserError."""
-    try:
-        yield
-    except UserError as error:  # torch wraps it into the worker's traceback
-        raise UserError(str(error).rstrip().splitlines()[-1].rpartition("UserError: ")[2]) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        mend = "perhaps for want of memory; use fewer, --workers 1, then run the same command again"
-        if "shared memory" in str(error) or "Bus error" in str(error):
-            mend = "since /dev/shm is full; use --workers 0, or docker run --shm-size=2g"
-        raise UserError(f"a process that reads images was killed, {mend}") from error
+        pool = ThreadPoolExecutor(max(1, self.threads))
+        reads = ([pool.submit(self.read, number) for number in batch] for batch in self.batches())
+        waiting = collections.deque(itertools.islice(reads, 2))  # batches that are read ahead
+        try:
+            while waiting:
+                pictures, labels = zip(*(read.result() for read in waiting.popleft()), strict=True)
+                waiting.extend(itertools.islice(reads, 1))
+                yield torch.stack(pictures), torch.tensor(labels)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # ---- the report
@@ -282,9 +188,9 @@ def print_overview(data: Path) -> None:
     print(f"{'all':<24}{train:>7}{test:>7}   fingerprint {fingerprint(data)}{marked}")
     for name in sorted(listed["train"].keys() - listed["test"].keys()):
         print(f"note: {data / 'test' / name} has no images: the accuracy says nothing about this class")
-    if other := sorted(set(files_of(data)) - set(sizes)):
-        cause = "since they are no images in a class folder"
-        print(f"note: {len(other)} files aren't used, {cause}: {', '.join(map(str, other[:5]))}")
+    files = itertools.chain(*(images.visible_files(data / split) for split in SPLITS))
+    for path in sorted(set(files) - set(sizes)):
+        print(f"note: {path} is not used, since it is no image in a class folder")
     first = {}
     for path, digest in zip(sizes, content_hashes(list(sizes)), strict=True):
         if first.setdefault(digest, path) != path:
@@ -302,11 +208,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.draw_sample:
         draw_sample(args.data, args.seed)
-    elif not has_data(args.data):
-        there = sorted(path.name for path in images.visible(args.data))
-        holds = f", which holds {', '.join(there)}" if there else ""
-        draw = "or draw the sample: python datasets.py --draw-sample"
-        raise UserError(f"no images in {args.data}{holds}; {LAYOUT.format(data=args.data)}, {draw}")
     print_overview(args.data)
 
 

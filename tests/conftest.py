@@ -242,13 +242,13 @@ def broken(tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name for name in [*contents, "folder.jpg"]}
 
 
-def load_test_images(data: Path, image_size: int, classes: list[str], num_workers: int = 0) -> tuple:
+def load_test_images(data: Path, image_size: int, classes: list[str], threads: int = 1) -> tuple:
     """The whole test set: images float32 (N, 3, S, S) and labels (N,)."""
     import torch
 
     import datasets
 
-    batches = list(datasets.make_test_loader(data, image_size, 16, classes, num_workers))
+    batches = list(datasets.Loader(data, "test", classes, image_size, 16, threads))
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 

@@ -1,12 +1,9 @@
 """Image folders and files: what is there, its fingerprint, its pictures as RGB."""
 
 import contextlib
-import errno
 import functools
 import hashlib
-import importlib.util
 import os
-import re
 import threading
 import unicodedata
 from collections.abc import Iterable
@@ -17,18 +14,13 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
-from utils.utils import UserError, sentence, sha256
+from utils.utils import UserError, sha256
 
 SPLITS = ["train", "test"]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, for RGB in 0..1
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows but can't decode everywhere
 HEIF = {".heic", ".heics", ".heif", ".heifs", ".hif"}  # an iPhone's photos, read by pillow-heif
-# Pictures that nothing here reads: cameras' raw files, newer and vector formats.
-UNREAD = re.compile(
-    r"\.(3fr|arw|cr2|cr3|crw|dcr|dng|erf|fff|iiq|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf|raw|rw2|rwl|sr2|srf|srw"
-    r"|x3f|jxl|jxr|bpg|exr|svgz?|wmf|emf|xcf)"
-)
-LITTER = {".ipynb_checkpoints", ".git", ".cache"}  # hidden folders that are no classes of the user's
+UNREAD = {".arw", ".cr2", ".cr3", ".dng", ".jxl", ".nef", ".orf", ".raf", ".rw2", ".svg"}  # pictures, too
 HUGE = 25_000_000  # pixels beyond which threads decode one picture at a time, to bound their memory
 # Bytes; Pillow's 1 MB refuses long profiles.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
@@ -47,63 +39,35 @@ def nfc(text: str) -> str:
 @functools.lru_cache
 def image_suffixes() -> set[str]:
     formats = Image.registered_extensions().items()
-    heif = HEIF if importlib.util.find_spec("pillow_heif") else set()
-    return {suffix for suffix, name in formats if name in Image.OPEN and name not in STUBS} | heif
+    return {suffix for suffix, name in formats if name in Image.OPEN and name not in STUBS} | HEIF
 
 
 def is_image(path: str | Path) -> bool:
-    """By the name, or where it has no suffix by the content; hidden files (._x.jpg) and pipes are none.
-
-    A link that leads nowhere is one: reading it fails, and that is to be said.
-    """
+    """By its name; hidden files (._x.jpg) and pipes are none; a link to nothing is one that can't be read."""
     name = os.path.basename(path)
-    suffix = os.path.splitext(name)[1].lower()
-    if name.startswith(".") or (suffix and suffix not in image_suffixes()):
+    if name.startswith(".") or os.path.splitext(name)[1].lower() not in image_suffixes():
         return False
-    if suffix or not os.path.isfile(path):
-        return os.path.isfile(path) or not os.path.exists(path)
-    with contextlib.suppress(Exception), open_image(path) as image:  # plugins raise also struct.error
-        return image.format not in STUBS
-    return False
+    return os.path.isfile(path) or not os.path.exists(path)
 
 
 def unread_pictures(paths: Iterable[str | Path]) -> list[str]:
     """Those that by their names are pictures of a format that is not read here."""
-    heif = HEIF - image_suffixes()
-    known = [(str(path), os.path.splitext(path)[1].lower()) for path in paths]
-    return [path for path, suffix in known if UNREAD.fullmatch(suffix) or suffix in heif]
+    return [str(path) for path in paths if os.path.splitext(path)[1].lower() in UNREAD]
 
 
 # ---- folders
-
-
-def visible(folder: Path) -> list[Path]:
-    """What a folder holds but hidden files; [] where it is missing.  UserError if it can't be listed."""
-
-    def counts(path: Path) -> bool:
-        return not path.name.startswith(".") or (path.is_dir() and path.name not in LITTER)
-
-    try:
-        return sorted(filter(counts, folder.iterdir()), key=str)  # paths of Windows fold case: ё after п
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        a_file = NotADirectoryError(errno.ENOTDIR, "", str(folder))  # for which Windows has several codes
-        raise UserError(sentence(a_file if folder.is_file() else error)) from error
 
 
 def files_below(folder: Path, denied: list[str] | None = None) -> list[str]:
     """All in it and its subfolders but folders and what lies in hidden ones (.ipynb_checkpoints/).
 
     Links are followed once, and never to a folder around it.  Folders that can't be listed are added to
-    `denied`; where that is not given, the first one is a UserError.
+    `denied`; where that is not given, the first one is an OSError.
     """
 
     def refuse(error: OSError) -> None:
-        if isinstance(error, FileNotFoundError):  # it has gone meanwhile
-            return
         if denied is None:
-            raise UserError(sentence(error)) from error
+            raise error
         denied.append(os.fsdecode(error.filename))
 
     found, seen = [], set(map(str, folder.resolve().parents))
@@ -118,17 +82,19 @@ def files_below(folder: Path, denied: list[str] | None = None) -> list[str]:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    return [path for path in map(Path, files_below(folder)) if not path.name.startswith(".")]
+    """All files in it and its subfolders but hidden ones; [] where it is no folder."""
+    found = map(Path, files_below(folder) if folder.is_dir() else [])
+    return [path for path in found if not path.name.startswith(".")]
 
 
 def list_images(data: Path) -> dict[str, dict[str, list[Path]]]:
     """split -> class (NFC) -> files; folders whose names differ only in their normal form are one class."""
     listed = {split: {} for split in SPLITS}
     for split, classes in listed.items():
-        for folder in visible(data / split):
+        folders = (data / split).iterdir() if (data / split).is_dir() else ()
+        for folder in sorted(folders, key=str):  # paths of Windows fold case: ё after п
             if folder.is_dir() and not folder.name.startswith("."):
-                found = map(Path, filter(is_image, files_below(folder)))
-                classes.setdefault(nfc(folder.name), []).extend(found)
+                classes.setdefault(nfc(folder.name), []).extend(filter(is_image, visible_files(folder)))
     return listed
 
 
@@ -149,14 +115,7 @@ def in_threads(function, items: list, label: str | None = None) -> list:
 
 
 def content_hashes(paths: list[Path]) -> list[str]:
-    def content_hash(path: Path) -> str:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):  # as many large files as threads need not be in memory whole
-                digest.update(piece)
-        return digest.hexdigest()
-
-    return in_threads(content_hash, paths)
+    return in_threads(lambda path: hashlib.sha256(path.read_bytes()).hexdigest(), paths)
 
 
 def fingerprint(data: Path) -> str:
@@ -168,11 +127,15 @@ def fingerprint(data: Path) -> str:
 
 def is_sample(data: Path) -> bool:
     """Whether any of the images is a drawn one: a mixture of drawn and own images is sample data too."""
+    drawn = drawn_hashes(data)
+    return bool(drawn) and not drawn.isdisjoint(content_hashes(all_images(data)))
+
+
+def drawn_hashes(data: Path) -> set[str]:
+    """The hashes of the files' contents that datasets.py has drawn here, by SAMPLE.txt."""
     marker = data / "SAMPLE.txt"
-    if not marker.is_file():
-        return False
-    drawn = {line.split(" ", 1)[0] for line in marker.read_text("utf-8", "replace").splitlines()}
-    return not drawn.isdisjoint(content_hashes(all_images(data)))
+    lines = marker.read_text("utf-8", "replace").splitlines() if marker.is_file() else []
+    return {line.partition(" ")[0] for line in lines}
 
 
 # ---- files -> pictures
@@ -214,15 +177,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_8_bits(image: Image.Image) -> np.ndarray:
-    """Grey of 16 or 32 bits or float as uint8 (H, W).  NaN is black, infinite white, transparent white."""
+    """Grey of 16 or 32 bits or float as uint8 (H, W).  NaN is black, infinite white."""
     values = np.asarray(image, dtype=np.float32)
     highest = values.max(where=np.isfinite(values), initial=0)
     scales = [full for full in (1, 255, 65535) if image.mode == "F" and highest <= full]
     grey = values / (scales or [max(65535, highest)])[0] * 255
-    grey = np.nan_to_num(grey, nan=0, posinf=255, neginf=0).clip(0, 255).round()
-    if isinstance(clear := image.info.get("transparency"), int):  # PNG: the grey level that is transparent
-        grey[values == clear] = 255
-    return grey.astype(np.uint8)
+    return np.nan_to_num(grey, nan=0, posinf=255, neginf=0).clip(0, 255).round().astype(np.uint8)
 
 
 def image_or_problem(path: Path) -> Image.Image | str:

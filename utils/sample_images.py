@@ -5,7 +5,6 @@ Colours, light and pose vary: only shapes give a class away.
 
 import colorsys
 import functools
-import itertools
 import math
 import random
 import shutil
@@ -15,11 +14,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from utils import images
-from utils.images import SPLITS, is_sample, visible, visible_files
-from utils.utils import UserError, check_folder, file_lock, write_atomic
+from utils.images import SPLITS, is_sample, visible_files
+from utils.utils import UserError, write_atomic
 
 COUNTS = {"train": 18, "test": 25}  # per class; 5 epochs at 224 to 512 px: 12 minutes on 2 slow cores
-OURS = {"train", "test", "sample.part", "SAMPLE.txt", "README.md"}  # in data/ these are not the user's
 LAYOUT = "put images into {data}/train/<class>/ and {data}/test/<class>/, or name another folder with --data"
 
 # Name, hue, saturation and value in 0..1.
@@ -188,55 +186,41 @@ def hsv(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
 
 
 def has_data(data: Path) -> bool:
-    """Whether the user has begun to put anything there: any file, or a folder of a class not the sample's.
-
-    What an interrupted drawing has already moved into place is not the user's.
-    """
-    marker, drawn = data / "SAMPLE.txt", set()
-    if marker.is_file() and (data / "sample.part").is_dir():
-        drawn = {line.partition(" ")[2] for line in marker.read_text("utf-8", "replace").splitlines()}
-    for folder in itertools.chain(*(visible(data / split) for split in SPLITS)):
-        if images.nfc(folder.name) not in HEROES or not folder.is_dir():
-            return True
-        if any(images.relative_name(data, path) not in drawn for path in visible_files(folder)):
-            return True
-    return False
+    """Whether any file there is the user's, or of a whole sample: an interrupted drawing leaves no data."""
+    part = data / "sample.part"
+    found = [path for path in visible_files(data) if part not in path.parents and path.name != "SAMPLE.txt"]
+    if not part.is_dir():
+        return bool(found)
+    return not images.drawn_hashes(data).issuperset(images.content_hashes(found))
 
 
 def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = COUNTS) -> None:
     """Draw the sample heroes into `data`, the same ones for the same seed; nothing where they are already.
 
-    They are drawn in data/sample.part, then the marker SAMPLE.txt is written, then they are moved into place:
-    an interruption before the marker leaves no data set, one after it is made good by the next call.
+    They are drawn in data/sample.part and then moved into place; until that is gone, they are drawn anew.
     Raises UserError rather than touch a user's images.
     """
-    part, marker, own = data / "sample.part", data / "SAMPLE.txt", LAYOUT.format(data=data)
-    for folder in (data, *(data / split for split in SPLITS)):  # what can't be drawn is not begun
-        check_folder(folder, room_mb=50)
-    with file_lock(data / ".draw.lock", "drawing the sample", patience=300):
-        if is_sample(data) and not part.is_dir():
+    part = data / "sample.part"
+    if has_data(data):
+        if is_sample(data):
             return
-        if has_data(data):
-            mend = "draw the sample elsewhere: python datasets.py --draw-sample --data sample"
-            raise UserError(f"{data} already holds images, which are not mixed with drawn ones; {mend}")
-        if others := [path.name for path in visible(data) if path.name not in OURS]:
-            raise UserError(f"{data} holds {', '.join(others[:5])}, but no images in train/ and test/; {own}")
-        if not (marker.is_file() and part.is_dir()):
-            print(f"no images in {data}: drawing the sample heroes (your own: {own})", flush=True)
-            shutil.rmtree(part, ignore_errors=True)
-            marker.unlink(missing_ok=True)  # of a sample that was deleted since
-            kinds = itertools.product(SPLITS, HEROES)
-            wanted = [(split, name, index) for split, name in kinds for index in range(counts[split])]
-            files = images.in_threads(functools.partial(draw_file, part, seed), wanted, "drawing")
-            named = zip(images.content_hashes(files), files, strict=True)
-            lines = [f"{digest} {images.relative_name(part, path)}\n" for digest, path in named]
-            head = f"Drawn by datasets.py (seed {seed}). What is made with these is marked as sample data."
-            write_atomic(marker, f"{head}\n\n{''.join(lines)}")
-        for path in visible_files(part):
-            target = data / path.relative_to(part)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, target)  # train/ may be a mount or a link to another disk
-        shutil.rmtree(part)
+        mend = "draw the sample elsewhere: python datasets.py --draw-sample --data sample"
+        raise UserError(f"{data} already holds images, which are not mixed with drawn ones; {mend}")
+    print(
+        f"no images in {data}: drawing the sample heroes (your own: {LAYOUT.format(data=data)})", flush=True
+    )
+    shutil.rmtree(part, ignore_errors=True)
+    wanted = [(split, name, index) for split in SPLITS for name in HEROES for index in range(counts[split])]
+    files = images.in_threads(functools.partial(draw_file, part, seed), wanted, "drawing")
+    named = zip(images.content_hashes(files), files, strict=True)
+    lines = [f"{digest} {images.relative_name(part, path)}\n" for digest, path in named]
+    head = f"Drawn by datasets.py (seed {seed}). What is made with these is marked as sample data."
+    write_atomic(data / "SAMPLE.txt", f"{head}\n\n{''.join(lines)}")
+    for path in files:
+        target = data / path.relative_to(part)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, target)  # train/ may be a mount or a link to another disk
+    shutil.rmtree(part)
 
 
 def draw_file(folder: Path, seed: int, what: tuple[str, str, int]) -> Path:

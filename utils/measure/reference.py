@@ -1,9 +1,7 @@
 """PyTorch FP32's logits on the test set, kept in weights/, and the pass over it that compares a backend's."""
 
 import math
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -13,33 +11,22 @@ from utils.measure.schema import BASELINE, Job
 from utils.utils import UserError, sha256
 
 CPU_BATCH = 16  # of the accuracy pass on a CPU, where no shapes are fixed and memory is no concern
-SHARED_MEMORY = Path("/dev/shm")  # through which processes that read images hand over batches, on Linux
 
 
-def test_loader(job: Job, workers: int = 0):
+def test_loader(job: Job):
     import datasets
     import model
 
     classes = model.load_facts(job.checkpoint)["classes"]
-    return datasets.make_test_loader(job.data, job.image_size, job.batch_sizes[-1], classes, workers)
+    return datasets.Loader(job.data, "test", classes, job.image_size, job.batch_sizes[-1])
 
 
-def reading_processes(images: int, batch_size: int, image_size: int) -> int:
-    """How many processes read so many test images: 250 each make one worth starting.
-
-    A process that finds /dev/shm full is killed, and docker's has 64 MB: each has two batches there ready.
-    """
-    batch = min(batch_size, images) * 3 * image_size**2 * 4  # bytes
-    room = shutil.disk_usage(SHARED_MEMORY).free // (3 * batch) if SHARED_MEMORY.is_dir() else 4
-    return min(4, images // 250, room)
-
-
-def logits_on_test_set(job: Job, call: Callable, workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def logits_on_test_set(job: Job, call: Callable) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, classes) by `call` and the labels (N,) of the whole test set."""
     # On a GPU in the smallest batches: its memory grows from there.
     size = job.batch_sizes[0] if job.device == "cuda" else CPU_BATCH
     logits, labels = [], []
-    for images, targets in test_loader(job, workers):
+    for images, targets in test_loader(job):
         logits.append(classify(call, images, size, job.device))
         labels.append(targets.numpy())
     return np.concatenate(logits), np.concatenate(labels)
@@ -55,8 +42,7 @@ def whole_test_set(job: Job, call: Callable, precision: str) -> tuple[dict | Non
     if job.round == 0:
         logits = expected
         if job.backend != BASELINE:
-            workers = reading_processes(len(labels), largest, job.image_size)
-            logits, _ = logits_on_test_set(job, call, workers)
+            logits, _ = logits_on_test_set(job, call)
         found = {
             "images": len(labels),
             "different": int((logits.argmax(1) != expected.argmax(1)).sum()),

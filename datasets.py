@@ -23,7 +23,6 @@ from PIL import Image, ImageOps
 
 from utils import images
 from utils.images import MEAN, SPLITS, STD, all_images, content_hashes, fingerprint, is_sample, list_images
-from utils.images import load_rgb as load_rgb
 from utils.sample_images import LAYOUT, draw_sample, has_data
 from utils.utils import UserError, run_main
 

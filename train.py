@@ -19,8 +19,8 @@ from pathlib import Path
 
 import datasets
 from utils import devices
-from utils.devices import print_rank0, rank
-from utils.environment import is_out_of_memory
+from utils.devices import RANK, print_rank0
+from utils.environment import is_out_of_memory, torch_is_at_least
 from utils.utils import (
     IMAGE_SIZES,
     UserError,
@@ -56,13 +56,12 @@ class Training:
         import torch
 
         import model
-        from utils.environment import torch_is_at_least
 
         self.facts, self.settings, self.device = facts, facts["settings"], device
         self.precision = devices.choose_precision(device)
         torch.manual_seed(self.settings["seed"])
-        network = model.build(len(facts["classes"]), self.settings["pretrained"])
-        self.network = network.to(device, memory_format=torch.channels_last)
+        options: dict = {"memory_format": torch.channels_last}
+        self.network = model.build(len(facts["classes"]), self.settings["pretrained"]).to(device, **options)
         for module in self.network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = MOMENTUM
@@ -85,7 +84,6 @@ class Training:
     def train_one_epoch(self, network, batches, epoch: int) -> dict[str, float]:
         """One pass over the training images; loss, accuracy and speed are of all processes together."""
         import torch
-        from torch.nn.functional import cross_entropy
 
         network.train()
         start, device = time.perf_counter(), self.device
@@ -99,7 +97,7 @@ class Training:
                 group["lr"] = learning_rate_at(progress, self.settings["learning_rate"])
             with mixed:
                 logits = network(images)  # (N, classes)
-                loss = cross_entropy(logits, labels)
+                loss = torch.nn.functional.cross_entropy(logits, labels)
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
@@ -113,16 +111,10 @@ class Training:
         row = {"train_loss": loss_sum / count, "train_accuracy": correct / count}
         return row | {"seconds": seconds, "images_per_s": count / seconds}
 
-    def save(self, path: Path, **more) -> None:
-        import model
-
-        model.save(path, self.network, **self.facts, **more, history=self.history)
-
 
 def evaluate(network, batches, device) -> dict[str, float]:
     """Loss and accuracy on the whole test set in FP32; folded batch norm saves a CPU a sixth of the time."""
     import torch
-    from torch.nn.functional import cross_entropy
 
     import model
 
@@ -132,7 +124,7 @@ def evaluate(network, batches, device) -> dict[str, float]:
         for images, labels in batches:
             logits = network(images.to(device, memory_format=torch.channels_last))
             labels = labels.to(device)
-            loss_sum += cross_entropy(logits, labels, reduction="sum")
+            loss_sum += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
             count += len(labels)
     loss_sum, correct, count = devices.sum_over_ranks(loss_sum, correct, count, device=device)
@@ -144,13 +136,14 @@ def matching(path: Path, **facts) -> dict | None:
     import model
 
     try:
-        found = model.read(path)
+        network, found = model.load(path)
     except UserError:  # missing, cut short, or of another program: train anew
         return None
-    return found if all(found.get(name) == value for name, value in facts.items()) else None
+    whole = found | {"model": network.state_dict()}
+    return whole if all(found.get(name) == value for name, value in facts.items()) else None
 
 
-def train_size(facts: dict, device, batch_size: int, **options) -> list[dict]:
+def train_size(facts: dict, device, batch_size: int, **options) -> list:
     """train_network(), with half the batch as often as memory does not suffice."""
     while True:
         try:
@@ -159,27 +152,25 @@ def train_size(facts: dict, device, batch_size: int, **options) -> list[dict]:
             if not is_out_of_memory(error):
                 raise
             smaller, where = max(batch_size // 2, 2), f"{facts['image_size']} px: out of memory at batch size"
-            if smaller == batch_size or devices.process_count() > 1:  # the other processes wait for this one
-                raise UserError(
-                    f"{where} {batch_size}; use a smaller one or smaller --image-sizes"
-                ) from error
+            if smaller == batch_size or devices.PROCESSES > 1:  # the other processes wait for this one
+                raise UserError(f"{where} {batch_size}; lower it, or the --image-sizes") from error
         print_rank0(f"{where} {batch_size}; going on with {smaller}")
         batch_size = smaller
 
 
-def train_network(
-    facts: dict, device, batch_size: int, data: Path, weights: Path, workers: int
-) -> list[dict]:
+def train_network(facts: dict, device, batch_size: int, data: Path, weights: Path, workers: int) -> list:
     """Train one network or resume it, write its best epoch; a row for each.  UserError if it diverges."""
     from torch.nn.parallel import DistributedDataParallel
     from tqdm import tqdm
 
-    size, settings, images = facts["image_size"], facts["settings"], facts["data"]
+    import model
+
+    size, settings = facts["image_size"], facts["settings"]
     best_path, last = checkpoint_path(weights, size), checkpoint_path(weights, size, "last")
-    processes = devices.process_count()
+    processes, images = devices.PROCESSES, facts["data"]
     asked = facts["classes"], size, max(2, batch_size // processes), workers
-    train_batches = datasets.Loader(data, "train", *asked, settings["seed"], part=(rank(), processes))
-    test_batches = datasets.Loader(data, "test", *asked, part=(rank(), processes))
+    train_batches = datasets.Loader(data, "train", *asked, settings["seed"], part=(RANK, processes))
+    test_batches = datasets.Loader(data, "test", *asked, part=(RANK, processes))
     training = Training(facts, device)
     training.resume(last)
     network = DistributedDataParallel(training.network) if processes > 1 else training.network
@@ -189,7 +180,7 @@ def train_network(
     for epoch in range(len(training.history) + 1, settings["epochs"] + 1):
         train_batches.epoch = epoch
         label = f"{size} px, epoch {epoch}/{settings['epochs']}"
-        bar = tqdm(train_batches, label, leave=False, unit="batch", disable=True if rank() else None)
+        bar = tqdm(train_batches, label, leave=False, unit="batch", disable=True if RANK else None)
         row = {"image_size": size, "epoch": epoch, **training.train_one_epoch(network, bar, epoch)}
         if not math.isfinite(row["train_loss"]):
             mend = f"lower the rate: python train.py --learning-rate {settings['learning_rate'] / 4:.1g}"
@@ -201,18 +192,19 @@ def train_network(
         if not best or (accuracy, -loss) > (best["accuracy"], -best["loss"]):
             kept = {name: value.cpu().clone() for name, value in training.network.state_dict().items()}
             training.best = {"epoch": epoch, "accuracy": accuracy, "loss": loss, "model": kept}
-        if rank() == 0:
+        if RANK == 0:
             state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
-            training.save(last, **state, best=training.best)
+            model.save(last, training.network, **facts, **state, best=training.best, history=training.history)
         losses = f"training loss {row['train_loss']:.3f}, test loss {loss:.3f}"
         speed = f"{row['images_per_s']:.1f} images/s"
         print_rank0(f"{label}: {losses}, test accuracy {accuracy:.1%}, {speed}")  # only once it is saved
     best = training.best
-    if rank() == 0:
+    if RANK == 0:
         if best_path.exists() and not matching(best_path, data=images):
             print(f"{best_path} was not trained on these images; it is kept as {rename_to_backup(best_path)}")
         training.network.load_state_dict(best["model"])
-        training.save(best_path, epoch=best["epoch"], accuracy=best["accuracy"])
+        chosen = dict(epoch=best["epoch"], accuracy=best["accuracy"], history=training.history)
+        model.save(best_path, training.network, **facts, **chosen)
         last.unlink(missing_ok=True)
     accuracy = f"test accuracy {best['accuracy']:.1%} of {images['test_images']} images"
     print_rank0(f"{size} px: best epoch {best['epoch']}, {accuracy} -> {best_path}")
@@ -228,7 +220,7 @@ def arguments() -> argparse.Namespace:
     images = number(int, 2, 65_536)  # batch norm needs two
     add("--batch-size", type=images, default=BATCH_SIZE, help="images per step, of all processes together")
     add("--learning-rate", type=number(float, 1e-9, 10.0), default=LEARNING_RATE, help="its peak")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto")
     add("--workers", type=number(int, 0, 256), default=4, help="threads that read images")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0)
     add("--pretrained", action="store_true", help="start from ImageNet's weights (a download)")
@@ -246,7 +238,7 @@ def main() -> None:
     device = devices.start_processes(args.device)
     results = args.results / "quick" if args.quick else args.results
     alone = contextlib.nullcontext()
-    if rank() == 0:
+    if RANK == 0:
         from utils.report import training_log
 
         check_folder(args.weights)
@@ -258,7 +250,10 @@ def main() -> None:
     devices.wait_for_all()
     with alone:
         train_all(args, results, device)
-    devices.end_processes()
+    if devices.PROCESSES > 1:
+        import torch.distributed
+
+        torch.distributed.destroy_process_group()
 
 
 def train_all(args: argparse.Namespace, results: Path, device) -> None:
@@ -270,7 +265,7 @@ def train_all(args: argparse.Namespace, results: Path, device) -> None:
     sample = " (sample data)" if images["sample"] else ""
     kind = str(devices.choose_precision(device)).removeprefix("torch.")
     print_rank0(f"{devices.hardware(device)}, {kind}, {counts}{sample}")
-    if rank() == 0:
+    if RANK == 0:
         remove_leftovers(args.weights, results)
     for size in dict.fromkeys(args.image_sizes):
         settings = {"image_size": size} | {name: getattr(args, name) for name in REQUEST}
@@ -283,7 +278,7 @@ def train_all(args: argparse.Namespace, results: Path, device) -> None:
         else:
             paths = dict(data=args.data, weights=args.weights)
             rows = train_size(facts, device, args.batch_size, workers=args.workers, **paths)
-        if rank() == 0:
+        if RANK == 0:
             training_log.write_results(results, rows)
 
 

@@ -30,14 +30,11 @@ def prepare_process() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN if worker else interrupt)
     # Charts go into files; the value that notebooks set names a package that this environment lacks.
     os.environ["MPLBACKEND"] = "agg"
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        # Where one was closed (2>&-), the next file would get its number, and all that is printed.
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+    for name in ("stdin", "stdout", "stderr"):
+        if (
+            getattr(sys, name) is None
+        ):  # it was closed (2>&-): its number is taken before the next file gets it
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
 
 
 prepare_process()

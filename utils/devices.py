@@ -6,8 +6,6 @@ PyTorch is imported inside the functions, so that --help need not wait for it.
 import os
 import re
 import signal
-import sys
-from pathlib import Path
 
 from utils.environment import cpu_name, nvml, read_driver, torch_is_at_least
 from utils.utils import UserError
@@ -23,11 +21,9 @@ def choose_device(wanted: str) -> str:
     """
     if wanted == "cpu":
         return "cpu"
-    on_purpose = "to use the CPU all the same: --device cpu"
-    if wanted not in ("auto", "cuda"):
-        raise UserError(f"--device {wanted} is none of auto, cuda and cpu; {on_purpose}")
     import torch
 
+    on_purpose = "to use the CPU all the same: --device cpu"
     driver, capability = nvml(), read_driver("nvmlDeviceGetCudaComputeCapability")
     listed = driver and driver.nvmlDeviceGetCount()
     if torch.cuda.is_available() and not (listed and lacks_kernels(capability)):
@@ -60,14 +56,10 @@ def why_not_usable(capability: tuple[int, int] | None) -> str:
     """Why PyTorch can't use the GPU that the driver lists, and the command that cures it."""
     import torch
 
-    version, cuda, driver = torch.__version__, torch.version.cuda, nvml()
-    number = getattr(driver, "nvmlSystemGetCudaDriverVersion", lambda: 0)()  # 12020 is CUDA 12.2; 0: unknown
-    file = "requirements-windows-cuda.txt" if sys.platform == "win32" else "requirements.txt"
-    if 0 < number < 13000 or (capability and tuple(capability) < (7, 5)):
-        file = "requirements-cuda126.txt"
-    cure = f"run: python install.py (or, by hand: python -m pip install --force-reinstall -r {file})"
+    version, cuda, cure = torch.__version__, torch.version.cuda, "run: python install.py"
     if cuda is None:
         return f"torch {version} is a build for CPUs only; {cure}"
+    number = getattr(nvml(), "nvmlSystemGetCudaDriverVersion", lambda: 0)()  # 12020 is CUDA 12.2; 0: unknown
     if 0 < number // 1000 < (major := int(cuda.split(".")[0])):
         supports = f"{number // 1000}.{number % 1000 // 10}"
         update = f"update it to {OLDEST_DRIVER.get(major, 'the newest')}"
@@ -77,72 +69,47 @@ def why_not_usable(capability: tuple[int, int] | None) -> str:
         return f"torch {version} is built for {built}, not for compute capability {capability}; {cure}"
     if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return f"CUDA_VISIBLE_DEVICES={hidden} hides it; unset this variable"
-    try:
-        torch.zeros(1, device="cuda")
-    except (RuntimeError, AssertionError) as error:
-        return f"CUDA does not start ({str(error).splitlines()[0]}); restart this machine, or {cure}"
-    return "CUDA did not start at first; run the same command again"
+    return f"CUDA does not start; restart this machine, or {cure}"
 
 
 # ---- training, in one process or in several, which torchrun numbers
 
 
 def torchrun_number(name: str, alone: int) -> int:
-    """A number that torchrun gives a process; `alone` where not all is there by which processes meet."""
-    started = all(map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")))
-    return int(os.environ.get(name) or alone) if started else alone
+    """A number that torchrun gives each of its processes; `alone` where it has not started this one."""
+    return int(os.environ.get(name) or alone) if "MASTER_PORT" in os.environ else alone
 
 
-def rank() -> int:
-    return torchrun_number("RANK", 0)
+RANK, PROCESSES = torchrun_number("RANK", 0), torchrun_number("WORLD_SIZE", 1)
 
 
-def process_count() -> int:
-    return torchrun_number("WORLD_SIZE", 1)
-
-
-def start_processes(name: str):
-    """The torch.device of this process; joins the others where torchrun started it.  Raises UserError.
-
-    `name` is auto, cpu, cuda, or one GPU of several, cuda:1.
-    """
+def start_processes(wanted: str):
+    """The torch.device of this process; joins the others where torchrun started it.  Raises UserError."""
     import torch
-    import torch.distributed as dist
+    import torch.distributed
 
-    several = process_count() > 1
-    if several:  # a process that waits for the others inside torch would not hear torchrun's SIGTERM
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    numbered = re.fullmatch(r"cuda:(\d+)", name)
-    device = torch.device(choose_device("cuda" if numbered else name))
+    device = torch.device(choose_device(wanted))
     if device.type == "cuda":
-        device = torch.device("cuda", int(numbered[1]) if numbered else torchrun_number("LOCAL_RANK", 0))
+        device = torch.device("cuda", torchrun_number("LOCAL_RANK", 0))
         if device.index >= (count := torch.cuda.device_count()):
-            mend = f"the last one is cuda:{count - 1}; start fewer processes or name another"
-            raise UserError(f"--device {device}: there is no such GPU here, {mend}")
+            raise UserError(f"there are {count} GPUs here; start as many processes: --nproc-per-node {count}")
         torch.cuda.set_device(device)
-    if several:
+    if PROCESSES > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # one that waits for the others in torch hears no other
         told = device.type == "cuda" and torch_is_at_least(2, 3)  # NCCL guesses the device where it isn't
         known: dict = {"device_id": device} if told else {}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **known)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **known)
     return device
-
-
-def end_processes() -> None:
-    """Leave the others, now that all is done."""
-    if process_count() > 1:
-        import torch.distributed
-
-        torch.distributed.destroy_process_group()
 
 
 def print_rank0(text: str) -> None:
     """Print from the first process alone."""
-    if rank() == 0:
+    if RANK == 0:
         print(text, flush=True)
 
 
 def wait_for_all() -> None:
-    if process_count() > 1:
+    if PROCESSES > 1:
         import torch.distributed
 
         torch.distributed.barrier()
@@ -153,7 +120,7 @@ def sum_over_ranks(*values, device) -> list[float]:
     import torch
 
     total = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
-    if process_count() > 1:
+    if PROCESSES > 1:
         torch.distributed.all_reduce(total)
     return total.tolist()
 
@@ -163,9 +130,9 @@ def average_statistics(network) -> None:
     import torch
 
     for buffer in network.buffers():
-        if process_count() > 1 and buffer.is_floating_point():
+        if PROCESSES > 1 and buffer.is_floating_point():
             torch.distributed.all_reduce(buffer)
-            buffer /= process_count()
+            buffer /= PROCESSES
 
 
 def choose_precision(device):
@@ -181,13 +148,10 @@ def choose_precision(device):
 
 
 def has_native_bfloat16() -> bool:
-    """Whether this CPU calculates in bfloat16 itself (AVX512_BF16)."""
+    """Whether this CPU calculates in bfloat16 itself (AVX512_BF16); PyTorch 2.2 does not say."""
     import torch
 
-    if hasattr(torch.cpu, "_is_avx512_bf16_supported"):  # not in torch 2.2
-        return torch.cpu._is_avx512_bf16_supported()
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and "avx512_bf16" in flags.read_text(encoding="utf-8")
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 def hardware(device) -> str:

@@ -72,10 +72,9 @@ def cpu_groups(root: Path = Path("/")) -> list[Path]:
     folders = []
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        names = ["", "unified"] if not controllers else ["cpu"] if "cpu" in controllers.split(",") else []
-        for top in (root / "sys/fs/cgroup" / name for name in names):
-            group = top / path.strip("/")
-            folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(top)]
+        if not controllers or "cpu" in controllers.split(","):
+            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+            folders += [top / path.strip("/"), *(top / path.strip("/")).parents]
     return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
 
@@ -116,17 +115,10 @@ def today() -> str:
 
 
 def keep_to_share(index: int, of: int) -> None:
-    """Have this process, and those that it starts, run on its share of the cores; on Linux only.
-
-    Of a core's two threads Linux numbers the second right after the first, or by half of all later: by either
-    they stay together.
-    """
+    """Have this process, and those that it starts, run on its share of the cores; on Linux only."""
     if hasattr(os, "sched_setaffinity"):
         cpus = sorted(os.sched_getaffinity(0))
-        half = -(-len(cpus) // 2)
-        together = [cpu for first in range(half) for cpu in cpus[first::half]]
-        share = together[len(cpus) * index // of : len(cpus) * (index + 1) // of]
-        os.sched_setaffinity(0, share or cpus)
+        os.sched_setaffinity(0, cpus[len(cpus) * index // of : len(cpus) * (index + 1) // of] or cpus)
 
 
 def cpu_name() -> str:

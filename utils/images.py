@@ -6,7 +6,6 @@ import hashlib
 import os
 import threading
 import unicodedata
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,11 +47,6 @@ def is_image(path: str | Path) -> bool:
     if name.startswith(".") or os.path.splitext(name)[1].lower() not in image_suffixes():
         return False
     return os.path.isfile(path) or not os.path.exists(path)
-
-
-def unread_pictures(paths: Iterable[str | Path]) -> list[str]:
-    """Those that by their names are pictures of a format that is not read here."""
-    return [str(path) for path in paths if os.path.splitext(path)[1].lower() in UNREAD]
 
 
 # ---- folders
@@ -168,21 +162,15 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey opens as I;16 or I, by Pillow's version
-        return Image.fromarray(to_8_bits(image)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey opens as I;16 or I, by Pillow's version
+        grey = (np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def to_8_bits(image: Image.Image) -> np.ndarray:
-    """Grey of 16 or 32 bits or float as uint8 (H, W).  NaN is black, infinite white."""
-    values = np.asarray(image, dtype=np.float32)
-    highest = values.max(where=np.isfinite(values), initial=0)
-    scales = [full for full in (1, 255, 65535) if image.mode == "F" and highest <= full]
-    grey = values / (scales or [max(65535, highest)])[0] * 255
-    return np.nan_to_num(grey, nan=0, posinf=255, neginf=0).clip(0, 255).round().astype(np.uint8)
 
 
 def image_or_problem(path: Path) -> Image.Image | str:

@@ -82,19 +82,6 @@ HEROES = {
 }
 
 
-def draw_picture(name: str, rng: random.Random, widest: int = 700, noise: float = 9) -> Image.Image:
-    """A hero in random pose, colour and light before a random background, 200 to `widest` px wide."""
-    width = rng.randint(200, widest)
-    height = min(max(round(width * rng.uniform(0.8, 1.25)), 200), widest)
-    picture = draw_background(width, height, rng)
-    side = round(min(width, height) * rng.uniform(0.85, 1.1))
-    x = (width - side) // 2 + round(width * rng.uniform(-0.09, 0.09))
-    y = (height - side) // 2 + round(height * rng.uniform(-0.05, 0.07))
-    hero = draw_hero(name, side, rng)
-    picture.paste(hero, (x, y), hero)
-    return light(picture, rng, noise)
-
-
 def draw_background(width: int, height: int, rng: random.Random) -> Image.Image:
     """A gradient of two random colours, and before it up to 20 bubbles, out of focus."""
     ends = [hsv(rng.random(), rng.uniform(0.15, 0.75), rng.uniform(0.3, 1)) for _ in range(2)]
@@ -224,13 +211,25 @@ def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = COUNTS) -> N
 
 
 def draw_file(folder: Path, seed: int, what: tuple[str, str, int]) -> Path:
-    """Draw one picture, decided by (seed, split, class, index) alone: JPEG, every fourth one PNG."""
+    """Draw a hero in random pose, colour and light before a random background, 200 px wide or more.
+
+    All is decided by (seed, split, class, index).  Every fourth one is a PNG, smaller, since it reads slowly.
+    """
     split, name, index = what
     rng = random.Random(f"{seed}/{split}/{name}/{index}")  # by the text's SHA-512: the same on every system
     png = index % 4 == 3
-    image = draw_picture(name, rng, *((400, 0) if png else (700, 9)))  # a large PNG takes long to read
+    widest, noise = (400, 0) if png else (700, 9)
+    width = rng.randint(200, widest)
+    height = min(max(round(width * rng.uniform(0.8, 1.25)), 200), widest)
+    picture = draw_background(width, height, rng)
+    side = round(min(width, height) * rng.uniform(0.85, 1.1))
+    x = (width - side) // 2 + round(width * rng.uniform(-0.09, 0.09))
+    y = (height - side) // 2 + round(height * rng.uniform(-0.05, 0.07))
+    hero = draw_hero(name, side, rng)
+    picture.paste(hero, (x, y), hero)
+    picture = light(picture, rng, noise)
     path = folder / split / name / f"{name} {index + 1:02d}.{'png' if png else 'jpg'}"
     path.parent.mkdir(parents=True, exist_ok=True)
     options: dict = {} if png else {"quality": rng.randint(75, 95)}
-    image.save(path, **options)
+    picture.save(path, **options)
     return path

@@ -3,20 +3,18 @@
 import argparse
 import contextlib
 import errno
-import functools
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
 import typing
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
@@ -42,18 +40,13 @@ class Terminated(KeyboardInterrupt):
 AGAIN = "then run the same command again"
 WINDOWS = sys.platform == "win32"
 MOST_WORKERS = 61 if WINDOWS else 256  # Windows lets a process wait for so many others
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524}  # 524: Linux's ENOTSUPP, which NFS gives
 HELD = "close it if another program, say Excel, holds it open, or " if WINDOWS else ""
-ULIMIT = "" if WINDOWS else "raise the limit (ulimit) or "
 MENDS = {  # what the system says -> what is wrong with the file; what mends it
     errno.ENOSPC: "no room is left on the disk; free some",
-    errno.EFBIG: f"the file would become larger than is allowed here; {ULIMIT}name a folder on another disk",
     **dict.fromkeys([errno.EACCES, errno.EPERM], f"access is denied; {HELD}change its permissions"),
-    errno.EROFS: "the disk is read-only; name another folder",
     errno.ENOENT: "there is no such file or folder; put it there or name another one",
     **dict.fromkeys([errno.ENOTDIR, errno.EEXIST], "a file is where a folder belongs; move it away"),
     errno.EISDIR: "a folder is where a file belongs; move it away",
-    errno.EMFILE: f"too many files are open; {ULIMIT}use fewer --workers",
 }
 
 
@@ -67,7 +60,6 @@ def run_main(main: Callable) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     signal.signal(signal.SIGTERM, terminate)
-    sys.unraisablehook = signal_again
     try:
         main()
         sys.stdout.flush()
@@ -83,8 +75,6 @@ def run_main(main: Callable) -> None:
         leave(2, f"error: this machine's memory does not suffice; {smaller}, {AGAIN}")
     except BrokenExecutor:
         leave(2, f"error: a worker process was killed, perhaps for want of memory; free some, {AGAIN}")
-    except UnicodeError as error:
-        leave(2, f"error: {str(error)[:200]}; save the file as UTF-8 or set PYTHONUTF8=1, {AGAIN}")
     except OSError as error:
         # Windows says EINVAL where a reader (`| more`) has closed its end.
         closed = isinstance(error, BrokenPipeError) or (WINDOWS and error.errno == errno.EINVAL)
@@ -123,35 +113,21 @@ def terminate(number: int, frame) -> None:
     raise Terminated
 
 
-def signal_again(dropped) -> None:
-    """Python drops what a signal raises in a __del__ or around a fork; the signal is sent anew then."""
-    if not issubclass(dropped.exc_type, KeyboardInterrupt):
-        sys.__unraisablehook__(dropped)
-        return
-    number = signal.SIGTERM if issubclass(dropped.exc_type, Terminated) else signal.SIGINT
-    send = signal.raise_signal
-    if hasattr(signal, "pthread_kill"):  # not on Windows; only this one ends what the main thread waits for
-        send = functools.partial(signal.pthread_kill, threading.main_thread().ident or 0)
-    again = threading.Timer(0.05, send, [number])  # by then that place is left; if not, once more
-    again.daemon = True
-    with contextlib.suppress(RuntimeError):  # Python is ending: no new threads, and no need of one
-        again.start()
-
-
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Put Ctrl-C and SIGTERM off until the block's end.  For the main thread; of no effect in others."""
     caught, main = [], threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.signal(number, lambda *told: caught.append(told)) for number in numbers}
+    before = {
+        number: signal.signal(number, lambda number, frame: caught.append(number)) for number in numbers
+    }
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number, frame in caught[:1]:
-            if callable(handler := before[number]):
-                handler(number, frame)
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 # ---- processes
@@ -207,14 +183,12 @@ def in_fresh_process(function, *arguments):
     processes = multiprocessing.get_context("spawn") if started else fresh_processes()
     with ProcessPoolExecutor(1, processes, end_with_parent) as pool:
         with uninterrupted():  # a process that is on its way when this one ends would complain
-            number = pool.submit(os.getpid).result()
+            worker = psutil.Process(pool.submit(os.getpid).result())
         try:
             return pool.submit(function, *arguments).result()
         except KeyboardInterrupt:
-            with uninterrupted():  # whoever presses Ctrl-C once more need not wait, either
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    psutil.Process(number).kill()
-                pool.shutdown()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
             raise
 
 
@@ -228,18 +202,10 @@ def file_lock(lock: Path, doing: str, patience: float = 10) -> Iterator[None]:
 
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # given where only a weaker kind of lock can be had
-            held = FileLock(lock, timeout=patience).acquire()
+        with FileLock(lock, timeout=patience):
+            yield
     except Timeout as error:
         raise UserError(f"another process is {doing} in {lock.parent}; wait for its end, {AGAIN}") from error
-    except (OSError, NotImplementedError, UserWarning) as error:
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            raise
-        mend = "name a folder on a local disk (--data, --weights, --results or --out)"
-        raise UserError(f"{lock.parent}: its file system offers no locks ({error}); {mend}") from error
-    with held:
-        yield
 
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:
@@ -269,24 +235,12 @@ def number(kind: type, least: float, most: float) -> Callable[[str], int | float
 # ---- files
 
 
-def check_folder(folder: Path, room_mb: float = 0) -> None:
-    """Raise UserError unless `folder`, made if need be, can take `room_mb` MB of files.  Touches nothing."""
-    around = (path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not (there := next(around, None)):
-        missing = f"there is no drive or share {folder.absolute().anchor}"
-        raise UserError(f"{folder}: {missing}; connect it or name another, {AGAIN}")
-    problem = None
-    if not there.is_dir():
-        problem = errno.ENOTDIR
-    elif hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY:
-        problem = errno.EROFS
-    elif not os.access(there, os.W_OK | os.X_OK):
-        problem = errno.EACCES
-    if problem:
-        raise UserError(sentence(OSError(problem, "", str(there))))
-    free_mb = shutil.disk_usage(there).free / 1e6
-    if free_mb < room_mb:
-        raise UserError(f"{there}: {free_mb:.0f} MB are free, {room_mb:.0f} are needed; free some, {AGAIN}")
+def check_folder(folder: Path) -> None:
+    """Make the folder and see that files can be written there, now and not after hours.  Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".{os.getpid()}.tmp"
+    probe.touch()
+    probe.unlink()
 
 
 def remove_leftovers(*folders: Path) -> None:
@@ -299,10 +253,8 @@ def remove_leftovers(*folders: Path) -> None:
 
 def rename_to_backup(path: Path) -> Path:
     """Rename `path` to the first free one of path.1, path.2, ..."""
-    number = 1
-    while (free := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    return path.rename(free)
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def read_dict(path: Path) -> dict:

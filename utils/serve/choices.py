@@ -10,7 +10,7 @@ from pathlib import Path
 
 import backends
 from utils.environment import PACKAGES, cpu_name, package_version, read_driver
-from utils.images import files_below, fingerprint, is_image, unread_pictures
+from utils.images import UNREAD, files_below, fingerprint, is_image
 from utils.utils import UserError, checkpoint_path, read_dict
 
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
@@ -27,7 +27,7 @@ def find_images(source: Path) -> tuple[list[str], dict[str, str]]:
     images = list(filter(is_image, found))
     problems = dict.fromkeys(denied, "this folder can't be listed; change its permissions")
     unread = "pictures of this format are not read here; convert it to JPEG (HEIC: pip install pillow-heif)"
-    problems |= dict.fromkeys(unread_pictures(set(found) - set(images)), unread)
+    problems |= {path: unread for path in set(found) - set(images) if Path(path).suffix.lower() in UNREAD}
     if not images:
         some = "".join(f"\n  {path}: {why}" for path, why in sorted(problems.items())[:20])
         raise UserError(f"{source} holds no images in its {len(found)} files; name another folder{some}")

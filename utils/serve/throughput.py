@@ -61,8 +61,8 @@ def open_network(asked: Asked, under_load: bool = False) -> Network:
 def read_test_set(asked: Asked) -> tuple:
     """The loader that testing reads with, and in its order every file and the index of its class."""
     classes = model.load_facts(checkpoint_path(asked.weights, asked.image_size))["classes"]
-    loader = datasets.make_test_loader(asked.data, asked.image_size, asked.batch_size, classes)
-    files, truth = zip(*loader.dataset.files, strict=True)
+    loader = datasets.Loader(asked.data, "test", classes, asked.image_size, asked.batch_size)
+    files, truth = zip(*loader.files, strict=True)
     return loader, list(map(str, files)), truth
 
 

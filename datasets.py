@@ -170,9 +170,6 @@ class Loader:
             pool.shutdown(cancel_futures=True)
 
 
-# ---- the report
-
-
 def print_overview(data: Path) -> None:
     """Print classes, counts, sizes, and what is odd but no error.  Raises UserError like check_images()."""
     sizes, listed = check_images(data), list_images(data)
@@ -197,13 +194,11 @@ def print_overview(data: Path) -> None:
 
 
 def main() -> None:
-    about = "say what images there are, or draw the sample heroes where there are none"
-    parser = argparse.ArgumentParser(description=about)
-    folders = "folder with train/<class>/ and test/<class>/"
-    parser.add_argument("--data", type=Path, default=Path("data"), help=folders)
-    draw = "draw the sample heroes; only where there are no images yet"
-    parser.add_argument("--draw-sample", action="store_true", help=draw)
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn sample")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--data", type=Path, default=DEFAULT, help="folder of train/<class>/ and test/<class>/")
+    add("--draw-sample", action="store_true", help="draw the sample heroes where there are no images yet")
+    add("--seed", type=int, default=0, help="of the drawn sample")
     args = parser.parse_args()
     if args.draw_sample:
         draw_sample(args.data, args.seed)

@@ -65,10 +65,7 @@ class ResNet18(nn.Module):
 
 
 def build(num_classes: int, pretrained: bool = False) -> nn.Module:
-    """ResNet-18 with `num_classes` outputs; random weights, or ImageNet's but for the last layer.
-
-    Raises UserError when the ImageNet weights can't be downloaded.
-    """
+    """ResNet-18 with random weights, or ImageNet's but for the last layer; UserError if they can't be had."""
     model = ResNet18(1000 if pretrained else num_classes)
     if not pretrained:
         for module in model.modules():
@@ -79,9 +76,7 @@ def build(num_classes: int, pretrained: bool = False) -> nn.Module:
         model.load_state_dict(torch.hub.load_state_dict_from_url(IMAGENET, check_hash=True))
     except OSError as error:  # URLError, time-outs and refused connections are all OSError
         mend = "connect this machine to the internet, or train from random weights: python train.py"
-        raise UserError(
-            f"ImageNet's weights can't be downloaded from {IMAGENET} ({error}); {mend}"
-        ) from error
+        raise UserError(f"{IMAGENET} can't be downloaded ({error}); {mend}") from error
     model.fc = nn.Linear(512, num_classes)
     return model
 
@@ -125,10 +120,7 @@ def load_facts(path: Path) -> dict:
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy with every batch normalisation folded into its convolution, in FP32.
-
-    Do this before `.half()`: folding in half arithmetic is the least accurate order.
-    """
+    """A copy with every batch normalisation folded into its convolution; less accurate after `.half()`."""
     import torch.fx.experimental.optimization as optimization
 
     return optimization.fuse(copy.deepcopy(model).eval())

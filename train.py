@@ -50,14 +50,15 @@ def learning_rate_at(progress: float, peak: float) -> float:
 
 
 class Training:
-    """One network's training, whose checkpoints hold `facts`: classes, image_size, settings, data."""
+    """One network's training, new or from the state at `last` if that is of these facts: classes, image_size,
+    settings, data."""
 
-    def __init__(self, facts: dict, device):
+    def __init__(self, facts: dict, device, last: Path):
         import torch
 
         import model
 
-        self.facts, self.settings, self.device = facts, facts["settings"], device
+        self.settings, self.device = facts["settings"], device
         self.precision = devices.choose_precision(device)
         torch.manual_seed(self.settings["seed"])
         options: dict = {"memory_format": torch.channels_last}
@@ -71,15 +72,12 @@ class Training:
         make_scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
         self.scaler = make_scaler(enabled=self.precision == torch.float16)
         self.history, self.best = [], {}
-
-    def resume(self, path: Path) -> None:
-        """Take over the state at `path` if it is of this very training."""
-        if state := matching(path, **self.facts):
+        if state := matching(last, **facts):
             self.network.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.history, self.best = state["history"], state["best"]
-            print_rank0(f"{self.facts['image_size']} px: resuming after epoch {len(self.history)}")
+            print_rank0(f"{facts['image_size']} px: resuming after epoch {len(self.history)}")
 
     def train_one_epoch(self, network, batches, epoch: int) -> dict[str, float]:
         """One pass over the training images; loss, accuracy and speed are of all processes together."""
@@ -171,8 +169,7 @@ def train_network(facts: dict, device, batch_size: int, data: Path, weights: Pat
     asked = facts["classes"], size, max(2, batch_size // processes), workers
     train_batches = datasets.Loader(data, "train", *asked, settings["seed"], part=(RANK, processes))
     test_batches = datasets.Loader(data, "test", *asked, part=(RANK, processes))
-    training = Training(facts, device)
-    training.resume(last)
+    training = Training(facts, device, last)
     network = DistributedDataParallel(training.network) if processes > 1 else training.network
     kind = str(training.precision).removeprefix("torch.")
     made_by = dict(device=devices.hardware(device), precision=kind, processes=processes)
@@ -214,8 +211,8 @@ def train_network(facts: dict, device, batch_size: int, data: Path, weights: Pat
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    pixels = number(int, 32, 4096)
-    add("--image-sizes", type=pixels, nargs="+", help=f"pixels, square (default: {IMAGE_SIZES})")
+    pixels = f"pixels, square (default: {IMAGE_SIZES})"
+    add("--image-sizes", type=number(int, 32, 4096), nargs="+", help=pixels)
     add("--epochs", type=number(int, 1, 10_000), help=f"per size (default: {EPOCHS})")
     images = number(int, 2, 65_536)  # batch norm needs two
     add("--batch-size", type=images, default=BATCH_SIZE, help="images per step, of all processes together")
@@ -236,50 +233,41 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     device = devices.start_processes(args.device)
-    results = args.results / "quick" if args.quick else args.results
-    alone = contextlib.nullcontext()
-    if RANK == 0:
-        from utils.report import training_log
+    from utils.report import training_log
 
+    results, lock = args.results / "quick" if args.quick else args.results, contextlib.nullcontext()
+    if RANK == 0:
         check_folder(args.weights)
         check_folder(results)
         training_log.read_table(results / "training.csv")
         datasets.ensure_data(args.data, args.seed)
         datasets.check_images(args.data)
-        alone = file_lock(args.weights / ".train.lock", "training")
+        lock = file_lock(args.weights / ".train.lock", "training")
     devices.wait_for_all()
-    with alone:
-        train_all(args, results, device)
+    images, classes = datasets.describe(args.data), sorted(datasets.list_images(args.data)["train"])
+    kind = str(devices.choose_precision(device)).removeprefix("torch.")
+    counts = f"{images['train_images']} training and {images['test_images']} test images"
+    print_rank0(f"{devices.hardware(device)}, {kind}, {counts}{' (sample data)' if images['sample'] else ''}")
+    with lock:
+        if RANK == 0:
+            remove_leftovers(args.weights, results)
+        for size in dict.fromkeys(args.image_sizes):
+            settings = {"image_size": size} | {name: getattr(args, name) for name in REQUEST}
+            facts = dict(classes=classes, image_size=size, settings=settings, data=images)
+            done = None if args.force else matching(checkpoint_path(args.weights, size), **facts)
+            devices.wait_for_all()
+            if done:
+                rows, accuracy = done["history"], f"test accuracy {done['accuracy']:.1%}"
+                print_rank0(f"{size} px: already trained, {accuracy} (--force trains again)")
+            else:
+                paths = dict(data=args.data, weights=args.weights)
+                rows = train_size(facts, device, args.batch_size, workers=args.workers, **paths)
+            if RANK == 0:
+                training_log.write_results(results, rows)
     if devices.PROCESSES > 1:
         import torch.distributed
 
         torch.distributed.destroy_process_group()
-
-
-def train_all(args: argparse.Namespace, results: Path, device) -> None:
-    """Train what is not trained yet, one size after another."""
-    from utils.report import training_log
-
-    images, classes = datasets.describe(args.data), sorted(datasets.list_images(args.data)["train"])
-    counts = f"{images['train_images']} training and {images['test_images']} test images"
-    sample = " (sample data)" if images["sample"] else ""
-    kind = str(devices.choose_precision(device)).removeprefix("torch.")
-    print_rank0(f"{devices.hardware(device)}, {kind}, {counts}{sample}")
-    if RANK == 0:
-        remove_leftovers(args.weights, results)
-    for size in dict.fromkeys(args.image_sizes):
-        settings = {"image_size": size} | {name: getattr(args, name) for name in REQUEST}
-        facts = dict(classes=classes, image_size=size, settings=settings, data=images)
-        done = None if args.force else matching(checkpoint_path(args.weights, size), **facts)
-        devices.wait_for_all()
-        if done:
-            rows, accuracy = done["history"], f"test accuracy {done['accuracy']:.1%}"
-            print_rank0(f"{size} px: already trained, {accuracy} (--force trains again)")
-        else:
-            paths = dict(data=args.data, weights=args.weights)
-            rows = train_size(facts, device, args.batch_size, workers=args.workers, **paths)
-        if RANK == 0:
-            training_log.write_results(results, rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Which device a script uses, and what training needs to run in one process or in several.
-
-PyTorch is imported inside the functions, so that --help need not wait for it.
-"""
+"""Which device a script uses, and what training needs in several processes; --help needs no PyTorch."""
 
 import os
 import re
@@ -9,8 +6,6 @@ import signal
 
 from utils.environment import cpu_name, nvml, read_driver, torch_is_at_least
 from utils.utils import UserError
-
-OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version: docs.nvidia.com/deploy/cuda-compatibility
 
 
 def choose_device(wanted: str) -> str:
@@ -38,12 +33,10 @@ def choose_device(wanted: str) -> str:
 
 
 def lacks_kernels(capability: tuple[int, int] | None) -> bool:
-    """Whether this PyTorch has no code for GPUs of this compute capability; where it is unknown: no.
-
-    Code for sm_75 runs on 7.x from 7.5 on, code for compute_75 on all that is newer.
-    """
+    """Whether this PyTorch has no code for GPUs of this compute capability; where it is unknown: no."""
     import torch
 
+    # Code for sm_75 runs on 7.x from 7.5 on, code for compute_75 on all that is newer.
     known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list()]
     if capability is None or not all(known):  # AMD's are called gfx90a
         return False
@@ -60,10 +53,9 @@ def why_not_usable(capability: tuple[int, int] | None) -> str:
     if cuda is None:
         return f"torch {version} is a build for CPUs only; {cure}"
     number = getattr(nvml(), "nvmlSystemGetCudaDriverVersion", lambda: 0)()  # 12020 is CUDA 12.2; 0: unknown
-    if 0 < number // 1000 < (major := int(cuda.split(".")[0])):
+    if 0 < number // 1000 < int(cuda.split(".")[0]):
         supports = f"{number // 1000}.{number % 1000 // 10}"
-        update = f"update it to {OLDEST_DRIVER.get(major, 'the newest')}"
-        return f"its driver is for CUDA {supports}, torch {version} is for {cuda}; {update}, or {cure}"
+        return f"its driver is for CUDA {supports}, torch {version} is for {cuda}; update it, or {cure}"
     if lacks_kernels(capability):
         built = " ".join(torch.cuda.get_arch_list())
         return f"torch {version} is built for {built}, not for compute capability {capability}; {cure}"

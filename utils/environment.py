@@ -30,10 +30,7 @@ IDLE = re.compile(r"CACHE|LOG|VERBOSE|DEBUG|DISPLAY|_DIR|_PATH|_HOME|TELEMETRY|P
 
 
 def package_version(name: str) -> str | None:
-    """Its version, or None; torch's with its build, as torch.__version__ has it: 2.14.1+cpu, 2.14.1+cu130.
-
-    Nothing is imported: torch alone would take seconds.
-    """
+    """Its version, or None; torch's with its build (2.14.1+cu130), without the seconds of importing it."""
     try:
         package = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
@@ -65,10 +62,7 @@ def affinity() -> str | None:
 
 @functools.cache
 def cpu_groups(root: Path = Path("/")) -> list[Path]:
-    """Folders of the Linux control groups, v1 or v2, that may limit this process's use of the processor.
-
-    A container may see its group as the top one: all above are tried.
-    """
+    """Folders of the Linux control groups, v1 or v2, that may limit this process, and all above."""
     folders = []
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -216,10 +210,7 @@ def describe() -> dict:
 
 
 def environment(device: str) -> dict:
-    """What a figure made on `device` ("cuda" or "cpu") depends on besides the code; its commit and command.
-
-    On "cpu" no GPU is named, since none had a part in it.
-    """
+    """What a figure made on "cuda" or "cpu" depends on besides the code: on "cpu" on no GPU."""
     git = "git", "-C", str(Path(__file__).parent)
     return {
         "gpu": None,

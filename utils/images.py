@@ -27,11 +27,6 @@ ORIENTATION = 0x0112  # EXIF's tag: how to turn the picture upright
 TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by its value
 
 
-def nfc(text: str) -> str:
-    """One spelling of a name: macOS writes й as и + breve (NFD), Windows and Linux as one character (NFC)."""
-    return unicodedata.normalize("NFC", text)
-
-
 # ---- which files are pictures
 
 
@@ -47,9 +42,6 @@ def is_image(path: str | Path) -> bool:
     if name.startswith(".") or os.path.splitext(name)[1].lower() not in image_suffixes():
         return False
     return os.path.isfile(path) or not os.path.exists(path)
-
-
-# ---- folders
 
 
 def files_below(folder: Path, denied: list[str] | None = None) -> list[str]:
@@ -82,13 +74,14 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def list_images(data: Path) -> dict[str, dict[str, list[Path]]]:
-    """split -> class (NFC) -> files; folders whose names differ only in their normal form are one class."""
+    """split -> class -> files; macOS writes й as и + breve (NFD), and both spellings are one class (NFC)."""
     listed = {split: {} for split in SPLITS}
     for split, classes in listed.items():
         folders = (data / split).iterdir() if (data / split).is_dir() else ()
         for folder in sorted(folders, key=str):  # paths of Windows fold case: ё after п
             if folder.is_dir() and not folder.name.startswith("."):
-                classes.setdefault(nfc(folder.name), []).extend(filter(is_image, visible_files(folder)))
+                name = unicodedata.normalize("NFC", folder.name)
+                classes.setdefault(name, []).extend(filter(is_image, visible_files(folder)))
     return listed
 
 
@@ -97,7 +90,7 @@ def all_images(data: Path) -> list[Path]:
 
 
 def relative_name(data: Path, path: Path) -> str:
-    return nfc(path.relative_to(data).as_posix())
+    return unicodedata.normalize("NFC", path.relative_to(data).as_posix())
 
 
 def in_threads(function, items: list, label: str | None = None) -> list:
@@ -133,7 +126,6 @@ def drawn_hashes(data: Path) -> set[str]:
 
 
 # ---- files -> pictures
-
 
 alone = threading.Lock()  # held around a huge picture
 

@@ -1,7 +1,4 @@
-"""The sample that is drawn where there are no images: cartoons of four heroes.
-
-Colours, light and pose vary: only shapes give a class away.
-"""
+"""The sample that is drawn where there are no images: four heroes, of whom only shapes tell the class."""
 
 import colorsys
 import functools
@@ -167,9 +164,6 @@ def light(picture: Image.Image, rng: random.Random, noise: float) -> Image.Image
 def hsv(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
     r, g, b = colorsys.hsv_to_rgb(hue % 1, min(max(saturation, 0), 1), min(max(value, 0), 1))
     return round(255 * r), round(255 * g), round(255 * b)
-
-
-# ---- the folder
 
 
 def has_data(data: Path) -> bool:

@@ -31,10 +31,6 @@ class UserError(Exception):
     """Something the user can mend: one sentence with the path and the command that repairs it."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: what cleans up after Ctrl-C cleans up after it."""
-
-
 # ---- the way out of every script
 
 AGAIN = "then run the same command again"
@@ -68,7 +64,7 @@ def run_main(main: Callable) -> None:
     except KeyboardInterrupt as signalled:
         for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not interrupt the cleaning up
             signal.signal(number, signal.SIG_IGN)
-        code = 143 if isinstance(signalled, Terminated) else 130
+        code = 143 if signal.SIGTERM in signalled.args else 130
         leave(code, "interrupted: run the same command again")
     except MemoryError:
         smaller = "use smaller --image-sizes or batches, or fewer --workers"
@@ -110,7 +106,7 @@ def let_go_of_stdout(closed: bool) -> bool:
 
 
 def terminate(number: int, frame) -> None:
-    raise Terminated
+    raise KeyboardInterrupt(number)  # what cleans up after Ctrl-C cleans up after SIGTERM
 
 
 @contextlib.contextmanager
@@ -175,10 +171,8 @@ def end_with_parent() -> None:
 
 
 def in_fresh_process(function, *arguments):
-    """What the function returns in a process that ends afterwards, with this one or when interrupted.
-
-    A process that was started itself starts it from nothing: a server of its own would stay beside it.
-    """
+    """What the function returns in a process that ends afterwards, with this one or when interrupted."""
+    # One that was started itself starts it from nothing: a server of its own would stay beside it.
     started = multiprocessing.parent_process() is not None
     processes = multiprocessing.get_context("spawn") if started else fresh_processes()
     with ProcessPoolExecutor(1, processes, end_with_parent) as pool:
@@ -194,10 +188,7 @@ def in_fresh_process(function, *arguments):
 
 @contextlib.contextmanager
 def file_lock(lock: Path, doing: str, patience: float = 10) -> Iterator[None]:
-    """Hold `lock` against a second process; UserError if another has it for `patience` seconds.
-
-    However a process ends the lock is free again: at once, or when the last process it forked has ended.
-    """
+    """Hold `lock` against a second process; UserError if another has it for `patience` seconds."""
     from filelock import FileLock, Timeout
 
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -267,10 +258,7 @@ def read_dict(path: Path) -> dict:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file or none: a reader never sees half of it, an interruption leaves the old one.
-
-    Names that are no UTF-8 are escaped, in JSON so that they are read back as they were.
-    """
+    """Write a whole file or none; file names that are no UTF-8 are escaped, as JSON reads them back."""
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     write_whole(path, lambda temporary: temporary.write_bytes(data))
 

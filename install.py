@@ -1,8 +1,7 @@
 """Make .venv and install into it what this machine can use; a second time there is nothing to do.
 
 NVIDIA's driver says which GPU there is and which CUDA it supports; that decides which build of PyTorch is
-installed, from which index, and whether TensorRT is.  Reads requirements*.txt, writes .venv/.  Needs Python
-3.11 or 3.12 and nothing else.
+installed, from which index, and whether TensorRT is.  Reads requirements*.txt, needs Python 3.11 or 3.12.
 
     python install.py
 """

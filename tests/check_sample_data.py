@@ -20,15 +20,14 @@ sys.path.insert(0, str(ROOT))
 
 import datasets  # noqa: E402
 import model  # noqa: E402
+from utils.images import load_rgb  # noqa: E402
 from utils.utils import checkpoint_path  # noqa: E402
 
 
 def mean_colours(data: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """(N, 3) mean RGB and (N,) class names of a split."""
     listed = datasets.list_images(data)[split]
-    colours = [
-        np.asarray(datasets.load_rgb(path)).mean((0, 1)) for images in listed.values() for path in images
-    ]
+    colours = [np.asarray(load_rgb(path)).mean((0, 1)) for images in listed.values() for path in images]
     return np.array(colours), np.array([name for name, images in listed.items() for _ in images])
 
 

@@ -218,7 +218,7 @@ LAYOUTS = {  # damage, what is named; folders are looked at by every command tha
     ),
     "no split": (
         steps(move("data/train/тёмный", "data/Кот"), remove("data/train"), remove("data/test")),
-        "Кот",
+        "train/<class>/",
     ),
 }
 IMAGES = {  # and images by those that read them
@@ -303,7 +303,7 @@ def cases() -> list[tuple]:
     found += [("image", "datasets", "", damage, culprit) for damage, culprit in IMAGES.values()]
     found.append(("image", "train", "", *IMAGES["cut short"]))
     found.append(("image", "benchmark", "", *IMAGES["a test image"]))  # of the training images it needs none
-    for script in ("benchmark", "train", "pytorch_inference", "end_to_end"):
+    for script in ("benchmark", "pytorch_inference", "end_to_end"):
         damages = list(CHECKPOINTS.values())[: None if script == "benchmark" else 3]
         found += [("checkpoint", script, "", damage, "best_resnet18_64") for damage in damages]
     found += [("folder", script, "", damage, culprit) for script, damage, culprit in FOLDERS]

@@ -18,7 +18,7 @@ from filelock import FileLock
 import benchmark
 import model
 from utils import onnx_export
-from utils.measure import jobs, reference, sweep, worker
+from utils.measure import jobs, sweep, worker
 from utils.measure.schema import Problem
 from utils.measure.timing import trimmed_mean
 from utils.report import tables
@@ -129,10 +129,9 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 def test_a_network_whose_logits_are_not_finite_replaces_nothing(folder, results, call, tmp_path):
     checkpoint = tmp_path / "best_resnet18_64.pth"
-    known = model.read(folder / "weights" / checkpoint.name)
-    network, _ = model.load(folder / "weights" / checkpoint.name, "cpu")
+    network, known = model.load(folder / "weights" / checkpoint.name)
     network.fc.bias.data.fill_(float("nan"))
-    model.save(checkpoint, network, **{name: value for name, value in known.items() if name != "model"})
+    model.save(checkpoint, network, **known)
     before = contents(results)
     said = call("benchmark.py", *MEASURED, "--weights", tmp_path, code=2).stderr
     assert f"{checkpoint} gives logits that are not finite" in said
@@ -337,15 +336,6 @@ def test_of_a_long_message_the_end_is_kept_where_the_cause_stands():
     assert worker.problem_of(Problem("mismatch", "wrong")).status == "mismatch"
     missing = worker.problem_of(ModuleNotFoundError("No module named 'onnxscript'"))
     assert missing.status == "failed" and "pip install -r requirements.txt" in missing.reason
-
-
-def test_batches_that_find_no_room_to_be_handed_over_are_read_without_further_processes(monkeypatch):
-    usage = type("Usage", (), {"free": 64 * 2**20})  # docker's /dev/shm
-    monkeypatch.setattr(reference.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(reference, "SHARED_MEMORY", Path("/"))
-    assert reference.reading_processes(1000, batch_size=16, image_size=512) == 0
-    assert reference.reading_processes(1000, batch_size=16, image_size=64) == 4
-    assert reference.reading_processes(100, batch_size=16, image_size=64) == 0
 
 
 def test_how_many_processes_live_together_follows_from_the_memory_that_is_free(monkeypatch):

@@ -52,10 +52,9 @@ def forget_driver() -> None:
 @pytest.mark.parametrize(
     "facts, cause",
     [
-        ({"build": None}, "build for CPUs only.*-r requirements.*.txt"),
-        ({"build": None, "cuda": 12020}, "build for CPUs only.*requirements-cuda126.txt"),
-        ({"cuda": 12020}, "its driver is for CUDA 12.2, torch .* is for 13.0; update it to 580.*cuda126.txt"),
-        ({"capability": (6, 1)}, r"built for sm_75 sm_90, not for compute capability \(6, 1\).*cuda126.txt"),
+        ({"build": None}, "build for CPUs only"),
+        ({"cuda": 12020}, "its driver is for CUDA 12.2, torch .* is for 13.0; update it"),
+        ({"capability": (6, 1)}, r"built for sm_75 sm_90, not for compute capability \(6, 1\)"),
         ({"capability": (6, 1), "available": True}, "not for compute capability"),
         ({}, "CUDA does not start"),
     ],
@@ -83,8 +82,6 @@ def test_the_gpu_is_taken_where_it_can_be_and_the_cpu_where_there_is_none(driver
     assert devices.choose_device("auto") == "cpu"
     with pytest.raises(UserError, match="no NVIDIA driver lists a GPU.*--device cpu"):
         devices.choose_device("cuda")
-    with pytest.raises(UserError, match="--device tpu is none of"):
-        devices.choose_device("tpu")
 
 
 def test_end_to_end_does_not_begin_on_a_gpu_that_pytorch_cannot_use(driver, tmp_path, monkeypatch):
@@ -161,9 +158,9 @@ def test_a_number_out_of_range_is_one_sentence(kind, text):
 def test_a_process_is_alone_unless_all_is_there_by_which_processes_meet(monkeypatch):
     for name, value in {"RANK": "3", "LOCAL_RANK": "", "WORLD_SIZE": "4", "MASTER_ADDR": "a"}.items():
         monkeypatch.setenv(name, value)  # left over from another program
-    assert devices.rank() == 0 and devices.process_count() == 1
+    assert devices.torchrun_number("RANK", 0) == 0 and devices.torchrun_number("WORLD_SIZE", 1) == 1
     monkeypatch.setenv("MASTER_PORT", "29500")
-    assert devices.rank() == 3 and devices.process_count() == 4
+    assert devices.torchrun_number("RANK", 0) == 3 and devices.torchrun_number("WORLD_SIZE", 1) == 4
     assert devices.torchrun_number("LOCAL_RANK", 0) == 0
 
 

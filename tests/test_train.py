@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
 import torch
-from conftest import ROOT, load_test_images, start_script, write_noise
+from conftest import ROOT, load_test_images, write_noise
 from filelock import FileLock
 
 import datasets
@@ -102,10 +101,10 @@ def test_other_images_and_force_train_again(folder, run):
     shutil.copy(data / "test" / "тёмный" / "0.png", data / "train" / "тёмный" / "new.png")
     first = checkpoint_path(folder / "weights", 32)
     before = first.read_bytes()
-    with pytest.raises(UserError, match="best_resnet18_32.pth was trained on other images.*--force"):
-        run("--image-sizes", 32, "--epochs", 1)
-    assert first.read_bytes() == before
-    assert "epoch 1/1" in run("--image-sizes", 32, "--epochs", 1, "--force")
+    said = run("--image-sizes", 32, "--epochs", 1)
+    assert (
+        "epoch 1/1" in said and "best_resnet18_32.pth was not trained on these images; it is kept as" in said
+    )
     assert first.with_name(f"{first.name}.1").read_bytes() == before != first.read_bytes()
 
 
@@ -135,19 +134,15 @@ def test_an_interrupted_run_goes_on_after_its_last_epoch(folder, run, monkeypatc
         assert [row[name] for row in straight] == [row[name] for row in history]
 
 
-def test_a_damaged_or_foreign_state_is_kept_and_not_gone_on_from(folder, run):
+def test_a_damaged_or_foreign_state_is_not_gone_on_from_and_a_foreign_network_kept(folder, run):
     best, last = (checkpoint_path(folder / "weights", 32, which) for which in ("best", "last"))
     best.parent.mkdir()
     torch.save({"conv1.weight": torch.zeros(1)}, best)  # somebody's own network
     last.write_bytes(b"cut short")
     before = best.read_bytes()
-    with pytest.raises(UserError, match="best_resnet18_32.pth is not a checkpoint of train.py"):
-        run("--image-sizes", 32, "--epochs", 1)
-    assert best.read_bytes() == before and last.read_bytes() == b"cut short"
-    assert "32 px, epoch 1/1" in run("--image-sizes", 32, "--epochs", 1, "--force")
-    assert model.load_facts(best)["epoch"] == 1
+    assert "32 px, epoch 1/1" in run("--image-sizes", 32, "--epochs", 1)
+    assert model.load_facts(best)["epoch"] == 1 and not last.exists()
     assert best.with_name(f"{best.name}.1").read_bytes() == before
-    assert last.with_name(f"{last.name}.1").read_bytes() == b"cut short"
 
 
 def test_a_checkpoint_of_other_classes_is_trained_again(folder, run):
@@ -211,19 +206,6 @@ train.run_main(train.main)"""
     assert model.load_facts(checkpoint_path(folder / "weights", 384))["settings"]["batch_size"] == 10
 
 
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_a_killed_reader_is_one_sentence(folder):
-    command = [*arguments(folder, "--image-sizes", 64, "--epochs", 500), "--workers=1"]
-    training = start_script("train.py", *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while b"epoch 1/" not in training.stdout.readline():
-        assert training.poll() is None
-    reader = max(psutil.Process(training.pid).children(), key=lambda process: process.pid)
-    reader.kill()
-    _, errors = training.communicate(timeout=60)
-    assert training.returncode == 2 and b"Traceback" not in errors
-    assert b"a process that reads images was killed" in errors and b"--workers 1" in errors
-
-
 def test_a_second_training_waits_for_the_first_or_says_so(folder, run, monkeypatch):
     monkeypatch.setattr(train, "file_lock", functools.partial(train.file_lock, patience=0.1))
     (folder / "weights").mkdir()
@@ -240,8 +222,6 @@ def test_the_learning_rate_rises_and_falls_to_zero():
 
 
 def test_mistakes_are_one_sentence(folder, run):
-    with pytest.raises(UserError, match="--device nonsense is none of auto, cuda and cpu"):
-        run("--image-sizes", 32, "--device", "nonsense")
     with pytest.raises(SystemExit, match="2"):
         run("--epochs", 0)
     (folder / "data" / "train" / "тёмный" / "0.png").write_bytes(b"broken")

@@ -27,9 +27,6 @@ ORIENTATION = 0x0112  # EXIF's tag: how to turn the picture upright
 TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by its value
 
 
-# ---- which files are pictures
-
-
 @functools.lru_cache
 def image_suffixes() -> set[str]:
     formats = Image.registered_extensions().items()

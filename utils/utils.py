@@ -114,9 +114,7 @@ def uninterrupted() -> Iterator[None]:
     """Put Ctrl-C and SIGTERM off until the block's end.  For the main thread; of no effect in others."""
     caught, main = [], threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {
-        number: signal.signal(number, lambda number, frame: caught.append(number)) for number in numbers
-    }
+    before = {number: signal.signal(number, lambda *told: caught.append(told[0])) for number in numbers}
     try:
         yield
     finally:

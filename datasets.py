@@ -1,4 +1,4 @@
-"""Image folders -> DataLoaders; draws four sample heroes where there is no data at all.
+"""Image folders -> batches of tensors; draws four sample heroes where there is no data at all.
 
 Reads data/train/<class>/* and data/test/<class>/*: images of any size, in any format that Pillow reads.
 Writes only to draw the sample into a folder without images; data/SAMPLE.txt then says that they are drawn.

@@ -206,9 +206,6 @@ def describe() -> dict:
     }
 
 
-# ---- all of it
-
-
 def environment(device: str) -> dict:
     """What a figure made on "cuda" or "cpu" depends on besides the code: on "cpu" on no GPU."""
     git = "git", "-C", str(Path(__file__).parent)

@@ -187,9 +187,7 @@ def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = COUNTS) -> N
             return
         mend = "draw the sample elsewhere: python datasets.py --draw-sample --data sample"
         raise UserError(f"{data} already holds images, which are not mixed with drawn ones; {mend}")
-    print(
-        f"no images in {data}: drawing the sample heroes (your own: {LAYOUT.format(data=data)})", flush=True
-    )
+    print(f"no images in {data}: drawing the sample heroes; {LAYOUT.format(data=data)}", flush=True)
     shutil.rmtree(part, ignore_errors=True)
     wanted = [(split, name, index) for split in SPLITS for name in HEROES for index in range(counts[split])]
     files = images.in_threads(functools.partial(draw_file, part, seed), wanted, "drawing")

@@ -2,7 +2,7 @@
 
 Reads data/ (drawn by datasets.py where there is none), writes weights/best_resnet18_<size>.pth,
 results/training.csv and training.png.  A size that was trained with the same settings on the same images is
-skipped; an interrupted one resumes after its last whole epoch.
+skipped; an interrupted one resumes after its last whole epoch; a network of other images is kept as .pth.1.
 
     python train.py                                               all sizes, 10 epochs each
     python train.py --image-sizes 224 --epochs 10 --pretrained    one size, longer, from ImageNet's weights

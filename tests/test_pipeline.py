@@ -25,6 +25,7 @@ import end_to_end
 import model
 from utils import environment, images
 from utils.backend import inference
+from utils.images import load_rgb
 from utils.measure.worker import whole_call
 from utils.report import tables
 from utils.serve import dali, decoder, pipeline, throughput
@@ -60,7 +61,7 @@ def odd(tmp_path_factory) -> dict[str, Path]:
 
 
 def as_training_reads(path) -> np.ndarray:
-    return np.asarray(v2.Resize((SIZE, SIZE), antialias=True)(datasets.load_rgb(path)))
+    return np.asarray(v2.Resize((SIZE, SIZE), antialias=True)(load_rgb(path)))
 
 
 def opened(kind: str, batch_size: int = BATCH, device: str = "cpu", few: bool = True):

@@ -33,6 +33,8 @@ def check_folders(data: Path) -> None:
     """Raise UserError unless every class has images and every test class was trained; decodes nothing."""
     listed = list_images(data)
     for split, classes in listed.items():
+        if (data / split).is_file():
+            raise UserError(f"{data / split}: a file is where a folder belongs; move it away")
         if not classes:
             raise UserError(f"{data / split} holds no class folders; {LAYOUT.format(data=data)}")
         if empty := [str(data / split / name) for name, paths in classes.items() if not paths]:

@@ -29,6 +29,8 @@ from tqdm import tqdm
 from utils import environment
 from utils.backend import why_not_importable
 from utils.devices import choose_device
+from utils.images import fingerprint
+from utils.serve import choices
 from utils.utils import UserError, add_path_arguments, in_fresh_process, number, run_main, write_atomic
 
 COLUMNS = ["sweep", "backend", "precision", "image_size", "batch_size", "decoder"]  # of end_to_end.csv
@@ -65,6 +67,15 @@ def make_asked(args: argparse.Namespace) -> list:
         how = sizes, tuple(decoders), args.data, args.weights, args.results, args.seconds
         asked += [Asked(*what, *how, photos) for photos in dict.fromkeys([None, args.images])]
     return asked
+
+
+def warn_of_other_data(asked: list) -> None:
+    """Say where a network was trained on other images than those beside the test set."""
+    here = fingerprint(asked[0].data)
+    for path in dict.fromkeys(one.checkpoint for one in asked):
+        if (trained_on := choices.data_of(choices.load_facts(path))) and trained_on != here:
+            what = f"{path} was trained on other images than those in {asked[0].data}"
+            print(f"{what}: accuracy is of images it was not made for", file=sys.stderr)
 
 
 def measure_rounds(asked: list, rounds: int) -> list[dict]:
@@ -182,6 +193,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     asked = make_asked(args)
+    warn_of_other_data(asked)
     from utils.report import tables, words
 
     path = args.results / ("load.csv" if args.load else "end_to_end.csv")

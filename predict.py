@@ -23,7 +23,6 @@ import json
 import os
 import signal
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -210,7 +209,7 @@ def classify_all(args: argparse.Namespace, images: list[str], problems: dict, ou
         decoder = "dali" if pays and there else "pillow"
     rows = choices.measured_here(args.results, device, facts["image_size"])
     found = choices.choose_backends(args.backend, rows, len(images), device)
-    say(f"{checkpoint.name}: classes {textwrap.shorten(', '.join(facts['classes']), 80)}")
+    say(f"{checkpoint.name}: {choices.described(checkpoint, facts)}")
     if not args.backend and not found[0].measured:
         say("nothing was measured here at this size: PyTorch serves; python benchmark.py finds faster ones")
     if args.batch_size:

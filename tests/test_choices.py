@@ -3,9 +3,12 @@
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -151,17 +154,23 @@ def test_a_checkpoint_is_chosen_among_those_of_one_data_set_only(tiny, tmp_path)
     newer = checkpoint(tiny, tmp_path, 96, fruit, 0.33, fingerprint(tiny / "data"))
     assert choices.choose_checkpoint(tmp_path, None, tiny / "data")[0] == newer  # though less accurate
     assert choices.choose_checkpoint(tmp_path, 64, tiny / "data")[1]["classes"] == pets
-    with pytest.raises(UserError, match="different classes.*64.pth: cat, dog; .*--image-size SIZE"):
+    with pytest.raises(UserError, match="different classes.*--image-size SIZE") as error:
         choices.choose_checkpoint(tmp_path, None, data)
-    checkpoint(tiny, tmp_path, 96, pets, 0.33, "more pets")
-    assert choices.choose_checkpoint(tmp_path, None, data)[1]["accuracy"] == 1
+    assert "best_resnet18_64.pth: classes cat, dog; trained 20" in str(error.value)
+    newer = checkpoint(tiny, tmp_path, 96, pets, 0.33, "more pets")
+    os.utime(newer, (time.time() + 9, time.time() + 9))
+    assert choices.choose_checkpoint(tmp_path, None, data)[0] == newer
 
 
-def test_copies_beside_a_checkpoint_are_none(project, tmp_path):
+def test_copies_beside_a_checkpoint_are_none_and_it_may_be_of_any_time(project, tmp_path):
     path = checkpoint(project, tmp_path, 64, ["cat", "dog"], 1.0, "pets")
     for name in ("64 (1)", "64 copy", "64.sync-conflict"):
         (tmp_path / f"best_resnet18_{name}.pth").write_bytes(b"cut short")
-    assert choices.choose_checkpoint(tmp_path, None, tmp_path)[0] == path
+    found, facts = choices.choose_checkpoint(tmp_path, None, tmp_path)
+    assert found == path and choices.described(path, facts).startswith("classes cat, dog; trained 20")
+    stat = types.SimpleNamespace(st_mtime=1e12)
+    told = choices.described(types.SimpleNamespace(stat=lambda: stat), facts)
+    assert told == "classes cat, dog; trained at an unknown time"
 
 
 def test_facts_are_read_without_pytorch_and_what_is_odd_is_said(tiny, tmp_path):

@@ -139,7 +139,7 @@ def test_a_folder_that_may_not_be_listed_is_named_and_not_skipped(data, denied):
 def test_a_file_where_a_split_belongs_is_called_a_file(data):
     shutil.rmtree(data / "test")
     (data / "test").touch()
-    with pytest.raises(UserError, match="test holds no class folders"):
+    with pytest.raises(UserError, match="test: a file is where a folder belongs"):
         datasets.ensure_data(data)
 
 
@@ -240,3 +240,11 @@ def test_the_report_counts_and_notes_what_is_odd(data, capsys):
     assert "Новый                         1      0   300x20 .. 300x20" in said
     assert "копия.png is the same image as" in said and "список.txt" in said and "sample" not in said
     assert "Новый has no images: the accuracy says nothing" in said
+
+
+def test_files_without_a_suffix_are_known_by_their_content(data):
+    folder = data / "train" / "Пудж"
+    paint(folder / "photo.png").rename(folder / "photo")
+    (folder / "notes").write_text("no picture")
+    listed = [path.name for path in datasets.all_images(data)]
+    assert "photo" in listed and "notes" not in listed

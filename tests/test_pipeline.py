@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -320,3 +321,16 @@ def test_a_damaged_table_of_serving_is_set_aside_and_made_anew(tmp_path, content
     assert table.backend.tolist() == ["onnx", "pytorch"] and set(table.sweep) == {"2.10"}
     assert set(table.cores) == {environment.cores()} and set(table.date) == {str(datetime.date.today())}
     assert sorted(found.name for found in tmp_path.iterdir()) == ["end_to_end.csv", "end_to_end.csv.1"]
+
+
+def test_where_the_network_was_trained_on_other_images_end_to_end_says_so(
+    project, tmp_path, monkeypatch, capsys
+):
+    what = "main", "onnx", "FP32", 64, 4, "cpu", (4,), ("pillow",)
+    asked = throughput.Asked(*what, tmp_path, project / "weights", tmp_path, 1.0)
+    monkeypatch.setattr(end_to_end, "make_asked", lambda args: [asked])
+    monkeypatch.setattr(end_to_end, "measure_rounds", lambda asked, rounds: [])
+    monkeypatch.setattr(end_to_end, "write_table", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py"])
+    end_to_end.main()
+    assert "best_resnet18_64.pth was trained on other images" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What every script shares: the way out, locks, temporary files, folders, and helper processes."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from conftest import ROOT
 
 from utils.measure.jobs import name_problem
 from utils.utils import (
+    UserError,
     check_folder,
     file_lock,
     read_dict,
@@ -280,3 +282,44 @@ importlib.reload(utils)
 print(utils.MENDS, utils.MOST_WORKERS)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "ulimit" not in done.stdout and "Excel" in done.stdout and done.stdout.endswith(" 61\n")
+
+
+@posix
+@pytest.mark.parametrize("number, code", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("place", ["__del__", "fork"])
+def test_a_signal_where_python_drops_exceptions_is_not_lost(number, code, place):
+    process = start(f"""import os, time
+class Slow:
+    def __del__(self=None):
+        print("ready", flush=True)
+        time.sleep(1)
+if {place!r} == "fork":
+    os.register_at_fork(after_in_parent=Slow.__del__)
+    if os.fork() == 0:
+        os._exit(0)
+else:
+    Slow()
+time.sleep(20)""")
+    process.stdout.readline()
+    process.send_signal(getattr(signal, number))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and errors == b"interrupted: run the same command again\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524])
+@posix
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
+    import fcntl
+
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=f"{tmp_path}: its file system offers no locks.*local disk"):
+        file_lock(tmp_path / ".lock", "training", 0.1).__enter__()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_what_a_disk_lacks_is_called_so(tmp_path, number):
+    said = sentence(OSError(number, "x", str(tmp_path)))
+    assert "disk" in said and str(tmp_path) in said

@@ -88,7 +88,7 @@ def test_what_cannot_be_drawn_is_not_begun(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train").touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="train holds no class folders"):
+    with pytest.raises(UserError, match="train: a file is where a folder belongs"):
         datasets.ensure_data(Path("data"))
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["train"]
 
@@ -118,3 +118,13 @@ def test_a_drawing_interrupted_while_it_moved_into_place_is_made_good(sample, tm
     assert (
         datasets.fingerprint(folder) == datasets.fingerprint(sample) and not (folder / "sample.part").exists()
     )
+
+
+def test_hidden_classes_are_a_users_too(tmp_path, monkeypatch):
+    for split in datasets.SPLITS:
+        for name in (".a", ".b"):
+            paint(tmp_path / "data" / split / name / "x.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="train holds no class folders"):
+        datasets.ensure_data(Path("data"))
+    assert not (tmp_path / "data" / "SAMPLE.txt").exists()

@@ -34,11 +34,19 @@ def image_suffixes() -> set[str]:
 
 
 def is_image(path: str | Path) -> bool:
-    """By its name; hidden files (._x.jpg) and pipes are none; a link to nothing is one that can't be read."""
-    name = os.path.basename(path)
-    if name.startswith(".") or os.path.splitext(name)[1].lower() not in image_suffixes():
+    """By the name, or where it has no suffix by the content; hidden files (._x.jpg) and pipes are none.
+
+    A link to nothing is one: that it can't be read is to be said.
+    """
+    name, a_file = os.path.basename(path), os.path.isfile(path)
+    suffix = os.path.splitext(name)[1].lower()
+    if name.startswith(".") or (suffix and suffix not in image_suffixes()):
         return False
-    return os.path.isfile(path) or not os.path.exists(path)
+    if suffix or not a_file:
+        return a_file or not os.path.exists(path)
+    with contextlib.suppress(Exception), open_image(path) as image:  # plugins raise also struct.error
+        return image.format not in STUBS
+    return False
 
 
 def files_below(folder: Path, denied: list[str] | None = None) -> list[str]:

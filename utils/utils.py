@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import itertools
@@ -15,6 +16,7 @@ import signal
 import sys
 import threading
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
@@ -43,7 +45,9 @@ MENDS = {  # what the system says -> what is wrong with the file; what mends it
     errno.ENOENT: "there is no such file or folder; put it there or name another one",
     **dict.fromkeys([errno.ENOTDIR, errno.EEXIST], "a file is where a folder belongs; move it away"),
     errno.EISDIR: "a folder is where a file belongs; move it away",
+    errno.EROFS: "the disk is read-only; name another folder",
 }
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524}  # of file systems, network drives for instance
 
 
 def run_main(main: Callable) -> None:
@@ -56,6 +60,7 @@ def run_main(main: Callable) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = signal_again
     try:
         main()
         sys.stdout.flush()
@@ -71,6 +76,8 @@ def run_main(main: Callable) -> None:
         leave(2, f"error: this machine's memory does not suffice; {smaller}, {AGAIN}")
     except BrokenExecutor:
         leave(2, f"error: a worker process was killed, perhaps for want of memory; free some, {AGAIN}")
+    except UnicodeError as error:
+        leave(2, f"error: {str(error)[:200]}; save the file as UTF-8 or set PYTHONUTF8=1, {AGAIN}")
     except OSError as error:
         # Windows says EINVAL where a reader (`| more`) has closed its end.
         closed = isinstance(error, BrokenPipeError) or (WINDOWS and error.errno == errno.EINVAL)
@@ -107,6 +114,21 @@ def let_go_of_stdout(closed: bool) -> bool:
 
 def terminate(number: int, frame) -> None:
     raise KeyboardInterrupt(number)  # what cleans up after Ctrl-C cleans up after SIGTERM
+
+
+def signal_again(dropped) -> None:
+    """Python drops what a signal raises in a __del__ or around a fork; the signal is sent anew then."""
+    if not issubclass(dropped.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(dropped)
+        return
+    number = signal.SIGTERM if signal.SIGTERM in dropped.exc_value.args else signal.SIGINT
+    send = signal.raise_signal
+    if hasattr(signal, "pthread_kill"):  # not on Windows; only this one ends what the main thread waits for
+        send = functools.partial(signal.pthread_kill, threading.main_thread().ident or 0)
+    again = threading.Timer(0.05, send, [number])  # by then that place is left; if not, once more
+    again.daemon = True
+    with contextlib.suppress(RuntimeError):  # Python is ending: no new threads, and no need of one
+        again.start()
 
 
 @contextlib.contextmanager
@@ -191,10 +213,18 @@ def file_lock(lock: Path, doing: str, patience: float = 10) -> Iterator[None]:
 
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(lock, timeout=patience):
-            yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # given where only a weaker kind of lock can be had
+            held = FileLock(lock, timeout=patience).acquire()
     except Timeout as error:
         raise UserError(f"another process is {doing} in {lock.parent}; wait for its end, {AGAIN}") from error
+    except (OSError, NotImplementedError, UserWarning) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        mend = "name a folder on a local disk (--data, --weights, --results or --out)"
+        raise UserError(f"{lock.parent}: its file system offers no locks ({error}); {mend}") from error
+    with held:
+        yield
 
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:

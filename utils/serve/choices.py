@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import datetime
 import io
 import pickle
 import zipfile
@@ -60,10 +61,10 @@ def load_facts(path: Path) -> dict:
 
 
 def choose_checkpoint(weights: Path, image_size: int | None, data: Path) -> tuple[Path, dict]:
-    """The checkpoint of that size, or the most accurate one, of equals the smallest; and its facts.
+    """The checkpoint of that size, or the most accurate one of a single data set, of equals the smallest.
 
-    Of those of several data sets, the ones trained on `data`.  Raises UserError where that leaves different
-    classes.
+    Of several data sets it is the one in `data`, else the newest.  Raises UserError where that would be a
+    guess, since their classes differ.  Returns the facts, too.
     """
     if image_size:
         path = checkpoint_path(weights, image_size)
@@ -72,15 +73,32 @@ def choose_checkpoint(weights: Path, image_size: int | None, data: Path) -> tupl
     found = [(path, load_facts(path)) for path in paths if path.stem.rpartition("_")[2].isdecimal()]
     if not found:
         raise UserError(f"{weights} holds no checkpoint; train one: python train.py")
-    trained_on = [(facts.get("data") or {}).get("fingerprint") for _, facts in found]
-    if len(set(trained_on)) > 1:
-        here = fingerprint(data)
-        found = [pair for pair, images in zip(found, trained_on, strict=True) if images == here] or found
-    if len({tuple(facts["classes"]) for _, facts in found}) > 1:
-        which = "; ".join(f"{path.name}: {', '.join(facts['classes'][:5])}" for path, facts in found)
-        ask = "choose one: --image-size SIZE, or --data the folder of images that it was trained on"
-        raise UserError(f"{weights} holds checkpoints of different classes ({which}); {ask}")
+    if len({data_of(facts) for _, facts in found}) > 1:
+        here, newest = fingerprint(data), data_of(max(found, key=lambda pair: pair[0].stat().st_mtime)[1])
+        trained_here = [pair for pair in found if data_of(pair[1]) == here]
+        if not trained_here and len({tuple(facts["classes"]) for _, facts in found}) > 1:
+            lines = [f"  {path.name}: {described(path, facts)}" for path, facts in found]
+            ask = "choose one: --image-size SIZE, or --data the folder of images that it was trained on"
+            what = f"{weights} holds checkpoints of different classes, and none was trained on {data}"
+            raise UserError("\n".join([f"{what}; {ask}", *lines]))
+        found = trained_here or [pair for pair in found if data_of(pair[1]) == newest]
     return min(found, key=lambda pair: (-pair[1].get("accuracy", 0), pair[1]["image_size"]))
+
+
+def data_of(facts: dict) -> str | None:
+    """The fingerprint of the images that a checkpoint was trained on."""
+    return (facts.get("data") or {}).get("fingerprint")
+
+
+def described(path: Path, facts: dict) -> str:
+    """Which classes a checkpoint knows, and when its file was written."""
+    classes = facts["classes"]
+    more = f" and {len(classes) - 5} more" if len(classes) > 5 else ""
+    try:
+        trained = f"{datetime.datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
+    except (ValueError, OverflowError, OSError):  # after the year 9999, or on Windows before 1970
+        trained = "at an unknown time"
+    return f"classes {', '.join(classes[:5])}{more}; trained {trained}"
 
 
 @dataclasses.dataclass(frozen=True)

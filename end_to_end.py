@@ -31,7 +31,15 @@ from utils.backend import why_not_importable
 from utils.devices import choose_device
 from utils.images import fingerprint
 from utils.serve import choices
-from utils.utils import UserError, add_path_arguments, in_fresh_process, number, run_main, write_atomic
+from utils.utils import (
+    UserError,
+    add_path_arguments,
+    checkpoint_path,
+    in_fresh_process,
+    number,
+    run_main,
+    write_atomic,
+)
 
 COLUMNS = ["sweep", "backend", "precision", "image_size", "batch_size", "decoder"]  # of end_to_end.csv
 COLUMNS += ["images_per_s", "images_per_s_low", "images_per_s_high"]  # from files to labels, once running
@@ -72,7 +80,7 @@ def make_asked(args: argparse.Namespace) -> list:
 def warn_of_other_data(asked: list) -> None:
     """Say where a network was trained on other images than those beside the test set."""
     here = fingerprint(asked[0].data)
-    for path in dict.fromkeys(one.checkpoint for one in asked):
+    for path in dict.fromkeys(checkpoint_path(one.weights, one.image_size) for one in asked):
         if (trained_on := choices.data_of(choices.load_facts(path))) and trained_on != here:
             what = f"{path} was trained on other images than those in {asked[0].data}"
             print(f"{what}: accuracy is of images it was not made for", file=sys.stderr)

@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-import tensorrt
 import torch
 from conftest import load_test_images
 
@@ -91,6 +90,8 @@ class Check:
         timings, start = self.checkpoint.with_name("check.timings"), time.perf_counter()
         known = timings.read_bytes() if timings.is_file() else b""
         if qdq:
+            import tensorrt
+
             source = onnx_export.export(self.checkpoint, self.size, "INT8_TENSORRT", self.data)[0]
             network = trt.onnx_for(tensorrt.__version__, source, batches[0])
             plan, known = trt.build_plan(network, file.profiles, self.size, known, ranges={})

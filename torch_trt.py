@@ -2,14 +2,12 @@
 
 Reads weights/best_resnet18_<size>.pth, writes weights/resnet18_<size>_max<batch>_fp16.pt2 (by
 Torch-TensorRT 2.2: .ts), what it was made from beside it, and TensorRT's timings for the next compilation.
+The module serves every batch up to the largest.  An operation that would fall back to PyTorch is an error.
 
     python torch_trt.py --image-sizes 224 --batch-sizes 1 8 16
-
-The module serves every batch up to the largest.  An operation that would fall back to PyTorch is an error.
 """
 
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
-
 import operator
 import tempfile
 from pathlib import Path
@@ -69,9 +67,8 @@ class Module(EngineFile):
 def compile_network(network: torch.nn.Module, shapes: list[tuple], timings: Path):
     """`network`, in half on the GPU, as a module around one TensorRT engine.
 
-    2.2 wants it scripted, and `enabled_precisions`, without which TensorRT 8.6 builds FP32 kernels.  From
-    2.11 on weights and input say the precision; the default timing cache lies in the temporary folder and
-    can be anybody's.
+    2.2 wants it scripted, and `enabled_precisions`, without which TensorRT 8.6 builds FP32 kernels.  Later
+    ones go by weights and input; their own timing cache lies in the temporary folder and can be anybody's.
     """
     import torch_tensorrt
 
@@ -87,22 +84,17 @@ def input_range(shapes: list[tuple]):
     """The input's shapes; its name is the one in forward(), from which the free axis gets its own."""
     import torch_tensorrt
 
-    smallest, best, largest = shapes
-    ranges = dict(min_shape=smallest, opt_shape=best, max_shape=largest)
+    ranges = dict(zip(("min_shape", "opt_shape", "max_shape"), shapes, strict=True))
     return torch_tensorrt.Input(**ranges, dtype=torch.half, name="x")
-
-
-def operations(module) -> list[str]:
-    """What a compiled module does, without packing inputs and outputs: an engine, if all went into one."""
-    if is_torchscript():
-        return [node.kind() for node in module.graph.nodes() if not node.kind().startswith("prim::")]
-    steps = [node for node in module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
-    return [str(node.target) for node in steps if node.target is not operator.getitem]
 
 
 def check_one_engine(module) -> None:
     """Raises RuntimeError, naming the operations, unless the whole network went into one engine."""
-    found = operations(module)
+    if is_torchscript():
+        found = [node.kind() for node in module.graph.nodes() if not node.kind().startswith("prim::")]
+    else:  # without packing inputs and outputs
+        steps = [node for node in module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+        found = [str(node.target) for node in steps if node.target is not operator.getitem]
     if len(found) != 1 or not ("execute_engine" in found[0] or "_run_on_acc" in found[0]):
         made = ", ".join(found) or "none"
         raise RuntimeError(f"Torch-TensorRT did not put the whole network into one engine, but made: {made}")

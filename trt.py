@@ -2,11 +2,9 @@
 
 Reads weights/best_resnet18_<size>.pth, writes its ONNX export, the engine
 weights/resnet18_<size>_<batches>_<precision>.engine, what it was made from beside it, and TensorRT's timings.
+--static: an engine for each batch size alone; --int8: its scales come from images of data/train.
 
     python trt.py --image-sizes 224 --batch-sizes 1 8 16
-
-One engine per image size serves every batch up to the largest and is best at those named; with --static, one
-for each batch size alone.  With --int8 the scales come from images of data/train.
 """
 
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
@@ -25,18 +23,14 @@ OLD_PARSER_OPSET = 17  # TensorRT 8.6 misreads ReduceMean from opset 18 on, wher
 
 
 class NativeEngine(EngineFile):
-    """The file of a native engine: one that is good at each of its batch sizes, or `static` for one alone."""
+    """A native engine's file.  It has a profile for each batch size, whose kernels TensorRT chooses for that
+    one; it also serves the batches down to the next smaller one.  `static`: it takes one batch size alone."""
 
     PACKAGES = ["tensorrt", "onnx"]
     MADE_WITH = ["torch", "onnx", "onnxscript"]
     suffix = "engine"
 
     def __init__(self, *asked, **options):
-        """A profile for each batch size, best there; it serves those down to the next smaller one, too.
-
-        TensorRT chooses kernels for the best batch alone: with one profile up to 256, batch 16 was 25 to 37 %
-        slower than with an engine of its own.
-        """
         super().__init__(*asked, **options)
         sizes = self.batch_sizes
         self.profiles = [[low + 1, size, size] for low, size in zip([0, *sizes], sizes, strict=False)]
@@ -45,9 +39,7 @@ class NativeEngine(EngineFile):
             self.profiles, self.kind = [sizes * 3], f"static{sizes[0]}"
 
     def facts(self) -> dict:
-        if not self.int8:
-            return super().facts()
-        return super().facts() | onnx_export.facts_of_int8(self.data)
+        return super().facts() | (onnx_export.facts_of_int8(self.data) if self.int8 else {})
 
     def make(self, path: Path, timings: bytes) -> bytes:
         import tensorrt
@@ -78,9 +70,7 @@ def logger():
     import tensorrt
 
     class Collector(tensorrt.ILogger):
-        def __init__(self):
-            tensorrt.ILogger.__init__(self)
-            self.errors = []
+        errors = []
 
         def log(self, severity, message):
             if severity in (tensorrt.ILogger.ERROR, tensorrt.ILogger.INTERNAL_ERROR):
@@ -114,7 +104,7 @@ def onnx_for(tensorrt_version: str, path: Path, batch: int | None, halved: bool 
             node.attribute.extend(kept)
     if halved:
         onnx_export.halve(model.graph)
-    if batch is not None:
+    if batch:
         for value in (*model.graph.input, *model.graph.output):
             value.type.tensor_type.shape.dim[0].dim_value = batch
         del model.graph.value_info[:]  # they still have the free axis
@@ -188,9 +178,8 @@ def set_ranges(tensorrt, config, network, ranges: dict[str, float]) -> None:
     config.set_flag(tensorrt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
     network.get_input(0).dtype = network.get_output(0).dtype = tensorrt.DataType.HALF
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    tensors = {
-        tensor.name: tensor for tensor in [network.get_input(0), *(one.get_output(0) for one in layers)]
-    }
+    outputs = [layer.get_output(0) for layer in layers]
+    tensors = {tensor.name: tensor for tensor in [network.get_input(0), *outputs]}
     for name, largest in ranges.items():
         tensors[name].set_dynamic_range(-(largest or 1), largest or 1)
     kinds = tensorrt.LayerType
@@ -230,8 +219,8 @@ class Engine:
         largest = [self.engine.get_tensor_profile_shape("input", index)[2][0] for index in range(last)]
         return bisect.bisect_left(largest, batch)
 
-    def new_context(self):
-        """An execution context in the memory that all share, which is taken with the first."""
+    def bind(self, shape: torch.Size) -> SimpleNamespace:
+        """A context for this shape, in the memory that all share, which is taken with the first."""
         import tensorrt
 
         if hasattr(tensorrt, "ExecutionContextAllocationStrategy"):  # from 10 on
@@ -248,11 +237,7 @@ class Engine:
             context.set_device_memory(self.memory.data_ptr(), self.memory.numel())
         else:
             context.device_memory = self.memory.data_ptr()
-        return context
-
-    def bind(self, shape: torch.Size) -> SimpleNamespace:
-        context, stream = self.new_context(), torch.cuda.current_stream()
-        index = self.profile_for(shape[0])
+        stream, index = torch.cuda.current_stream(), self.profile_for(shape[0])
         if not context.set_optimization_profile_async(index, stream.cuda_stream):
             raise failed(f"TensorRT could not choose profile {index}:")
         stream.synchronize()
@@ -270,10 +255,9 @@ class Engine:
         if x.dtype != self.dtype or not x.is_cuda or not x.is_contiguous():
             given = f"{x.dtype} on {x.device} with strides {x.stride()}"
             raise ValueError(f"the engine takes contiguous {self.dtype} on the GPU, not {given}")
-        address = x.data_ptr()
-        if address != bound.address:
-            bound.context.set_tensor_address("input", address)
-            bound.address = address
+        if bound.address != x.data_ptr():
+            bound.address = x.data_ptr()
+            bound.context.set_tensor_address("input", bound.address)
         if not bound.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise failed("TensorRT could not run the engine:")
         return bound.logits

@@ -220,15 +220,17 @@ def test_each_torch_tensorrt_is_given_what_it_needs(monkeypatch, torchscript, ir
     ],
 )
 def test_anything_but_one_engine_is_an_error(monkeypatch, steps, fine):
-    monkeypatch.setattr(torch_trt, "operations", lambda module: steps)
+    monkeypatch.setattr(torch_trt, "is_torchscript", lambda: False)
+    nodes = [SimpleNamespace(op="call_module", target=step) for step in steps]
+    module = SimpleNamespace(graph=SimpleNamespace(nodes=nodes))
     if fine:
-        torch_trt.check_one_engine(None)
+        torch_trt.check_one_engine(module)
     else:
         with pytest.raises(RuntimeError, match=steps[-1] if steps else "none"):
-            torch_trt.check_one_engine(None)
+            torch_trt.check_one_engine(module)
 
 
-def test_operations_left_to_pytorch_are_seen():
+def test_operations_left_to_pytorch_are_named():
     network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
     module = (
         torch.jit.trace(network, torch.zeros(1, 2))
@@ -237,7 +239,8 @@ def test_operations_left_to_pytorch_are_seen():
     )
     if torch_trt.is_torchscript():
         module = torch.jit.freeze(module.eval())
-    assert len(torch_trt.operations(module)) == 2
+    with pytest.raises(RuntimeError, match=r"made: [^,]+, [^,]+$"):
+        torch_trt.check_one_engine(module)
 
 
 # ---- with TensorRT

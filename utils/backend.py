@@ -14,18 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils.environment import package_version
-from utils.utils import (
-    BATCH_SIZES,
-    IMAGE_SIZES,
-    UserError,
-    add_path_arguments,
-    checkpoint_path,
-    in_fresh_process,
-    read_dict,
-    sha256,
-    write_json,
-    write_whole,
-)
+from utils.utils import in_fresh_process, read_dict, sha256, write_json, write_whole
 
 # ---- the contract
 
@@ -70,10 +59,7 @@ class Backend(abc.ABC):
 
 
 class CudaGraph(Backend):
-    """Any backend replayed from CUDA graphs, one for each batch size, captured when prepare() first meets it:
-    launching kernels one by one no longer bounds small batches."""
-
-    WARM_UP = 3  # calls before the capture, so that algorithms are chosen and memory is allocated
+    """Any backend replayed from CUDA graphs, one for each batch size, captured when prepare() meets it."""
 
     def __init__(self, backend: Backend):
         self.backend, self.precision = backend, backend.precision
@@ -98,7 +84,7 @@ class CudaGraph(Backend):
         prepared = self.backend.prepare(images)
         if len(images) not in self.graphs:
             fixed = prepared.clone()
-            for _ in range(self.WARM_UP):
+            for _ in range(3):  # before the capture algorithms are chosen and memory is allocated
                 self.backend.predict(fixed)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -121,23 +107,19 @@ class CudaGraph(Backend):
 
 # ---- how a process runs one
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-
 
 @contextlib.contextmanager
 def inference(device: str):
     """Inference mode; on a GPU on a stream of its own, since graphs can't be captured on the default one.
 
-    On Linux malloc then keeps what is freed for the next call, as ONNX Runtime's own arena does.  By glibc's
-    defaults a run of PyTorch on a CPU that takes and frees tensors of over 32 MB is page faults for up to
-    half its time, and by 10 to 30 % more of them in one process than in the next.
+    On Linux malloc keeps freed memory; otherwise page faults can halve a CPU's throughput.
     """
     import torch
 
     if sys.platform == "linux":
         malloc = ctypes.CDLL(None)
-        malloc.mallopt(M_MMAP_MAX, 0)
-        malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        malloc.mallopt(-4, 0)  # M_MMAP_MAX
+        malloc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
     with torch.inference_mode(), stream:
         yield
@@ -165,7 +147,7 @@ def is_fresh(path: Path, facts: dict) -> bool:
     """Whether `path` is whole and made from exactly `facts`; if it is there but not that, stderr says why."""
     if not path.is_file():
         return False
-    note = read_dict(note_of(path))
+    note = read_dict(path.with_name(f"{path.name}.json"))
     made_from = note.get("made_from")
     if not isinstance(made_from, dict):
         wrong = "does not say what it was made from"
@@ -179,14 +161,10 @@ def is_fresh(path: Path, facts: dict) -> bool:
     return False
 
 
-def note_of(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
-
-
 def store(path: Path, facts: dict, write: Callable[[Path], object]) -> None:
     """Have `write(path)` write the whole file, with a note beside it that says from what."""
     write_whole(path, write)
-    write_json(note_of(path), {"made_from": facts, "sha256": sha256(path)})
+    write_json(path.with_name(f"{path.name}.json"), {"made_from": facts, "sha256": sha256(path)})
 
 
 # ---- TensorRT's engines, whichever route builds them
@@ -211,10 +189,7 @@ def workspace_bytes() -> int:
 
 
 class EngineFile(abc.ABC):
-    """An engine's file: what it is made from, for which shapes, how it is built and opened.
-
-    `static`: the engine takes this one batch size alone.
-    """
+    """An engine's file: what it is made from, for which shapes, how it is built and opened."""
 
     PACKAGES: list[str]  # modules that it needs
     MADE_WITH: list[str]  # distributions whose version changes the file
@@ -227,10 +202,8 @@ class EngineFile(abc.ABC):
         self.batch_sizes, self.static, self.int8 = sorted(set(batch_sizes)), static, int8
 
     @classmethod
-    def files(
-        cls, checkpoint: Path, image_size: int, batch_sizes, data: Path | None, **options: bool
-    ) -> list:
-        """One for all batch sizes, or `static` one for each."""
+    def files(cls, checkpoint: Path, image_size: int, batch_sizes, data, **options: bool) -> list:
+        """One for all batch sizes, or `static` one for each alone."""
         groups = [[size] for size in batch_sizes] if options.get("static") else [batch_sizes]
         return [cls(checkpoint, image_size, group, data, **options) for group in groups]
 
@@ -253,15 +226,10 @@ class EngineFile(abc.ABC):
         import torch
 
         major, minor = torch.cuda.get_device_capability()
-        return {
-            **{name: package_version(name) for name in self.MADE_WITH},
-            "checkpoint": sha256(self.checkpoint),
-            "tensorrt": tensorrt.__version__,
-            "gpu": torch.cuda.get_device_name(),
-            "compute_capability": f"{major}.{minor}",
-            "profiles": self.profiles,
-            "workspace_bytes": WORKSPACE_BYTES,
-        }
+        gpu = {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
+        facts = {name: package_version(name) for name in self.MADE_WITH} | gpu
+        facts |= {"checkpoint": sha256(self.checkpoint), "tensorrt": tensorrt.__version__}
+        return facts | {"profiles": self.profiles, "workspace_bytes": WORKSPACE_BYTES}
 
     def build(self) -> float:
         """Build and write the file; the seconds that it took.  TensorRT's timings serve every network."""
@@ -275,14 +243,13 @@ class EngineFile(abc.ABC):
         store(timings, timed_with, lambda file: file.write_bytes(timed[0]))
         return time.perf_counter() - start
 
-    def load_or_build(self, force: bool = False) -> tuple[typing.Any, float, bool]:
-        """What open() gives, the seconds and whether a fresh file was there.
+    def load_or_build(self) -> tuple[typing.Any, float, bool]:
+        """What open() gives, the seconds and whether a fresh file was there that loads.
 
-        A file that does not load is built anew.  Building has a process of its own, so that nothing of it
-        stays in this one's GPU memory.
+        Building has a process of its own, so that nothing of it stays in this one's GPU memory.
         """
         start = time.perf_counter()
-        if not force and is_fresh(self.path, self.facts()):
+        if is_fresh(self.path, self.facts()):
             try:
                 return self.open(), time.perf_counter() - start, True
             except Exception as error:  # whole and made from the same, yet refused, in whatever words
@@ -296,12 +263,11 @@ def build_engines(about: str | None, kind: type[EngineFile], *options: str) -> N
     import torch
 
     import model
+    from utils.utils import BATCH_SIZES, IMAGE_SIZES, UserError, add_path_arguments, checkpoint_path
 
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, formatter_class=form)
-    parser.add_argument("--image-sizes", nargs="+", type=int, default=IMAGE_SIZES)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
-    parser.add_argument("--force", action="store_true", help="build even where a fresh file is there")
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("image", IMAGE_SIZES), ("batch", BATCH_SIZES)):
+        parser.add_argument(f"--{name}-sizes", nargs="+", type=int, default=default)
     for name in options:
         parser.add_argument(f"--{name}", action="store_true")
     add_path_arguments(parser)
@@ -313,9 +279,6 @@ def build_engines(about: str | None, kind: type[EngineFile], *options: str) -> N
         checkpoint = checkpoint_path(args.weights, size)
         model.load_facts(checkpoint)  # which says what is wrong with it
         for made in kind.files(checkpoint, size, args.batch_sizes, args.data, **asked):
-            _, seconds, from_cache = made.load_or_build(args.force)
-            how = "from the cache" if from_cache else "built"
-            print(
-                f"{made.path}: {how} in {seconds:.1f} s, {made.path.stat().st_size / 2**20:.1f} MB",
-                flush=True,
-            )
+            _, seconds, from_cache = made.load_or_build()
+            how, megabytes = "from the cache" if from_cache else "built", made.path.stat().st_size / 2**20
+            print(f"{made.path}: {how} in {seconds:.1f} s, {megabytes:.1f} MB", flush=True)

@@ -15,14 +15,17 @@ IMAGENET = "https://download.pytorch.org/models/resnet18-f37072fd.pth"  # torchv
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions and the sum with the input, which a 1 x 1 convolution fits to another shape."""
 
-    def __init__(self, channels: int, width: int, stride: int, downsample: nn.Module | None = None):
+    def __init__(self, channels: int, width: int, stride: int):
         super().__init__()
+        fit = None
+        if stride != 1:  # made first, as in torchvision, so that a seed gives the same weights
+            fit = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
         self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = downsample
+        self.downsample = fit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         residual = x if self.downsample is None else self.downsample(x)
@@ -44,19 +47,12 @@ class ResNet18(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        self.layer1 = self.layer(64, 64, 1)
-        self.layer2 = self.layer(64, 128, 2)
-        self.layer3 = self.layer(128, 256, 2)
-        self.layer4 = self.layer(256, 512, 2)
+        self.layer1 = nn.Sequential(BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
+        self.layer2 = nn.Sequential(BasicBlock(64, 128, 2), BasicBlock(128, 128, 1))
+        self.layer3 = nn.Sequential(BasicBlock(128, 256, 2), BasicBlock(256, 256, 1))
+        self.layer4 = nn.Sequential(BasicBlock(256, 512, 2), BasicBlock(512, 512, 1))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512, num_classes)
-
-    def layer(self, channels: int, width: int, stride: int) -> nn.Sequential:
-        downsample = None
-        if stride != 1:  # made first, as in torchvision, so that a seed gives the same weights
-            fit = nn.Conv2d(channels, width, 1, stride, bias=False)
-            downsample = nn.Sequential(fit, nn.BatchNorm2d(width))
-        return nn.Sequential(BasicBlock(channels, width, stride, downsample), BasicBlock(width, width, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))

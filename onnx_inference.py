@@ -1,5 +1,4 @@
-"""Backend: ONNX Runtime.  Exports the checkpoint if there is no fresh export; FP16 on CUDA, FP32 and
-INT8 on a CPU.
+"""Backend: ONNX Runtime, from an export of the checkpoint; FP16 on CUDA, FP32 and INT8 on a CPU.
 
 Reads weights/best_resnet18_<size>.pth, writes weights/resnet18_<size>_<precision>.onnx, leaves raw records
 in results/raw/ and prints their table.
@@ -8,7 +7,6 @@ in results/raw/ and prints their table.
 """
 
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
-
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +21,7 @@ from utils.utils import run_main
 class OnnxRuntime(Backend):
     """ONNX Runtime, its input and output bound to PyTorch's tensors on the device: nothing is copied.
 
-    `nhwc`: the CUDA provider keeps channels last.  `graph`: it replays a CUDA graph.
-    `int8`: on CPUs, from the QDQ network.
+    `nhwc`: the CUDA provider keeps channels last.  `graph`: it replays a CUDA graph.  `int8`: for CPUs.
     """
 
     def __init__(self, nhwc: bool = False, graph: bool = False, int8: bool = False):
@@ -38,8 +35,8 @@ class OnnxRuntime(Backend):
         if reason := why_not_importable("onnxruntime", "pip install -r requirements.txt"):
             return reason
         if device == "cpu":
-            cuda_only = "NHWC and CUDA graphs are options of ONNX Runtime's CUDA provider"
-            return f"{cuda_only}; this run is on the CPU" if self.nhwc else None
+            why = "NHWC and CUDA graphs are options of ONNX Runtime's CUDA provider; this run is on the CPU"
+            return why if self.nhwc else None
         if self.int8:
             why = "ONNX Runtime has INT8 convolutions for CPUs, none for CUDA"
             return f"{why}; measure tensorrt-int8 here, or this one with --device cpu"
@@ -78,13 +75,9 @@ class OnnxRuntime(Backend):
             options.intra_op_num_threads = 1  # more would only wait
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             provider = "CUDAExecutionProvider"
-            settings = {
-                "device_id": torch.cuda.current_device(),
-                "user_compute_stream": str(torch.cuda.current_stream().cuda_stream),
-                "arena_extend_strategy": "kSameAsRequested",
-                "prefer_nhwc": str(int(self.nhwc)),
-                "enable_cuda_graph": str(int(self.graph)),
-            }
+            settings = {"device_id": torch.cuda.current_device(), "arena_extend_strategy": "kSameAsRequested"}
+            settings["user_compute_stream"] = str(torch.cuda.current_stream().cuda_stream)
+            settings |= {"prefer_nhwc": str(int(self.nhwc)), "enable_cuda_graph": str(int(self.graph))}
         session = onnxruntime.InferenceSession(str(self.artefact), options, providers=[(provider, settings)])
         if session.get_providers()[0] != provider:
             raise RuntimeError(f"ONNX Runtime fell back from {provider} to {session.get_providers()}")

@@ -23,11 +23,8 @@ class OpenVino(Backend):
     `where` is OpenVINO's name of the device: "CPU", or "GPU" for Intel's own, where it computes in FP16.
     """
 
-    def __init__(self, where: str = "CPU", int8: bool = False):
-        self.where = where
-        self.precision = "INT8" if int8 else {"CPU": "FP32", "GPU": "FP16"}[where]
-        meaning = {"INT8": "INT8 calibrated on training images", "FP16": "FP16 on Intel's GPU"}
-        self.adds = meaning.get(self.precision, "")
+    def __init__(self, precision: str = "FP32", where: str = "CPU", adds: str = ""):
+        self.precision, self.where, self.adds = precision, where, adds
 
     def why_unavailable(self, device: str) -> str | None:
         if device != "cpu":
@@ -44,8 +41,8 @@ class OpenVino(Backend):
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         import openvino
 
-        kind = "INT8" if self.precision == "INT8" else "FP32"
-        exported = onnx_export.export(checkpoint, image_size, kind, self.data)
+        source = "INT8" if self.precision == "INT8" else "FP32"
+        exported = onnx_export.export(checkpoint, image_size, source, self.data)
         self.artefact, self.build_s, self.from_cache = exported
         self.core, self.bound = openvino.Core(), {}  # batch size -> input, logits, request
         self.network = self.core.read_model(self.artefact)
@@ -90,8 +87,8 @@ class OpenVino(Backend):
 
 BACKENDS = {
     "openvino": OpenVino,
-    "openvino-int8": lambda: OpenVino(int8=True),
-    "openvino-fp16": lambda: OpenVino("GPU"),
+    "openvino-int8": lambda: OpenVino("INT8", adds="INT8 calibrated on training images"),
+    "openvino-fp16": lambda: OpenVino("FP16", "GPU", adds="FP16 on Intel's GPU"),
 }
 
 if __name__ == "__main__":

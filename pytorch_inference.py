@@ -6,16 +6,16 @@ Reads weights/best_resnet18_<size>.pth, leaves raw records in results/raw/ and p
 """
 
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
-
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import model
-from utils.backend import Backend, CudaGraph, Unavailable
+from utils.backend import Backend, CudaGraph, Unavailable, why_not_importable
 from utils.devices import has_native_bfloat16
 from utils.environment import is_out_of_memory
 from utils.utils import run_main
@@ -33,17 +33,17 @@ class PyTorch(Backend):
     torch_allocator = True  # its memory is PyTorch's own, so torch.cuda.max_memory_allocated() sees it
 
     def __init__(self, precision="FP32", only="", tuned=False, compiled=False, adds=""):
-        self.precision, self.only, self.tuned, self.compiled = precision, only, tuned, compiled
-        self.adds = adds
+        self.precision, self.only, self.tuned = precision, only, tuned
+        self.compiled, self.adds = compiled, adds
 
     def why_unavailable(self, device: str) -> str | None:
         if self.only and device != self.only:
             places = {"cuda": "a GPU", "cpu": "the CPU"}
             what = f"this form of PyTorch ({self.adds}) is measured on {places[self.only]} only"
             return f"{what}; this run is on {places[device]}"
-        if reason := why_not_precise(self.precision, device):
-            return reason
-        return why_not_compiled(device) if self.compiled else None
+        return why_not_precise(self.precision, device) or (
+            why_not_compiled(device) if self.compiled else None
+        )
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         if self.compiled and device == "cpu":
@@ -58,8 +58,7 @@ class PyTorch(Backend):
         self.graphs, self.known = 0, set()  # compiled so far; the batch sizes that they are for
         if self.compiled:  # once for each batch size; beyond its limit, 8, it would run uncompiled
             torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-            how: dict = {"dynamic": False, "fullgraph": True, "backend": self.compile}
-            self.network = torch.compile(self.network, **how)
+            self.network = torch.compile(self.network, dynamic=False, fullgraph=True, backend=self.compile)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         layout = torch.channels_last if self.tuned else torch.contiguous_format
@@ -72,8 +71,7 @@ class PyTorch(Backend):
         return self.network(x)
 
     def compile(self, graph, examples):
-        """torch.compile's default compiler.  It is counted whether it was asked and gave something: some
-        settings (TORCHDYNAMO_DISABLE=1) have a network run as it is, without a word."""
+        """torch.compile's default compiler, counted: with TORCHDYNAMO_DISABLE=1, say, it is never asked."""
         compiled = torch._dynamo.lookup_backend("inductor")(graph, examples)
         self.graphs += 1
         return compiled
@@ -89,8 +87,7 @@ class PyTorch(Backend):
             words = " ".join(str(error).split())
             raise Unavailable(f"torch.compile failed; mend its compiler, {leave}: {words}") from error
         if self.graphs == before:
-            why = "compiled nothing and ran PyTorch as it is; unset TORCHDYNAMO_DISABLE"
-            raise Unavailable(f"torch.compile {why}, {leave}")
+            raise Unavailable(f"torch.compile compiled nothing; unset TORCHDYNAMO_DISABLE, {leave}")
         self.known.add(len(x))
 
 
@@ -110,37 +107,26 @@ def why_not_precise(precision: str, device: str) -> str | None:
 
 def why_not_compiled(device: str) -> str | None:
     """What torch.compile lacks on this device, or None."""
-    if device == "cpu":
-        usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
-        compiler = os.environ.get("CXX", usual)
-        if shutil.which(compiler.split()[0]) is None:
-            return f"torch.compile needs a C++ compiler, and {compiler} is not there; install one or set CXX"
-        return None
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "torch.compile needs triton; run: pip install triton (triton-windows on Windows)"
+    if device == "cuda":
+        return why_not_importable("triton", "pip install triton (triton-windows on Windows)")
+    compiler = os.environ.get("CXX", {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++"))
+    if shutil.which(compiler.split()[0]) is None:
+        return f"torch.compile needs a C++ compiler, and {compiler} is not there; install one or set CXX"
     return None
 
 
-def fp16() -> PyTorch:
-    return PyTorch("FP16", "cuda", tuned=True, adds=f"FP16, {TUNED}, cuDNN's kernels chosen by trial")
-
-
-def compiled() -> PyTorch:
-    """In the default mode: Inductor's other modes give the same kernels in a CUDA graph, or take minutes."""
-    return PyTorch("FP16", tuned=True, compiled=True, adds=f"compiled, {TUNED}, FP16 on a GPU")
-
-
+FP16 = partial(PyTorch, "FP16", "cuda", tuned=True, adds=f"FP16, {TUNED}, cuDNN's kernels chosen by trial")
+# In the default mode: Inductor's other modes give the same kernels in a CUDA graph, or take minutes.
+COMPILED = partial(PyTorch, "FP16", tuned=True, compiled=True, adds=f"compiled, {TUNED}, FP16 on a GPU")
 BACKENDS = {
     "pytorch": PyTorch,
     "pytorch-channels-last": lambda: PyTorch("FP32", "cpu", tuned=True, adds=TUNED),
     "pytorch-bf16": lambda: PyTorch("BF16", "cpu", tuned=True, adds=f"BF16, {TUNED}"),
     "pytorch-tf32": lambda: PyTorch("TF32", "cuda", adds="TF32 on the tensor cores"),
-    "pytorch-fp16": fp16,
-    "pytorch-fp16-graph": lambda: CudaGraph(fp16()),
-    "torch-compile": compiled,
-    "torch-compile-graph": lambda: CudaGraph(compiled()),
+    "pytorch-fp16": FP16,
+    "pytorch-fp16-graph": lambda: CudaGraph(FP16()),
+    "torch-compile": COMPILED,
+    "torch-compile-graph": lambda: CudaGraph(COMPILED()),
 }
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """Backends: TensorRT through Torch-TensorRT and natively, each with and without a CUDA graph; FP16 and INT8.
 
-"tensorrt" serves every batch up to the largest asked for with one engine, which is best at those asked for;
-"tensorrt-static" has an engine for each of them: the difference is what a free batch size costs.
-
 Reads weights/best_resnet18_<size>.pth and engines in weights/ (built where they are missing or stale),
 leaves raw records in results/raw/ and prints their table.
 
@@ -10,7 +7,6 @@ leaves raw records in results/raw/ and prints their table.
 """
 
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
-
 from pathlib import Path
 
 import torch
@@ -46,19 +42,17 @@ class TensorRT(Backend):
             self.build_s += seconds
             self.from_cache &= from_cache
             for batch in file.batch_sizes:
-                self.engines[batch] = engine
-                if self.apart and batch != file.batch_sizes[0]:
-                    self.engines[batch] = file.open()
+                anew = self.apart and batch != file.batch_sizes[0]
+                self.engines[batch] = file.open() if anew else engine
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         return images.half().contiguous()
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, classes); a native engine's hold until the next call with the same batch size."""
-        engine = self.engines.get(len(x))
-        if engine is None:  # not a batch size asked for: the engine for the largest takes it or says why not
-            engine = self.engines[max(self.engines)]
-        return engine(x)
+        # The engine for the largest takes a batch size that was not asked for, or says why not.
+        batch = len(x) if len(x) in self.engines else max(self.engines)
+        return self.engines[batch](x)
 
 
 BACKENDS = {

@@ -10,7 +10,6 @@ skipped; an interrupted one resumes after its last whole epoch; a network of oth
 """
 
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
-
 import argparse
 import contextlib
 import math

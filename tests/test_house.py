@@ -16,7 +16,6 @@ import backends
 # Import -> distributions, where the names differ; of several, any one brings it.
 DISTRIBUTIONS = {
     "PIL": ["pillow"],
-    "triton": ["torch"],  # on Linux
     "pynvml": ["nvidia-ml-py"],
     "mlperf_loadgen": ["mlcommons-loadgen"],
     "onnxruntime": ["onnxruntime-gpu", "onnxruntime"],

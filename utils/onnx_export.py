@@ -7,7 +7,6 @@ time, and a rare image whose features are twice as large as any seen lost half o
 """
 
 import functools
-import itertools
 import tempfile
 import time
 import typing
@@ -31,9 +30,7 @@ BATCH = 8  # images at once
 ROUNDING = "INT8 by the largest values, classifier as it is"
 
 
-def export(
-    checkpoint: Path, image_size: int, precision: str, data: Path | None = None
-) -> tuple[Path, float, bool]:
+def export(checkpoint: Path, image_size: int, precision: str, data=None) -> tuple[Path, float, bool]:
     """The checkpoint as an ONNX file with a free batch axis: "input" (N, 3, S, S), "logits" (N, classes).
 
     `precision` is FP32; FP16, with weights, input and output halved; or, in FP32 with rounding calibrated on
@@ -47,7 +44,9 @@ def export(
         source = export(checkpoint, image_size, "FP32")[0]
         facts |= {"onnx": sha256(source), **facts_of_int8(data)}
         if precision == "INT8":
-            facts |= facts_of_cpu()
+            import onnxruntime
+
+            facts |= {"onnxruntime": onnxruntime.__version__, "reduce_range": saturates()}
             write = functools.partial(write_for_cpu, source, calibration_batches(data, image_size))
         else:
             write = functools.partial(write_for_tensorrt, checkpoint, image_size, data)
@@ -61,15 +60,12 @@ def export(
 
 
 def write_onnx(checkpoint: Path, image_size: int, precision: str, path: Path) -> None:
-    """Export to `path`: by the dynamo exporter, or with torch before 2.5 by the older one.
-
-    Batch normalisation is folded in FP32, before weights are halved.
-    """
+    """Export to `path` by the dynamo exporter, or with torch before 2.5 by the older one."""
     dynamo = torch_is_at_least(2, 5)
     for package in ["onnx", "onnxscript"] if dynamo else ["onnx"]:
         if reason := why_not_importable(package, "pip install -r requirements.txt"):
             raise Unavailable(f"the export to ONNX needs {package}: {reason}")
-    network = model.fold_batch_norm(model.load(checkpoint, "cpu")[0])
+    network = model.fold_batch_norm(model.load(checkpoint, "cpu")[0])  # in FP32, then halved
     example = torch.zeros(2, 3, image_size, image_size)  # a batch of 1 would be taken for a constant
     if precision == "FP16":
         network, example = network.half(), example.half()
@@ -107,37 +103,26 @@ def calibration_batches(data: Path | None, image_size: int) -> Iterator[torch.Te
     Raises UserError with the path of an image that can't be read, and as calibration_files() does.
     """
     files = calibration_files(data)
-    endless = itertools.cycle(files)
-    for _ in range(-(-len(files) // BATCH)):
-        chosen = itertools.islice(endless, BATCH)
+    for start in range(0, len(files), BATCH):
+        chosen = (files[i % len(files)] for i in range(start, start + BATCH))
         yield torch.stack([datasets.to_normalised(images.load_known(path), image_size) for path in chosen])
 
 
 def facts_of_int8(data: Path | None) -> dict:
-    """What an INT8 file depends on besides the network: the way it is rounded, and the images' contents.
+    """What an INT8 file depends on besides the network: how it is rounded, and the images' contents.
 
     Without `data` any images will do: what was measured is used as long as its file is there.
     """
     if data is None:
         return {"precision": ROUNDING}
-    hashes = images.content_hashes(calibration_files(data))
-    return {"precision": ROUNDING, "images": sha256(*hashes)[:16]}
+    return {"precision": ROUNDING, "images": sha256(*images.content_hashes(calibration_files(data)))[:16]}
 
 
 # ---- for CPUs: ONNX Runtime and OpenVINO
 
 
-def facts_of_cpu() -> dict:
-    import onnxruntime
-
-    return {"onnxruntime": onnxruntime.__version__, "reduce_range": saturates()}
-
-
 def write_for_cpu(source: Path, batches: Iterator[torch.Tensor], path: Path) -> None:
-    """8-bit activations with a zero point, 8-bit weights with a scale for each channel, by ONNX Runtime.
-
-    After the folding and shape inference that quantize_static() asks for.
-    """
+    """8-bit activations with a zero point, 8-bit weights with a scale for each channel, by ONNX Runtime."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -146,7 +131,7 @@ def write_for_cpu(source: Path, batches: Iterator[torch.Tensor], path: Path) -> 
     reader: typing.Any = SimpleNamespace(get_next=lambda: next(feed, None))
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
     with tempfile.TemporaryDirectory() as folder:
-        prepared = Path(folder) / "prepared.onnx"
+        prepared = Path(folder) / "prepared.onnx"  # folded and with shapes, as quantize_static() asks for
         quant_pre_process(source, prepared, skip_symbolic_shape=True)  # 1.18's fails on newer exports
         nodes = onnx.load(prepared).graph.node
         kept = [node.name for node in nodes if node.op_type == "Gemm"]
@@ -155,11 +140,8 @@ def write_for_cpu(source: Path, batches: Iterator[torch.Tensor], path: Path) -> 
 
 @functools.cache
 def saturates() -> bool:
-    """Whether ONNX Runtime's 8-bit products saturate here, as they do on x86 processors without VNNI.
-
-    These add pairs of products in 16 bits: 255 * 127 twice doesn't fit, where weights of 7 bits do
-    ("reduce_range").  Multiplying just these tells it for any processor and version.
-    """
+    """Whether ONNX Runtime's 8-bit products saturate here, as on x86 without VNNI: it adds pairs of products
+    in 16 bits, and 255 * 127 twice doesn't fit, where weights of 7 bits do ("reduce_range")."""
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -177,10 +159,7 @@ def saturates() -> bool:
 
 
 def activation_ranges(checkpoint: Path, image_size: int, data: Path | None) -> dict[str, float]:
-    """The largest magnitude of each activation in the FP32 network, for training images, by its ONNX name.
-
-    Kept in weights/.  Raises as export() does.
-    """
+    """Each activation's largest magnitude in the FP32 network, for training images; kept in weights/."""
     source = export(checkpoint, image_size, "FP32")[0]
     path = checkpoint.with_name(f"resnet18_{image_size}_ranges.json")
     facts = {"onnx": sha256(source), **facts_of_int8(data)}
@@ -212,8 +191,7 @@ def write_for_tensorrt(checkpoint: Path, image_size: int, data: Path | None, pat
     """Rounded to 127 steps a side right before each convolution and on the shortcut into each sum.
 
     So TensorRT fuses a convolution with the sum and ReLU after it (TensorRT's developer guide, "Q/DQ
-    layer-placement recommendations").  A sum takes its block's main path, which a 3 x 3 convolution ends,
-    unrounded.  Weights have a scale for each output channel; biases and all else are as they were.
+    layer-placement recommendations"); the main path, which a 3 x 3 convolution ends, enters a sum unrounded.
     """
     import onnx
     from onnx import numpy_helper
@@ -224,7 +202,7 @@ def write_for_tensorrt(checkpoint: Path, image_size: int, data: Path | None, pat
     convolutions = [node for node in nodes if node.op_type == "Conv"]
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     main_paths = {node.output[0] for node in convolutions if weights[node.input[1]].shape[2:] == (3, 3)}
-    largest: dict[str, typing.Any] = {name: top for name, top in ranges.items() if name not in main_paths}
+    largest: dict = {name: top for name, top in ranges.items() if name not in main_paths}
     largest |= {node.input[1]: np.abs(weights[node.input[1]]).max((1, 2, 3)) for node in convolutions}
     del graph.node[:]
     done = set()
@@ -255,10 +233,7 @@ def add_rounding(graph, name: str, largest) -> None:
 
 
 def halve(graph) -> None:
-    """Weights, scales, input and output from FP32 to FP16: what a strongly typed engine computes in.
-
-    Scales in FP16 need opset 19.
-    """
+    """Weights, scales (from opset 19 on), input and output to FP16: what a strongly typed engine wants."""
     from onnx import TensorProto, numpy_helper
 
     for tensor in graph.initializer:

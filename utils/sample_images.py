@@ -15,7 +15,6 @@ from utils.images import SPLITS, is_sample, visible_files
 from utils.utils import UserError, write_atomic
 
 COUNTS = {"train": 18, "test": 25}  # per class; 5 epochs at 224 to 512 px: 12 minutes on 2 slow cores
-LITTER = {".ipynb_checkpoints", ".git", ".cache"}  # hidden folders that are nobody's classes
 LAYOUT = "put images into {data}/train/<class>/ and {data}/test/<class>/, or name another folder with --data"
 
 # Name, hue, saturation and value in 0..1.
@@ -168,12 +167,8 @@ def hsv(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
 
 
 def has_data(data: Path) -> bool:
-    """Whether any file there is the user's, or of a whole sample: an interrupted drawing leaves no data.
-
-    A hidden class folder is the user's, too.
-    """
-    hidden = {path.name for split in SPLITS for path in (data / split).glob(".*") if path.is_dir()}
-    if hidden - LITTER:
+    """Whether any file or hidden class is the user's, or of a whole sample: an interrupted one is no data."""
+    if any(path.is_dir() for split in SPLITS for path in (data / split).glob(".*")):
         return True
     part = data / "sample.part"
     found = [path for path in visible_files(data) if part not in path.parents and path.name != "SAMPLE.txt"]

@@ -88,8 +88,7 @@ def save(path: Path, model: nn.Module, **facts) -> None:
 def load(path: Path, device: torch.device | str = "cpu", **options) -> tuple[nn.Module, dict]:
     """The checkpoint's network in FP32 and evaluation mode on `device`, and the facts that save() was given.
 
-    No code in the file is run.  Raises UserError where it is missing, is no checkpoint, or was trained at
-    another image size than its name says.
+    Raises UserError where it is missing, no checkpoint, or trained at another image size than its name says.
     """
     size = path.stem.rpartition("_")[2]
     if not path.is_file():

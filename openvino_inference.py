@@ -50,19 +50,6 @@ class OpenVino(Backend):
         for batch_size in batch_sizes:
             self.prepare(torch.zeros(batch_size, 3, image_size, image_size))
 
-    def new_request(self, shape: torch.Size):
-        """What runs one batch of this shape.  It takes half a second, so its result is not kept in a file."""
-        settings: dict = {"PERFORMANCE_HINT": "LATENCY"}
-        if self.where == "CPU":
-            settings["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-            settings["INFERENCE_PRECISION_HINT"] = "f32"  # where there is BF16 arithmetic, it would be used
-        self.network.reshape({"input": list(shape)})
-        compiled = self.core.compile_model(self.network, self.where, settings)
-        used = compiled.get_property("EXECUTION_DEVICES")
-        if not all(name.startswith(self.where) for name in used):
-            raise RuntimeError(f"OpenVINO fell back from {self.where} to {', '.join(used)}")
-        return compiled.create_infer_request()
-
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """Images as they are, bound as input beside a tensor for the logits, both kept so that they stay."""
         import openvino
@@ -76,6 +63,18 @@ class OpenVino(Backend):
             request.set_output_tensor(openvino.Tensor(logits.numpy(), shared_memory=True))
             self.bound[len(x)] = x, logits, request
         return x
+
+    def new_request(self, shape: torch.Size):
+        """What runs one batch of this shape.  It takes half a second, so its result is not kept in a file."""
+        settings: dict = {"PERFORMANCE_HINT": "LATENCY"}
+        if self.where == "CPU":  # which by itself would compute in BF16 if it can
+            settings |= {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+        self.network.reshape({"input": list(shape)})
+        compiled = self.core.compile_model(self.network, self.where, settings)
+        used = compiled.get_property("EXECUTION_DEVICES")
+        if not all(name.startswith(self.where) for name in used):
+            raise RuntimeError(f"OpenVINO fell back from {self.where} to {', '.join(used)}")
+        return compiled.create_infer_request()
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         bound, logits, request = self.bound[len(x)]

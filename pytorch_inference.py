@@ -41,9 +41,19 @@ class PyTorch(Backend):
             places = {"cuda": "a GPU", "cpu": "the CPU"}
             what = f"this form of PyTorch ({self.adds}) is measured on {places[self.only]} only"
             return f"{what}; this run is on {places[device]}"
-        return why_not_precise(self.precision, device) or (
-            why_not_compiled(device) if self.compiled else None
-        )
+        if self.precision == "BF16" and not has_native_bfloat16():
+            return "this processor has no BF16 arithmetic (AVX512_BF16): emulated, it is slower than FP32"
+        if self.precision == "TF32" and torch.cuda.get_device_capability() < (8, 0):
+            return "this GPU has no TF32 arithmetic (from compute capability 8.0 on), but computes in FP32"
+        forced = os.environ.get("NVIDIA_TF32_OVERRIDE")
+        if device == "cuda" and forced and forced == {"FP32": "1", "TF32": "0"}.get(self.precision):
+            return f"NVIDIA_TF32_OVERRIDE={forced} keeps PyTorch from computing in {self.precision}; unset it"
+        if self.compiled and device == "cuda":
+            return why_not_importable("triton", "pip install triton (triton-windows on Windows)")
+        compiler = os.environ.get("CXX", {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++"))
+        if self.compiled and shutil.which(compiler.split()[0]) is None:
+            return f"torch.compile needs a C++ compiler, and {compiler} is not there; install one or set CXX"
+        return None
 
     def load(self, checkpoint: Path, image_size: int, batch_sizes: list[int], device: str) -> None:
         if self.compiled and device == "cpu":
@@ -89,30 +99,6 @@ class PyTorch(Backend):
         if self.graphs == before:
             raise Unavailable(f"torch.compile compiled nothing; unset TORCHDYNAMO_DISABLE, {leave}")
         self.known.add(len(x))
-
-
-def why_not_precise(precision: str, device: str) -> str | None:
-    """Why a variant would compute in another precision than its name says, or None."""
-    if precision == "BF16" and not has_native_bfloat16():
-        return "this processor has no BF16 arithmetic (AVX512_BF16): emulated, it is slower than FP32"
-    if device != "cuda" or not torch.cuda.is_available():
-        return None
-    if precision == "TF32" and torch.cuda.get_device_capability() < (8, 0):
-        return "this GPU has no TF32 arithmetic (from compute capability 8.0 on), so it would compute in FP32"
-    forced = os.environ.get("NVIDIA_TF32_OVERRIDE")
-    if forced and forced == {"FP32": "1", "TF32": "0"}.get(precision):
-        return f"NVIDIA_TF32_OVERRIDE={forced} keeps PyTorch from computing in {precision}; unset it"
-    return None
-
-
-def why_not_compiled(device: str) -> str | None:
-    """What torch.compile lacks on this device, or None."""
-    if device == "cuda":
-        return why_not_importable("triton", "pip install triton (triton-windows on Windows)")
-    compiler = os.environ.get("CXX", {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++"))
-    if shutil.which(compiler.split()[0]) is None:
-        return f"torch.compile needs a C++ compiler, and {compiler} is not there; install one or set CXX"
-    return None
 
 
 FP16 = partial(PyTorch, "FP16", "cuda", tuned=True, adds=f"FP16, {TUNED}, cuDNN's kernels chosen by trial")

@@ -19,10 +19,8 @@ from utils.backend import EngineFile, build_engines, workspace_bytes
 from utils.environment import torch_is_at_least
 from utils.utils import run_main
 
-
-def is_torchscript() -> bool:
-    """2.2 compiles TorchScript, as its other route fails on a free batch axis; later ones compile exports."""
-    return not torch_is_at_least(2, 3)
+# 2.2 compiles TorchScript, as its other route fails on a free batch axis; later ones compile exports.
+TORCHSCRIPT = not torch_is_at_least(2, 3)
 
 
 class Module(EngineFile):
@@ -35,7 +33,7 @@ class Module(EngineFile):
         super().__init__(*asked, **options)
         largest = max(*self.batch_sizes, 2)  # exports fix a batch of 1
         self.profiles = [[1, largest, largest]]  # Torch-TensorRT takes no more
-        self.kind, self.suffix = f"max{largest}", "ts" if is_torchscript() else "pt2"
+        self.kind, self.suffix = f"max{largest}", "ts" if TORCHSCRIPT else "pt2"
 
     def make(self, path: Path, timings: bytes) -> bytes:
         import torch_tensorrt
@@ -47,7 +45,7 @@ class Module(EngineFile):
             shapes = [(batch, 3, self.image_size, self.image_size) for batch in self.profiles[0]]
             module = compile_network(network.half().cuda(), shapes, cache)
             check_one_engine(module)
-            if is_torchscript():
+            if TORCHSCRIPT:
                 torch.jit.save(module, str(path))
             else:  # told the shapes to keep the batch axis free
                 inputs = [input_range(shapes)]
@@ -59,7 +57,7 @@ class Module(EngineFile):
         import torch_tensorrt
 
         with torch.inference_mode(False), torch.no_grad():
-            if is_torchscript():
+            if TORCHSCRIPT:
                 return torch.jit.load(str(self.path))
             return torch_tensorrt.load(str(self.path)).module(check_guards=False)
 
@@ -74,7 +72,7 @@ def compile_network(network: torch.nn.Module, shapes: list[tuple], timings: Path
 
     common = {"inputs": [input_range(shapes)], "require_full_compilation": True}
     common["workspace_size"] = workspace_bytes()
-    if is_torchscript():
+    if TORCHSCRIPT:
         network = torch.jit.script(network)
         return torch_tensorrt.compile(network, ir="ts", enabled_precisions={torch.half}, **common)
     return torch_tensorrt.compile(network, ir="dynamo", timing_cache_path=str(timings), **common)
@@ -90,7 +88,7 @@ def input_range(shapes: list[tuple]):
 
 def check_one_engine(module) -> None:
     """Raises RuntimeError, naming the operations, unless the whole network went into one engine."""
-    if is_torchscript():
+    if TORCHSCRIPT:
         found = [node.kind() for node in module.graph.nodes() if not node.kind().startswith("prim::")]
     else:  # without packing inputs and outputs
         steps = [node for node in module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]

@@ -140,18 +140,18 @@ def matching(path: Path, **facts) -> dict | None:
     return whole if all(found.get(name) == value for name, value in facts.items()) else None
 
 
-def train_size(facts: dict, device, batch_size: int, **options) -> list:
+def train_size(facts: dict, device, batch_size: int, *where) -> list:
     """train_network(), with half the batch as often as memory does not suffice."""
     while True:
         try:
-            return train_network(facts, device, batch_size, **options)
+            return train_network(facts, device, batch_size, *where)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            smaller, where = max(batch_size // 2, 2), f"{facts['image_size']} px: out of memory at batch size"
+            smaller, what = max(batch_size // 2, 2), f"{facts['image_size']} px: out of memory at batch size"
             if smaller == batch_size or devices.PROCESSES > 1:  # the other processes wait for this one
-                raise UserError(f"{where} {batch_size}; lower it, or the --image-sizes") from error
-        print_rank0(f"{where} {batch_size}; going on with {smaller}")
+                raise UserError(f"{what} {batch_size}; lower it, or the --image-sizes") from error
+        print_rank0(f"{what} {batch_size}; going on with {smaller}")
         batch_size = smaller
 
 
@@ -210,8 +210,7 @@ def train_network(facts: dict, device, batch_size: int, data: Path, weights: Pat
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    pixels = f"pixels, square (default: {IMAGE_SIZES})"
-    add("--image-sizes", type=number(int, 32, 4096), nargs="+", help=pixels)
+    add("--image-sizes", type=number(int, 32, 4096), nargs="+", help=f"in pixels (default: {IMAGE_SIZES})")
     add("--epochs", type=number(int, 1, 10_000), help=f"per size (default: {EPOCHS})")
     images = number(int, 2, 65_536)  # batch norm needs two
     add("--batch-size", type=images, default=BATCH_SIZE, help="images per step, of all processes together")
@@ -259,8 +258,7 @@ def main() -> None:
                 rows, accuracy = done["history"], f"test accuracy {done['accuracy']:.1%}"
                 print_rank0(f"{size} px: already trained, {accuracy} (--force trains again)")
             else:
-                paths = dict(data=args.data, weights=args.weights)
-                rows = train_size(facts, device, args.batch_size, workers=args.workers, **paths)
+                rows = train_size(facts, device, args.batch_size, args.data, args.weights, args.workers)
             if RANK == 0:
                 training_log.write_results(results, rows)
     if devices.PROCESSES > 1:

@@ -135,9 +135,7 @@ def configure(tensorrt, config) -> None:
     config.set_tactic_sources(sources)
 
 
-def build_plan(
-    model: bytes, profiles: list[list[int]], image_size: int, timings: bytes, ranges: dict | None = None
-) -> tuple[bytes, bytes]:
+def build_plan(model: bytes, profiles, image_size: int, timings: bytes, ranges=None) -> tuple[bytes, bytes]:
     """A serialised engine for `profiles` of batch sizes, and the timing cache.
 
     `ranges`: of TensorRT 8.6's INT8, see set_ranges().  Raises RuntimeError with all reasons.

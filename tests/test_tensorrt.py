@@ -191,7 +191,7 @@ def test_a_failed_build_says_everything_that_tensorrt_said(monkeypatch):
 def test_each_torch_tensorrt_is_given_what_it_needs(monkeypatch, torchscript, ir, precisions, timings):
     fake = SimpleNamespace(compile=Mock(), Input=lambda **ranges: ranges)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", fake)
-    monkeypatch.setattr(torch_trt, "is_torchscript", lambda: torchscript)
+    monkeypatch.setattr(torch_trt, "TORCHSCRIPT", torchscript)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 << 30, 4 << 30))
     network = model.fold_batch_norm(model.build(3)).half()
     shapes = [(1, 3, 64, 64), (4, 3, 64, 64), (4, 3, 64, 64)]
@@ -220,7 +220,7 @@ def test_each_torch_tensorrt_is_given_what_it_needs(monkeypatch, torchscript, ir
     ],
 )
 def test_anything_but_one_engine_is_an_error(monkeypatch, steps, fine):
-    monkeypatch.setattr(torch_trt, "is_torchscript", lambda: False)
+    monkeypatch.setattr(torch_trt, "TORCHSCRIPT", False)
     nodes = [SimpleNamespace(op="call_module", target=step) for step in steps]
     module = SimpleNamespace(graph=SimpleNamespace(nodes=nodes))
     if fine:
@@ -234,10 +234,10 @@ def test_operations_left_to_pytorch_are_named():
     network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
     module = (
         torch.jit.trace(network, torch.zeros(1, 2))
-        if torch_trt.is_torchscript()
+        if torch_trt.TORCHSCRIPT
         else torch.fx.symbolic_trace(network)
     )
-    if torch_trt.is_torchscript():
+    if torch_trt.TORCHSCRIPT:
         module = torch.jit.freeze(module.eval())
     with pytest.raises(RuntimeError, match=r"made: [^,]+, [^,]+$"):
         torch_trt.check_one_engine(module)

@@ -108,7 +108,6 @@ def test_without_a_compiler_torch_compile_says_which_one_it_looks_for(monkeypatc
 def compiled_without_inductor(monkeypatch, project, checkpoint="best_resnet18_64.pth"):
     """torch-compile, loaded, whose compiler gives the graph back as it is: it takes no time."""
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph, examples: graph.forward)
-    monkeypatch.setattr(pytorch_inference, "why_not_compiled", lambda device: None)
     torch._dynamo.reset()
     backend = pytorch_inference.BACKENDS["torch-compile"]()
     backend.load(project / "weights" / checkpoint, 64, list(range(1, 11)), "cpu")
@@ -148,7 +147,6 @@ def test_a_compiler_that_fails_is_unavailable_even_where_errors_are_suppressed(
 
 
 def test_a_gpu_without_tf32_and_a_variable_that_overrides_it_are_told(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert "no TF32 arithmetic" in pytorch_inference.BACKENDS["pytorch-tf32"]().why_unavailable("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))

@@ -16,8 +16,6 @@ from pathlib import Path
 from utils.environment import package_version
 from utils.utils import in_fresh_process, read_dict, sha256, write_json, write_whole
 
-# ---- the contract
-
 
 class Unavailable(Exception):  # noqa: N818 (it is a finding like why_unavailable()'s, only made later)
     """load(), prepare() or predict() found that this machine can't do what the backend's name says."""
@@ -105,9 +103,6 @@ class CudaGraph(Backend):
         self.backend.release()
 
 
-# ---- how a process runs one
-
-
 @contextlib.contextmanager
 def inference(device: str):
     """Inference mode; on a GPU on a stream of its own, since graphs can't be captured on the default one.
@@ -123,9 +118,6 @@ def inference(device: str):
     stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
     with torch.inference_mode(), stream:
         yield
-
-
-# ---- whether a package is there
 
 
 def why_not_importable(package: str, install: str) -> str | None:

@@ -1,9 +1,8 @@
 """A checkpoint as ONNX: FP32, FP16 and INT8.
 
-INT8 is a network in ONNX's QDQ form: it keeps its layers and says beside each how its tensors are rounded to
-8 bits.  The scales of activations come from the largest values that the FP32 network shows for training
-images: the test images stay unseen.  The classifier after the last convolution is left as it is: it takes no
-time, and a rare image whose features are twice as large as any seen lost half of its logits there.
+INT8 is a network in ONNX's QDQ form: it says beside each layer how its tensors are rounded to 8 bits.  The
+scales of activations come from the largest values that the FP32 network shows for training images.  The
+classifier is left as it is: docs/method.md says why.
 """
 
 import functools
@@ -100,7 +99,7 @@ def calibration_files(data: Path | None) -> list[Path]:
 def calibration_batches(data: Path | None, image_size: int) -> Iterator[torch.Tensor]:
     """float32 (BATCH, 3, S, S), normalised as for testing; the last is filled up from the beginning.
 
-    Raises UserError with the path of an image that can't be read, and as calibration_files() does.
+    Raises as calibration_files(), and UserError with the path of an image that can't be read.
     """
     files = calibration_files(data)
     for start in range(0, len(files), BATCH):
@@ -109,11 +108,8 @@ def calibration_batches(data: Path | None, image_size: int) -> Iterator[torch.Te
 
 
 def facts_of_int8(data: Path | None) -> dict:
-    """What an INT8 file depends on besides the network: how it is rounded, and the images' contents.
-
-    Without `data` any images will do: what was measured is used as long as its file is there.
-    """
-    if data is None:
+    """What an INT8 file depends on besides the network: how it is rounded, and the images' contents."""
+    if data is None:  # any images will do: what was measured is used as long as its file is there
         return {"precision": ROUNDING}
     return {"precision": ROUNDING, "images": sha256(*images.content_hashes(calibration_files(data)))[:16]}
 

@@ -25,57 +25,44 @@ COLOURS = """
 # oval: centre, radii; tube: radii at both ends, points; blob (smooth) and area: points.
 HEROES = {
     "Пудж": """
-        *tube skin 7 6  62 78  65 92;  *oval brown 66 95  8 4
-        *tube skin 9 6  70 42  86 46  87 60
-         tube steel 1 1  88 62  92 77
-         tube steel 2.6 .7  92 77  94 84  90 91  82 91  78 84
-         area steel 5 24  20 22  20 51  7 51
-         tube brown 2 2  13 51  13 66;  *oval skin 87 60  6.5 6
-         blob skin 50 31  69 35  81 52  82 70  70 85  50 88  30 85  18 70  19 52  31 35
-         blob green 25 74  50 79  75 74  74 88  50 93  26 88
-         tube brown 2 2  20 70  50 78  80 70;  oval steel 50 78  5 4
-         blob red 54 46  66 44  70 50  62 58;  *tube ink .6 .6  30 52  36 61  34 69
-         blob skin 50 12  59 17  63 36  50 42  37 36  41 17
-         oval red 50 34  8 4
-        *oval white 54.5 25  2.4 2.4;  *oval ink 54.5 25  1.1 1.4
-        *area white 42 32  46 37  49 32""",
+        *tube skin 7 6  62 78  65 92;  *oval brown 66 95  8 4;  *tube skin 9 6  70 42  86 46  87 60
+        tube steel 1 1  88 62  92 77;  tube steel 2.6 .7  92 77  94 84  90 91  82 91  78 84
+        area steel 5 24  20 22  20 51  7 51;  tube brown 2 2  13 51  13 66;  *oval skin 87 60  6.5 6
+        blob skin 50 31  69 35  81 52  82 70  70 85  50 88  30 85  18 70  19 52  31 35
+        blob green 25 74  50 79  75 74  74 88  50 93  26 88;  tube brown 2 2  20 70  50 78  80 70
+        oval steel 50 78  5 4;  blob red 54 46  66 44  70 50  62 58;  *tube ink .6 .6  30 52  36 61  34 69
+        blob skin 50 12  59 17  63 36  50 42  37 36  41 17;  oval red 50 34  8 4
+        *oval white 54.5 25  2.4 2.4;  *oval ink 54.5 25  1.1 1.4;  *area white 42 32  46 37  49 32""",
     "Тацумаки": """
         *tube green 4 1  54 28  73 36  78 42  82 37;  *tube green 4 1  54 26  76 25  81 30  85 24
         *tube green 4 1  54 22  72 14  79 17  80 10;  *tube green 4 1  54 20  62 5  69 8  69 2
         *tube skin 2.6 1.8  54 70  55 82  56 94;  *oval ink 57 95  4 2
         *tube black 3 2.5  56 52  68 60  79 50;  *oval skin 79 50  3 3
-         area black 44 48  43 62  27 80  36 79  43 86  50 80  57 86  64 79  73 80  57 62  56 48
-         oval skin 50 34  11 12
-         blob green 35 36  37 22  50 15  63 22  65 36  58 29  54 31  50 28  46 31  42 29
+        area black 44 48  43 62  27 80  36 79  43 86  50 80  57 86  64 79  73 80  57 62  56 48
+        oval skin 50 34  11 12
+        blob green 35 36  37 22  50 15  63 22  65 36  58 29  54 31  50 28  46 31  42 29
         *oval white 55 35  3.2 3.2;  *oval ink 55 35  1.5 1.9
         *tube green 3 1  62 27  66 38  69 45  72 41""",
     "Сайтама": """
-         blob white 38 42  62 42  76 70  82 91  50 88  18 91  24 70
-        *tube yellow 5 4  54 66  57 80  57 90;  *tube red 4.7 4.5  57 83  57 92;  *oval red 58 95  6.5 3
+        blob white 38 42  62 42  76 70  82 91  50 88  18 91  24 70;  *tube yellow 5 4  54 66  57 80  57 90
+        *tube red 4.7 4.5  57 83  57 92;  *oval red 58 95  6.5 3
         *tube yellow 4.5 3.8  62 47  70 57  69 66;  *oval red 69 68  5 5.5
-         blob yellow 50 42  64 45  60 60  59 71  41 71  40 60  36 45
-         tube ink 1.4 1.4  41 66  59 66;  oval yellow 50 66  3.4 2.6
-        *oval skin 63 28  2.5 4
-         blob skin 50 6  61 13  62 32  50 42  38 32  39 13
-         oval white 45 13  4 2
-        *area red 58 44  64 44  61 49
-        *oval white 55.6 27  2.8 2.8;  *oval ink 55.6 27  1.3 1.7
-         tube ink .6 .6  46 36  54 36""",
+        blob yellow 50 42  64 45  60 60  59 71  41 71  40 60  36 45;  tube ink 1.4 1.4  41 66  59 66
+        oval yellow 50 66  3.4 2.6;  *oval skin 63 28  2.5 4
+        blob skin 50 6  61 13  62 32  50 42  38 32  39 13;  oval white 45 13  4 2
+        *area red 58 44  64 44  61 49;  *oval white 55.6 27  2.8 2.8;  *oval ink 55.6 27  1.3 1.7
+        tube ink .6 .6  46 36  54 36""",
     "АркадийПаровозов": """
-         oval white 82 8  6 5;  oval white 75 14  5 4.5;  oval white 69 20  4 4
-         blob red 38 42  62 42  75 66  70 92  50 88  30 92  25 66
-         area iron 61 50  70 50  72 25  63 25
+        oval white 82 8  6 5;  oval white 75 14  5 4.5;  oval white 69 20  4 4
+        blob red 38 42  62 42  75 66  70 92  50 88  30 92  25 66;  area iron 61 50  70 50  72 25  63 25
         *tube blue 5 3.5  54 66  55 79  55 88;  *tube red 4.2 3.8  55 80  55 91;  *oval red 55 94  5 3
-         tube blue 5 4  61 48  74 56  63 65;  oval red 62 65  5 4.5
-         blob blue 50 42  66 46  61 58  58 70  42 70  39 58  34 46
-         oval yellow 50 53  7 6.5;  area red 45 57  50 48  55 57  50 53
-         oval red 50 66  5.5 5.5;  tube white .6 .6  46 66  54 66;  tube white .6 .6  50 62  50 70
-         blob skin 50 16  61 20  60 38  50 45  40 38  39 20
-         blob brown 38 25  40 14  52 9  64 14  62 25  56 20  44 20
-        *oval yellow 55 28  5 5;  *oval white 55 28  3 3;  *oval ink 55 28  1.4 1.8
-        *blob brown 50 35  56 33  63 35  58 39
-         tube blue 5 4.5  38 48  26 38  21 20
-         tube red 5 5.3  23 29  21 20;  oval red 21 18  7 6.5""",
+        tube blue 5 4  61 48  74 56  63 65;  oval red 62 65  5 4.5
+        blob blue 50 42  66 46  61 58  58 70  42 70  39 58  34 46;  oval yellow 50 53  7 6.5
+        area red 45 57  50 48  55 57  50 53;  oval red 50 66  5.5 5.5;  tube white .6 .6  46 66  54 66
+        tube white .6 .6  50 62  50 70;  blob skin 50 16  61 20  60 38  50 45  40 38  39 20
+        blob brown 38 25  40 14  52 9  64 14  62 25  56 20  44 20;  *oval yellow 55 28  5 5
+        *oval white 55 28  3 3;  *oval ink 55 28  1.4 1.8;  *blob brown 50 35  56 33  63 35  58 39
+        tube blue 5 4.5  38 48  26 38  21 20;  tube red 5 5.3  23 29  21 20;  oval red 21 18  7 6.5""",
 }
 
 
@@ -224,6 +211,5 @@ def draw_file(folder: Path, seed: int, what: tuple[str, str, int]) -> Path:
     picture = light(picture, rng, noise)
     path = folder / split / name / f"{name} {index + 1:02d}.{'png' if png else 'jpg'}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    options: dict = {} if png else {"quality": rng.randint(75, 95)}
-    picture.save(path, **options)
+    picture.save(path, quality=rng.randint(75, 95))  # a JPEG's; PNG knows none
     return path

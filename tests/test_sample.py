@@ -94,8 +94,8 @@ def test_what_cannot_be_drawn_is_not_begun(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_drawing_leaves_no_half_data_set(tmp_path, monkeypatch):
-    def draw_and_stop(folder, seed, what):
-        draw_file(folder, seed, what)
+    def draw_and_stop(*what):
+        draw_file(*what)
         raise KeyboardInterrupt
 
     draw_file = sample_images.draw_file

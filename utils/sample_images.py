@@ -1,7 +1,6 @@
 """The sample that is drawn where there are no images: four heroes, of whom only shapes tell the class."""
 
 import colorsys
-import functools
 import math
 import random
 import shutil
@@ -179,7 +178,7 @@ def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = COUNTS) -> N
     print(f"no images in {data}: drawing the sample heroes; {LAYOUT.format(data=data)}", flush=True)
     shutil.rmtree(part, ignore_errors=True)
     wanted = [(split, name, index) for split in SPLITS for name in HEROES for index in range(counts[split])]
-    files = images.in_threads(functools.partial(draw_file, part, seed), wanted, "drawing")
+    files = images.in_threads(lambda what: draw_file(part, seed, *what), wanted, "drawing")
     named = zip(images.content_hashes(files), files, strict=True)
     lines = [f"{digest} {images.relative_name(part, path)}\n" for digest, path in named]
     head = f"Drawn by datasets.py (seed {seed}). What is made with these is marked as sample data."
@@ -191,12 +190,11 @@ def draw_sample(data: Path, seed: int = 0, counts: dict[str, int] = COUNTS) -> N
     shutil.rmtree(part)
 
 
-def draw_file(folder: Path, seed: int, what: tuple[str, str, int]) -> Path:
+def draw_file(folder: Path, seed: int, split: str, name: str, index: int) -> Path:
     """Draw a hero in random pose, colour and light before a random background, 200 px wide or more.
 
     All is decided by (seed, split, class, index).  Every fourth one is a PNG, smaller, since it reads slowly.
     """
-    split, name, index = what
     rng = random.Random(f"{seed}/{split}/{name}/{index}")  # by the text's SHA-512: the same on every system
     png = index % 4 == 3
     widest, noise = (400, 0) if png else (700, 9)

@@ -26,19 +26,20 @@ WARNINGS = {  # what makes a row less sure than the others, and what to do about
     "one round": "a single round has no interval, use --rounds 3",
 }
 
-
 COLUMNS = ["sweep", "backend", "precision", "device", "image_size", "batch_size", "status", "reason"]
-COLUMNS += ["runs", "rounds", "mean_ms", "std_ms", "p50_ms", "p95_ms", "p99_ms", "min_ms", "gpu_ms"]
 COLUMNS += [
+    "runs",
+    "rounds",
+    "mean_ms",
+    "std_ms",
+    "p50_ms",
+    "p95_ms",
+    "p99_ms",
+    "min_ms",
+    "gpu_ms",
     "busy_ms",
-    "fps",
-    "fps_low",
-    "fps_high",
-    "sustained_fps",
-    "speedup",
-    "speedup_low",
-    "speedup_high",
 ]
+COLUMNS += ["fps", "fps_low", "fps_high", "sustained_fps", "speedup", "speedup_low", "speedup_high"]
 COLUMNS += ["build_s", "load_s", "first_call_ms", "gpu_memory_mb", "torch_memory_mb", "host_memory_mb"]
 COLUMNS += ["gpu_util_pct", "power_w", "mj_per_image", "sm_clock_mhz", "temperature_c", "throttled"]
 COLUMNS += ["tflops", "pct_peak", "pct_measured_peak", "flops_per_byte", "limit"]

@@ -51,7 +51,7 @@ def further_jobs(asked: list[Job], rows: list, wide: list, round_: int) -> list[
         own = (row for row in rows if (row.backend, row.image_size) == (job.backend, job.image_size))
         batches = tuple(sorted(row.batch_size for row in own))
         if job.image_size in groups and job.round == 0 and batches:
-            groups[job.image_size].append(dataclasses.replace(job, round=round_, only=batches, auto=False))
+            groups[job.image_size].append(dataclasses.replace(job, round=round_, only=batches))
     return list(groups.values())
 
 

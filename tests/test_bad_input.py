@@ -194,7 +194,7 @@ ARGUMENTS = {  # script -> flags -> values, one case each
 }
 MEASURING = {  # all of benchmark.py; the scripts that share its parser try two
     "--image-sizes": "16, 0, -1, x, 96",
-    "--batch-sizes": "0, -4, x, auto 4",
+    "--batch-sizes": "0, -4, x, auto",
     "--runs": "0, -1, x",
     "--warmup": "0, -1",
     "--min-seconds": "nan, -1",

@@ -20,7 +20,6 @@ import model
 from utils import onnx_export
 from utils.measure import jobs, sweep, worker
 from utils.measure.schema import Problem
-from utils.measure.timing import trimmed_mean
 from utils.report import tables
 from utils.report.rows import read_rows
 from utils.utils import UserError
@@ -227,18 +226,12 @@ def test_two_runs_one_after_the_other_agree(project, tmp_path):
     assert total == 6 and agree >= 0.9 * total, said
 
 
-def test_a_backend_script_alone_leaves_the_same_record_and_auto_doubles_until_it_saturates(
-    results, call, tmp_path
-):
-    short = ["--batch-sizes", "auto", "--max-seconds", 0.3, "--results", tmp_path]
+def test_a_backend_script_alone_leaves_the_same_record(results, call, tmp_path):
+    short = ["--batch-sizes", 1, 4, "--max-seconds", 0.3, "--results", tmp_path]
     assert "ONNX Runtime FP32" in call("onnx_inference.py", *ALONE, *short).stdout
-    rows = read_rows(tmp_path).sort_values("batch_size")
-    batches = rows.batch_size.tolist()
-    assert batches == [2**k for k in range(len(batches))] and len(batches) >= 2 and set(rows.status) == {"ok"}
+    rows = read_rows(tmp_path)
+    assert sorted(rows.batch_size) == [1, 4] and set(rows.status) == {"ok"}
     alone, swept = (read(folder / "raw/main/onnx_64_round0.json") for folder in (tmp_path, results))
-    fps = [batch["batch_size"] / trimmed_mean(batch["host_ms"]) for batch in alone["batches"]]
-    assert batches[-1] == 256 or fps[-1] < 1.05 * fps[-2]
-    assert all(after >= 1.05 * before for before, after in zip(fps[:-2], fps[1:-1], strict=True))
     assert alone.keys() == swept.keys() and alone["batches"][1].keys() == swept["batches"][1].keys()
     assert all(one["wall"]["run"] > 0 and {"start", "open"} <= one["wall"].keys() for one in (alone, swept))
     for batch in alone["batches"] + swept["batches"]:
@@ -262,7 +255,6 @@ def test_the_export_is_used_again_until_its_checkpoint_changes(folder):
         ("benchmark.py", ["--image-sizes", "100000"], "a whole number from 32 to 4096 is needed"),
         ("benchmark.py", ["--ci-width", "nan"], "a number from 0.001 to 1000 is needed"),
         ("benchmark.py", ["--precision", "0"], "argument --ci-width/--precision"),
-        ("benchmark.py", ["--image-sizes", "64", "--batch-sizes", "auto", "4"], "auto"),
         ("benchmark.py", ["--runs", "2", "--rounds", "3"], "--runs 3 or more"),
         ("benchmark.py", ["--sweep", "../x"], "--sweep"),
         ("benchmark.py", ["--sweep", "a."], "no dot at the end"),

@@ -7,7 +7,7 @@ import pytest
 
 import backends
 from utils.measure import interleave
-from utils.measure.interleave import InterleavedRound, Member, has_saturated, plan_blocks
+from utils.measure.interleave import InterleavedRound, Member, plan_blocks
 from utils.measure.schema import Job, Problem, Settings
 from utils.measure.sweep import new_record, resume
 from utils.utils import UserError
@@ -20,7 +20,6 @@ JOB = Job(
     script="onnx_inference",
     image_size=64,
     batch_sizes=(1, 8),
-    auto=False,
     round=0,
     device="cpu",
     settings=SETTINGS,
@@ -156,23 +155,6 @@ def test_a_failure_does_not_replace_a_measurement():
 def test_what_a_user_has_to_mend_ends_the_whole_round():
     with pytest.raises(UserError, match="train it again"):
         play(member({("open", None): UserError("train it again")}))
-
-
-def test_growing_batch_sizes_stop_where_doubling_gains_too_little_or_fails():
-    sizes = {"auto": True, "batch_sizes": (1, 2, 4, 8)}
-    slow = member(run_ms=2.0, **sizes)  # as long at each batch size: throughput doubles
-    play(slow)
-    assert statuses(slow) == dict.fromkeys((1, 2, 4, 8), "ok")
-    failed = member({("begin", 4): NO_MEMORY}, **sizes)
-    play(failed)
-    assert statuses(failed) == {1: "ok", 2: "ok", 4: "out_of_memory"} and failed.record.batch_sizes == [
-        1,
-        2,
-        4,
-    ]
-    level = new_record(JOB)
-    level.batches = [{"batch_size": n, "status": "ok", "host_ms": [float(n)]} for n in (1, 2)]
-    assert has_saturated(level)
 
 
 def test_blocks_share_the_runs_and_the_slowest_decides_how_often_they_change():

@@ -228,7 +228,7 @@ def test_what_was_measured_last_is_noted_and_no_clock_decides_it(tmp_path):
 def job(key: str, settings_key: str = "s") -> Job:
     known = dict.fromkeys(("sweep", "script", "checkpoint", "data"), "main")
     known |= {"settings": Settings(6, 3, 1, 0.0, 1.0, 0.0, 0), "results": Path("results")}
-    known |= {"environment": {"command": "python benchmark.py"}, "auto": False, "round": 0}
+    known |= {"environment": {"command": "python benchmark.py"}, "round": 0}
     known |= {"backend": "pytorch", "image_size": 64, "batch_sizes": (4,), "device": "cpu"}
     return Job(**known, key=key, settings_key=settings_key)
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils.environment import throttled_s
-from utils.measure import timing
 from utils.measure.schema import BASELINE, Job, Problem, Record, Settings
 from utils.measure.worker import LONGEST_REASON, serve
 from utils.utils import fresh_processes
@@ -106,7 +105,7 @@ class Member:
             self.record.status, self.record.reason = problem.status, problem.reason
             return
         lost = [batch_size] if batch_size and not self.steps.is_gone() else self.missing()
-        for size in lost[:1] if self.job.auto else lost:
+        for size in lost:
             difference = self.begun.get(size, {}).get("max_abs_diff", problem.max_abs_diff)
             known = {} if difference is None else {"max_abs_diff": difference}
             self.note(size, problem.status, problem.reason, **known)
@@ -133,8 +132,7 @@ class InterleavedRound:
     def __init__(self, members: list[Member], keep: Callable[[Member], object], sequential: bool = False):
         job = members[0].job
         self.members, self.keep, self.again = members, keep, []
-        self.growing = job.auto and job.round == 0  # batch sizes are tried until throughput saturates
-        self.sequential = sequential or self.growing
+        self.sequential = sequential
         self.job, self.rng = job, random.Random(f"{job.settings.seed} {job.image_size} {job.round}")
 
     def play(self) -> None:
@@ -147,8 +145,6 @@ class InterleavedRound:
         opened = [member for member in missing if member.recorded]
         sizes = self.job.batch_sizes
         for together in [[size] for size in sizes] if self.sequential else [sizes]:
-            if self.growing and all(has_saturated(member.record) for member in opened):
-                break
             asked = {size: [member for member in missing if size in missing[member]] for size in together}
             asked = {size: them for size, them in asked.items() if any(member.recorded for member in them)}
             self.play_sizes(asked)
@@ -156,8 +152,6 @@ class InterleavedRound:
                 self.keep(member)
         for member in opened:
             member.profile(self.sequential)
-            if self.growing and member.record.batches:  # what the record holds is all that was wanted
-                member.record.batch_sizes = [batch["batch_size"] for batch in member.record.batches]
         for member in self.members:
             if member.recorded:
                 self.keep(member)
@@ -236,15 +230,6 @@ def plan_blocks(run_ms: list[float], settings: Settings, device: str) -> tuple[i
     spans = [n * ms / BLOCK_MS[device] for n, ms in zip(runs, run_ms, strict=True)]
     blocks = max(1, min([MOST_BLOCKS, *runs, *map(int, spans)])) if runs else 0
     return blocks, [math.ceil(n / blocks) for n in runs]
-
-
-def has_saturated(record: Record) -> bool:
-    """Whether the last doubling gave under 5 % more images/s, or failed for want of memory or otherwise."""
-    if record.batches and record.batches[-1]["status"] != "ok":
-        return True
-    sizes = [batch["batch_size"] for batch in record.batches]
-    fps = [batch["batch_size"] / timing.trimmed_mean(batch["host_ms"]) for batch in record.batches]
-    return len(fps) > 1 and timing.gain(sizes, fps, -2, -1) < timing.SATURATED
 
 
 def new_server(scripts: list[str]) -> None:

@@ -21,7 +21,6 @@ from utils.utils import (
     sha256,
 )
 
-AUTO_BATCH_SIZES = [2**k for k in range(9)]  # 1 to 256; measured until they saturate
 # Of timed runs per configuration, over the rounds.  On a GPU half a second a round told no more.
 MIN_SECONDS = {"cuda": 0.75, "cpu": 1.5}
 MAX_SECONDS = {"cuda": 30.0, "cpu": 2.0}
@@ -39,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser, backends: list[str]) -> None:
     add("--backends", nargs="+", choices=[*backends, "all"], metavar="NAME", help=names)
     pixels = f"pixels; default {IMAGE_SIZES}"
     add("--image-sizes", nargs="+", type=number(int, 32, 4096), default=IMAGE_SIZES, help=pixels)
-    auto = f"default {BATCH_SIZES}; auto: double from 1 until it saturates"
-    add("--batch-sizes", nargs="+", type=batch_size, default=BATCH_SIZES, help=auto)
+    batches = f"default {BATCH_SIZES}"
+    add("--batch-sizes", nargs="+", type=number(int, 1, 65_536), default=BATCH_SIZES, help=batches)
     add("--device", choices=["auto", "cuda", "cpu"], default="auto")
     runs = "timed runs per configuration, over the rounds; default 100"
     add("--runs", type=number(int, 1, 1_000_000), default=100, help=runs)
@@ -56,11 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser, backends: list[str]) -> None:
     quick = "64 px, batches 1 and 4, 20 runs, into results/quick"
     add("--quick", action="store_true", help=quick)
     add_path_arguments(parser)
-
-
-def batch_size(text: str):
-    """For argparse's `type=`: a batch size as train.py takes them, or "auto"."""
-    return text if text == "auto" else int(number(int, 1, 65_536)(text))
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -145,9 +139,6 @@ def make_jobs(args: argparse.Namespace, scripts: dict[str, str], default: dict[s
     wanted = args.backends or default[device]
     names = list(scripts) if "all" in wanted else list(dict.fromkeys(wanted))
     settings, image_sizes = settings_of(args, device), sorted(set(args.image_sizes))
-    auto = "auto" in args.batch_sizes
-    if auto and len(args.batch_sizes) > 1:
-        raise UserError("--batch-sizes takes numbers, or auto alone; see --help")
     results = results_folder(args)
     facts = check_checkpoints(args, image_sizes)
     known = environment_of(args.data, device)
@@ -161,8 +152,7 @@ def make_jobs(args: argparse.Namespace, scripts: dict[str, str], default: dict[s
             backend="",
             script="",
             image_size=size,
-            batch_sizes=tuple(AUTO_BATCH_SIZES if auto else sorted(set(args.batch_sizes))),
-            auto=auto,
+            batch_sizes=tuple(sorted(set(args.batch_sizes))),
             round=0,
             device=device,
             settings=settings,

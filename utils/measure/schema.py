@@ -29,7 +29,6 @@ class Job:
     script: str  # the module whose BACKENDS makes the backend
     image_size: int  # pixels, square
     batch_sizes: tuple[int, ...]
-    auto: bool  # in round 0, stop at the batch size where throughput saturates
     round: int  # from 0
     device: str  # "cuda" or "cpu"
     settings: Settings

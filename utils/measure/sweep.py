@@ -48,9 +48,8 @@ def is_up_to_date(record: Record | None, job: Job) -> bool:
     """Whether a record says all that measuring again would say; what failed is tried again."""
     if record is None or record.key != job.key or record.status == "failed":
         return False
-    wanted = record.batch_sizes if job.auto else job.batch_sizes
     kept = {batch["batch_size"] for batch in kept_batches(record)}
-    return record.status != "ok" or kept.issuperset(wanted)
+    return record.status != "ok" or kept.issuperset(job.batch_sizes)
 
 
 def room_for(job: Job) -> int:
@@ -114,7 +113,7 @@ class Sweep:
     def measure_group(self, group: list[Job]) -> None:
         """Measure one image size in one round, as many at once as there is room for; say what came out."""
         self.write_line(f"\n=== {datetime.datetime.now():%Y-%m-%d %H:%M:%S} round {group[0].round + 1}")
-        able = [job for job in map(self.follow_round0, group) if not self.is_settled(job)]
+        able = [job for job in group if not self.is_settled(job)]
         if able:
             self.measure_together(able, room_for(able[0]))
         for job in group:
@@ -158,13 +157,6 @@ class Sweep:
         if settled or len(record.batches) > before:
             self.keep(job, record)
         return settled
-
-    def follow_round0(self, job: Job) -> Job:
-        """With `auto`, later rounds measure what round 0 did."""
-        first = self.records.get(dataclasses.replace(job, round=0).record)
-        if job.auto and job.round and first and first.batch_sizes:
-            return dataclasses.replace(job, batch_sizes=tuple(first.batch_sizes))
-        return job
 
     def resumed(self, job: Job) -> Record:
         return resume(job, self.records.get(job.record))

@@ -29,7 +29,7 @@ DAY = 86_400  # seconds
 # A change of any of these makes an earlier measurement stale.
 DECISIVE = ["model.py", "datasets.py", "*_inference.py", "trt.py", "torch_trt.py"]
 DECISIVE += ["utils/backend.py", "utils/images.py", "utils/onnx_export.py"]
-MEASURING = ["accuracy", "gpu", "interleave", "reference", "roofline", "timing", "worker"]
+MEASURING = ["accuracy", "gpu", "interleave", "roofline", "timing", "worker"]
 DECISIVE += [f"utils/measure/{name}.py" for name in MEASURING]
 
 

@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 import backends
 from utils import environment
-from utils.measure import records, reference, timing
+from utils.measure import records, timing
 from utils.measure.interleave import InterleavedRound, Member, Remote, new_server
 from utils.measure.schema import BASELINE, Job, Record
+from utils.measure.worker import references
 from utils.utils import in_fresh_process
 
 # What a process takes: on a GPU its context and libraries, and so many times the first layer's output in
@@ -89,7 +90,7 @@ class Sweep:
         records.unpack(self.folder)
         if todo := self.read():
             first = {job.image_size: job for job in todo}
-            in_fresh_process(reference.references, list(first.values()))
+            in_fresh_process(references, list(first.values()))
         records.archive_stale_records(self.asked)
         self.spent_s = records.note_sweep(self.asked, precision_pct=ci_width).get("spent_s", 0.0)
         return self.read()  # some may have come back

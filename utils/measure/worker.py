@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from utils.backend import Backend, Unavailable, inference
+from utils.backend import Backend, Unavailable, inference, is_fresh, store
 from utils.environment import is_out_of_memory
-from utils.measure import accuracy, gpu, reference, timing
-from utils.measure.schema import Job, Problem
-from utils.utils import MENDS, UserError, end_with_parent, sentence
+from utils.measure import accuracy, gpu, timing
+from utils.measure.schema import BASELINE, Job, Problem
+from utils.utils import MENDS, UserError, end_with_parent, sentence, sha256
 
 WARM_UP_SECONDS = 0.3  # at least, besides the calls asked for
 WAKE_MS, SLOW_MS = 10.0, 200.0  # untimed calls at the start of a block: a run of 200 ms needs none
 LONGEST_REASON = 1000  # characters
+CPU_BATCH = 16  # of the pass over the test set on a CPU; on a GPU the smallest: its memory grows from there
 
 
 class Measurement:
@@ -55,7 +56,7 @@ class Measurement:
             backend.data, begin = job.data, time.perf_counter()
             backend.load(job.checkpoint, job.image_size, list(job.batch_sizes), job.device)
             load_s = round(time.perf_counter() - begin, 4)
-            check, self.probe = reference.whole_test_set(job, whole_call(backend), backend.precision)
+            check, self.probe = whole_test_set(job, whole_call(backend), backend.precision)
         self.synchronize, self.new_event = (lambda: None), None
         if self.cuda:
             self.synchronize = torch.cuda.current_stream().synchronize
@@ -192,3 +193,77 @@ def problem_of(error: Exception) -> Problem:
     else:
         mend = "benchmark.log beside the table says more; run the same command to try again"
     return Problem("failed", f"{words[-LONGEST_REASON:]}; {mend}")
+
+
+# ---- PyTorch FP32's answers, which every other is compared with
+
+
+def test_loader(job: Job):
+    import datasets
+    import model
+
+    classes = model.load_facts(job.checkpoint)["classes"]
+    return datasets.Loader(job.data, "test", classes, job.image_size, job.batch_sizes[-1])
+
+
+def logits_on_test_set(job: Job, call: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (N, classes) by `call` and the labels (N,) of the whole test set."""
+    size = job.batch_sizes[0] if job.device == "cuda" else CPU_BATCH
+    logits, labels = [], []
+    for images, targets in test_loader(job):
+        logits.append(accuracy.classify(call, images, size, job.device))
+        labels.append(targets.numpy())
+    return np.concatenate(logits), np.concatenate(labels)
+
+
+def whole_test_set(job: Job, call: Callable, precision: str) -> tuple[dict | None, tuple]:
+    """In round 0 the record of a pass over the test set (None later), and what batch sizes are tried with:
+    images float32 (N, 3, S, S) on the CPU, PyTorch FP32's logits (N, classes) and the largest difference
+    that passes; N is the largest batch."""
+    expected, labels = reference(job)
+    tolerance, found = accuracy.TOLERANCE[precision] * float(np.abs(expected).max()), None
+    if job.round == 0:
+        logits = expected if job.backend == BASELINE else logits_on_test_set(job, call)[0]
+        found = {
+            "images": len(labels),
+            "different": int((logits.argmax(1) != expected.argmax(1)).sum()),
+            "correct": int((logits.argmax(1) == labels).sum()),
+            "correct_fp32": int((expected.argmax(1) == labels).sum()),
+            "max_abs_diff": float(np.abs(logits - expected).max()),
+            "tolerance": tolerance,
+        }
+    first, largest = next(iter(test_loader(job)))[0], job.batch_sizes[-1]
+    times = math.ceil(largest / len(first))
+    images = first.repeat(times, 1, 1, 1)[:largest]
+    return found, (images, np.tile(expected[: len(first)], (times, 1))[:largest], tolerance)
+
+
+def references(jobs: list[Job]) -> None:
+    """Bring what is kept in weights/ up to date, in a process of its own before any backend is loaded."""
+    for job in jobs:
+        reference(job)
+
+
+def reference(job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """PyTorch FP32's logits (N, classes) and the labels (N,) of the test set, kept in weights/.
+
+    Raises UserError where a logit is not a finite number: such a network is the reference of nothing.
+    """
+    import torch
+
+    import model
+
+    path = job.checkpoint.with_name(f"reference_{job.image_size}_{job.device}.npz")
+    facts = {name: job.environment[name] for name in ("data", "packages", "gpu")}
+    facts |= {"checkpoint": sha256(job.checkpoint), "device": job.device}
+    if not is_fresh(path, facts):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        network, _ = model.load(job.checkpoint, job.device)
+        with torch.inference_mode():
+            logits, labels = logits_on_test_set(job, network)
+        if not np.isfinite(logits).all():
+            mend = f"train it again: python train.py --force --image-sizes {job.image_size}"
+            raise UserError(f"{job.checkpoint} gives logits that are not finite numbers; {mend}")
+        store(path, facts, lambda file: np.savez(file, logits=logits, labels=labels))
+    with np.load(path) as stored:
+        return stored["logits"], stored["labels"]

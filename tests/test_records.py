@@ -246,14 +246,6 @@ def test_records_of_another_checkpoint_are_put_away_and_come_back(tmp_path, monk
     assert not path.is_file() and len(list(path.parent.glob("*/*.json"))) == 2
 
 
-def test_records_that_were_put_away_by_their_settings_come_back(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = job("k1").record
-    records.write_record(path.parent / "s" / path.name, record(key="k1"))
-    records.archive_stale_records([job("k1")])
-    assert records.read_record(path) == record(key="k1")
-
-
 def test_a_sweep_packed_into_one_file_gives_the_same_rows_and_can_be_gone_on_with(
     tmp_path, monkeypatch, capsys
 ):

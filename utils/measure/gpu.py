@@ -25,15 +25,13 @@ READINGS = {
 THROTTLE = {4: "power cap", 8: "hardware slowdown", 0x20: "thermal (software)", 0x40: "thermal (hardware)"}
 THROTTLE[0x80] = "power brake"
 
-_risen = 0  # bytes by which everyone's GPU memory rose, in all, in this process's own phases
+_risen = 0  # bytes by which everyone's GPU memory rose in this process's own phases
 
 
 @contextlib.contextmanager
 def own_phase():
-    """A time in which this process alone loads, warms up or measures, while others that share the GPU idle.
-
-    Where the driver tells only the device's level, what rises in these phases is this process's memory.
-    """
+    """A time in which this process alone loads or warms up, while others that share the GPU idle: where the
+    driver tells only the device's level, what rises meanwhile is this process's memory."""
     global _risen
     before = read_driver("nvmlDeviceGetMemoryInfo")
     try:
@@ -45,12 +43,8 @@ def own_phase():
 
 
 def memory_mb() -> tuple[float | None, str | None]:
-    """GPU memory of this process in MB (context, libraries, arenas and tensors), and whose reading it is.
-
-    "process": what the driver counts for it.  "device", where the driver keeps that to itself (Windows, some
-    containers): the rise of everyone's memory in this process's own phases, with what programs other than
-    the benchmark took or gave back meanwhile.  (None, None): not known.
-    """
+    """GPU memory of this process in MB and whose reading it is: "process", or, where the driver keeps that to
+    itself (Windows, some containers), "device": what everyone's rose by in own_phase().  None: not known."""
     for process in read_driver("nvmlDeviceGetComputeRunningProcesses") or []:
         if process.pid == os.getpid() and process.usedGpuMemory:
             return process.usedGpuMemory / MB, "process"
@@ -96,38 +90,29 @@ def sustain(call: Callable, synchronize: Callable, seconds: float) -> dict:
         thread.join()
     throttled = seen.pop("throttled")
     result: dict = {name: sum(values) / len(values) if values else None for name, values in seen.items()}
-    power_mw, joules = result.pop("power_mw"), None
+    power_mw = result.pop("power_mw")
+    joules = power_mw and power_mw / 1000 * watched_s
     if energy is not None and end is not None:
         joules = (end - energy) / 1000
-    elif power_mw is not None:
-        joules = power_mw / 1000 * watched_s
     reasons = [text for bit, text in THROTTLE.items() if any(bits & bit for bits in throttled)]
     result["throttled"] = (", ".join(reasons) or "no") if throttled else None
     result |= {"seconds": watched_s, "energy_j": joules, "power_w": joules and joules / watched_s}
     return result | {"calls": calls, "loop_s": loop_s}
 
 
-def profiled(call: Callable, activities: list):
-    """torch.profiler's record of CALLS calls, after some that warm up."""
-    import torch
-
-    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    for _ in range(3):
-        call()
-    synchronize()
-    with warnings.catch_warnings(), torch.profiler.profile(activities=activities) as profiler:
-        warnings.simplefilter("ignore")  # that a second cycle would clear these events
-        for _ in range(CALLS):
-            call()
-        synchronize()
-    return profiler
-
-
 def busy_ms(call: Callable) -> float | None:
     """Milliseconds of a call in which the GPU was at work by CUPTI's count, overlaps once; None: not seen."""
     import torch
 
-    profiler = profiled(call, [torch.profiler.ProfilerActivity.CUDA])
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with warnings.catch_warnings(), torch.profiler.profile(activities=activities) as profiler:
+        warnings.simplefilter("ignore")  # that a second cycle would clear these events
+        for _ in range(CALLS):
+            call()
+        torch.cuda.synchronize()
     on_gpu = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
     spans = [event.time_range for event in profiler.events() or [] if event.device_type == on_gpu]
     total = end = 0.0

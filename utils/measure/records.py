@@ -47,20 +47,13 @@ def read_record(path: Path) -> Record | None:
 def is_valid(record: Record) -> bool:
     """Whether every field has its type and every part what a row is made of: JSON may be damaged, too."""
     kinds = typing.get_type_hints(Record) | dict.fromkeys(("batch_sizes", "batches"), list)
-    return (
-        all(isinstance(getattr(record, name), kind) for name, kind in kinds.items())
-        and record.status in STATUSES
-        and (record.build is None or record.build.keys() >= BUILD)
-        and (record.check is None or record.check.keys() >= CHECK)
-        and all(map(is_batch, record.batches))
-    )
-
-
-def is_batch(batch) -> bool:
-    """Whether it is what a record holds of one batch size: its samples, or why there are none."""
-    if not isinstance(batch, dict) or batch.get("status") not in STATUSES:
+    fields = all(isinstance(getattr(record, name), kind) for name, kind in kinds.items())
+    if not fields or not all(isinstance(batch, dict) for batch in record.batches):
         return False
-    return batch.keys() >= (TIMED if batch["status"] == "ok" else BATCH)
+    parts = [(record.build or BUILD, BUILD), (record.check or CHECK, CHECK)]
+    parts += [(batch.keys(), TIMED if batch.get("status") == "ok" else BATCH) for batch in record.batches]
+    statuses = [record.status, *(batch.get("status") for batch in record.batches)]
+    return all(set(held) >= needed for held, needed in parts) and all(one in STATUSES for one in statuses)
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -68,10 +61,7 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def note_sweep(asked: list[Job], **more) -> dict:
-    """Say in sweep.json what is measured last, by which settings, in which environment and by which commands.
-
-    `more` is added (precision_pct, spent_s); what is noted of these settings is returned.
-    """
+    """Note in sweep.json what is measured last, with `more` (precision_pct, spent_s); what it then says."""
     job, path = asked[0], asked[0].record.with_name("sweep.json")
     notes = read_dict(path)
     old = noted(notes, job.settings_key)
@@ -95,15 +85,14 @@ def read_roofline(folder, settings_key) -> dict | None:
 
 
 def read_sweep(folder) -> tuple[list[Record], dict, dict | None]:
-    """A sweep's records that belong together, oldest first, its note in sweep.json, and its roofline.
+    """A sweep's records of the settings and checkpoints that sweep.json says were measured last, or, where it
+    is too old to say so, of the newest record's; oldest first; its note, and its roofline.
 
-    `folder` is a Path or a zipfile.Path.  The records are those of the settings and, at each size, of the
-    checkpoint that sweep.json says were measured last; where it is too old to say so, those of the newest
-    record.
+    `folder` is a Path or a zipfile.Path.
     """
     names = sorted(path.name for path in folder.iterdir() if re.search(r"_round\d+.*\.json$", path.name))
-    found = [read_record(folder / name) for name in names]
-    found = sorted(filter(None, found), key=lambda record: record.time)
+    records = filter(None, (read_record(folder / name) for name in names))
+    found = sorted(records, key=lambda record: record.time)
     if not found:
         return [], {}, None
     notes = read_dict(folder / "sweep.json")
@@ -112,11 +101,10 @@ def read_sweep(folder) -> tuple[list[Record], dict, dict | None]:
         key = found[-1].settings_key
     found = [record for record in found if record.settings_key == key]
     note = noted(notes, key)
-    last = {record.image_size: record.key for record in found}
-    for record in found:
-        if note.get("keys", {}).get(str(record.image_size)) == record.key:
-            last[record.image_size] = record.key
-    found = [record for record in found if record.key == last[record.image_size]]
+    last = {str(record.image_size): record.key for record in found}
+    keys = {record.key for record in found}
+    last |= {size: noted_key for size, noted_key in note.get("keys", {}).items() if noted_key in keys}
+    found = [record for record in found if record.key == last[str(record.image_size)]]
     return found, note, read_roofline(folder, key)
 
 
@@ -133,7 +121,7 @@ def archive_stale_records(asked: list[Job]) -> None:
             aside = folder / record.key
             aside.mkdir(exist_ok=True)
             moved.add(path.replace(aside / path.name))
-    for key in {*keys.values(), settings_key}:  # until 2026-11-28 the folder's name was the settings'
+    for key in keys.values():
         for path in (folder / key).glob("*_round*.json"):
             path.replace(folder / path.name)
     if moved:

@@ -67,8 +67,7 @@ class Record:
     """What one process measured, as stored in results/raw/<sweep>/<backend>_<size>_round<k>.json.
 
     `batches` has a dict for each batch size: batch_size, status, reason and, where it was timed, the samples
-    in ms, how many each block took (block_runs), what the baseline took in the blocks beside (baseline_ms),
-    and what was read meanwhile (worker.Measurement).
+    in ms, how many a block took (block_runs), the baseline's means beside them (baseline_ms) and the rest.
     """
 
     sweep: str

@@ -26,8 +26,8 @@ MIN_SECONDS = {"cuda": 0.75, "cpu": 1.5}
 MAX_SECONDS = {"cuda": 30.0, "cpu": 2.0}
 QUICK = {"image_sizes": [64], "batch_sizes": [1, 4], "runs": 20, "min_seconds": 0.0, "budget": 0.0}
 DAY = 86_400  # seconds
-# A change of any of these makes an earlier measurement stale.
-DECISIVE = ["model.py", "datasets.py", "*_inference.py", "trt.py", "torch_trt.py"]
+# A change of any of these, or of a backend, makes an earlier measurement stale.
+DECISIVE = ["model.py", "datasets.py", "trt.py", "torch_trt.py"]
 DECISIVE += ["utils/backend.py", "utils/images.py", "utils/onnx_export.py"]
 MEASURING = ["accuracy", "gpu", "interleave", "roofline", "timing", "worker"]
 DECISIVE += [f"utils/measure/{name}.py" for name in MEASURING]
@@ -102,9 +102,9 @@ def check_checkpoints(args: argparse.Namespace, image_sizes: list[int]) -> dict[
     import model
 
     paths = {size: checkpoint_path(args.weights, size) for size in image_sizes}
-    if missing := [size for size in image_sizes if not paths[size].is_file()]:
-        flags = "--quick" if args.quick and image_sizes == [64] else f"--image-sizes {joined(missing)}"
-        raise UserError(f"{paths[missing[0]]} is missing; train it first: python train.py {flags}")
+    if missing := {str(size): path for size, path in paths.items() if not path.is_file()}:
+        flags = "--quick" if args.quick and image_sizes == [64] else f"--image-sizes {' '.join(missing)}"
+        raise UserError(f"{next(iter(missing.values()))} is missing; train it first: python train.py {flags}")
     facts = {size: model.load_facts(path) for size, path in paths.items()}
     datasets.ensure_data(args.data, args.seed)
     tested = set(datasets.list_images(args.data)["test"])
@@ -118,22 +118,17 @@ def check_checkpoints(args: argparse.Namespace, image_sizes: list[int]) -> dict[
 def print_other_images(data: Path, fingerprint: str, facts: dict[int, dict]) -> None:
     """Say where the images are not those that a checkpoint was trained beside."""
     trained = {size: known.get("data") for size, known in facts.items()}
-    known = {size: on.get("fingerprint") for size, on in trained.items() if isinstance(on, dict)}
-    if others := [size for size, found in known.items() if found != fingerprint]:
-        why = f"{data} does not hold the images that the networks of {joined(others)} px were trained on"
-        mend = f"to train them on these: python train.py --force --image-sizes {joined(others)}"
-        print(f"{why}; {mend}", file=sys.stderr)
-
-
-def joined(sizes: list[int]) -> str:
-    return " ".join(map(str, sizes))
+    known = {str(size): on.get("fingerprint") for size, on in trained.items() if isinstance(on, dict)}
+    if others := " ".join(size for size, found in known.items() if found != fingerprint):
+        why = f"{data} does not hold the images that the networks of {others} px were trained on"
+        print(f"{why}; train them on these: python train.py --force --image-sizes {others}", file=sys.stderr)
 
 
 def make_jobs(args: argparse.Namespace, scripts: dict[str, str], default: dict[str, list[str]]) -> list[Job]:
     """Everything that is asked for, round by round, in each size by size, in each backend by backend.
 
-    `scripts` maps every backend to the module that makes it, `default` devices to the usual ones.  Draws the
-    sample where there are no images.  Raises UserError for impossible settings and missing checkpoints.
+    `scripts` maps every backend to the module that makes it, `default` devices to the usual ones.  Raises
+    UserError for impossible settings and missing checkpoints.
     """
     device = choose_device(args.device)
     wanted = args.backends or default[device]
@@ -144,26 +139,14 @@ def make_jobs(args: argparse.Namespace, scripts: dict[str, str], default: dict[s
     known = environment_of(args.data, device)
     print_other_images(args.data, known["data"], facts)
     settings_key = staleness_key(settings, device, known)
+    shared: dict = {"sweep": args.sweep, "data": args.data, "results": results, "device": device, "round": 0}
+    shared |= {"settings": settings, "environment": known, "settings_key": settings_key}
+    shared["batch_sizes"] = tuple(sorted(set(args.batch_sizes)))
     jobs = []
     for size in image_sizes:
-        checkpoint = checkpoint_path(args.weights, size)
-        first = Job(
-            sweep=args.sweep,
-            backend="",
-            script="",
-            image_size=size,
-            batch_sizes=tuple(sorted(set(args.batch_sizes))),
-            round=0,
-            device=device,
-            settings=settings,
-            environment=known,
-            data=args.data,
-            checkpoint=checkpoint,
-            results=results,
-            settings_key=settings_key,
-            key=sha256(settings_key, checkpoint)[:16],
-        )
-        jobs += [dataclasses.replace(first, backend=name, script=scripts[name]) for name in names]
+        path = checkpoint_path(args.weights, size)
+        own = {"image_size": size, "checkpoint": path, "key": sha256(settings_key, path)[:16]}
+        jobs += [Job(backend=name, script=scripts[name], **shared, **own) for name in names]
     return [dataclasses.replace(job, round=k) for k in range(settings.rounds) for job in jobs]
 
 
@@ -181,11 +164,6 @@ def staleness_key(settings: Settings, device: str, known: dict) -> str:
     """Short hash of the settings, the machine, the packages, the data and the code."""
     passing = {"commit", "clean", "date", "command"}
     machine = {name: value for name, value in known.items() if name not in passing}
-    code = []
-    for pattern in DECISIVE:
-        found = sorted(ROOT.glob(pattern))
-        if not found:
-            raise FileNotFoundError(f"{ROOT / pattern}: what makes records stale is not there; see DECISIVE")
-        code += found
+    code = [*sorted(ROOT.glob("*_inference.py")), *(ROOT / name for name in DECISIVE)]
     facts = json.dumps([dataclasses.asdict(settings), device, machine], sort_keys=True)
     return sha256(facts, *code)[:16]

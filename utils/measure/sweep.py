@@ -36,21 +36,17 @@ def resume(job: Job, earlier: Record | None) -> Record:
     fresh = new_record(job)
     if earlier is None or earlier.key != job.key:
         return fresh
-    kept = {"status": "ok", "reason": "", "batches": kept_batches(earlier)}
-    return dataclasses.replace(earlier, time=fresh.time, batch_sizes=fresh.batch_sizes, **kept)
-
-
-def kept_batches(record: Record) -> list[dict]:
-    """What a record of the same key holds and need not be measured again: all that has not failed."""
-    return [batch for batch in record.batches if batch["status"] != "failed"]
+    kept = [batch for batch in earlier.batches if batch["status"] != "failed"]
+    known = {"time": fresh.time, "batch_sizes": fresh.batch_sizes, "batches": kept}
+    return dataclasses.replace(earlier, status="ok", reason="", **known)
 
 
 def is_up_to_date(record: Record | None, job: Job) -> bool:
     """Whether a record says all that measuring again would say; what failed is tried again."""
     if record is None or record.key != job.key or record.status == "failed":
         return False
-    kept = {batch["batch_size"] for batch in kept_batches(record)}
-    return record.status != "ok" or kept.issuperset(job.batch_sizes)
+    settled = {batch["batch_size"] for batch in record.batches if batch["status"] != "failed"}
+    return record.status != "ok" or settled.issuperset(job.batch_sizes)
 
 
 def room_for(job: Job) -> int:
@@ -71,7 +67,6 @@ class Sweep:
         self.asked, self.timeout = asked, timeout
         self.folder = asked[0].folder
         self.log = asked[0].results / "benchmark.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         self.unavailable, self.spent_s = {}, 0.0  # backend -> why
         self.records: dict[Path, Record] = {}
         if asked[0].device == "cpu":  # want of a GPU is known without a process, which alone may load CUDA
@@ -95,10 +90,6 @@ class Sweep:
         self.spent_s = records.note_sweep(self.asked, precision_pct=ci_width).get("spent_s", 0.0)
         return self.read()  # some may have come back
 
-    def write_line(self, text: str) -> None:
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-
     def measure_round(self, groups: list[list[Job]], progress, limit_s: float | None = None) -> None:
         """Measure the groups, each a backend or more at one image size; no more once `limit_s` is spent."""
         new_server([job.script for job in groups[0]])
@@ -113,17 +104,16 @@ class Sweep:
 
     def measure_group(self, group: list[Job]) -> None:
         """Measure one image size in one round, as many at once as there is room for; say what came out."""
-        self.write_line(f"\n=== {datetime.datetime.now():%Y-%m-%d %H:%M:%S} round {group[0].round + 1}")
-        able = [job for job in group if not self.is_settled(job)]
-        if able:
+        with self.log.open("a", encoding="utf-8") as log:
+            print(f"\n=== {datetime.datetime.now():%Y-%m-%d %H:%M:%S} round {group[0].round + 1}", file=log)
+        if able := [job for job in group if not self.is_settled(job)]:
             self.measure_together(able, room_for(able[0]))
-        for job in group:
-            if record := self.records.get(job.record):
-                if record.status == "unavailable":
-                    self.unavailable[job.backend] = record.reason
-                line = describe(record)
-                self.write_line(line)
-                tqdm.write(line)
+        for record in filter(None, (self.records.get(job.record) for job in group)):
+            if record.status == "unavailable":
+                self.unavailable[record.backend] = record.reason
+            tqdm.write(describe(record))
+            with self.log.open("a", encoding="utf-8") as log:
+                print(describe(record), file=log)
 
     def measure_together(self, able: list[Job], room: int) -> None:
         """Measure these beside the baseline, `room` processes at once, or one by one."""
@@ -144,7 +134,8 @@ class Sweep:
     def is_settled(self, job: Job) -> bool:
         """Whether what happened before says what this job would give, which is noted: the backend is
         unavailable, or in round 0 memory did not suffice or the figures were wrong."""
-        record, first = self.resumed(job), self.records.get(dataclasses.replace(job, round=0).record)
+        record = resume(job, self.records.get(job.record))
+        first = self.records.get(dataclasses.replace(job, round=0).record)
         before = len(record.batches)
         if job.backend in self.unavailable:
             record.status, record.reason = "unavailable", self.unavailable[job.backend]
@@ -159,16 +150,13 @@ class Sweep:
             self.keep(job, record)
         return settled
 
-    def resumed(self, job: Job) -> Record:
-        return resume(job, self.records.get(job.record))
-
     def keep(self, job: Job, record: Record) -> None:
         self.records[job.record] = record
         records.write_record(job.record, record)
 
     def play(self, part: list[Job], with_baseline: bool = True, sequential: bool = False) -> list[Job]:
         """Measure these in one round, beside the baseline; those that are to be tried again, less crowded."""
-        wanted = [(job, self.resumed(job), True) for job in part]
+        wanted = [(job, resume(job, self.records.get(job.record)), True) for job in part]
         if with_baseline and all(job.backend != BASELINE for job in part):
             sizes = tuple(sorted({size for job in part for size in job.to_measure}))
             changed = {"backend": BASELINE, "script": backends.SCRIPTS[BASELINE], "only": sizes}

@@ -29,37 +29,30 @@ TIMEOUT_S = 1800.0  # after which a step is taken to hang
 BUSY_PCT = 20  # of all cores, by other programs
 
 
-def measured_rows(measured) -> list:
-    """The rows of a Sweep that are asked for and have figures."""
-    from utils.report.rows import rows_of
+def further_jobs(measured, ci_width: float, round_: int) -> list[list[Job]]:
+    """A further round of a Sweep: a group for each image size that has a row too wide, the widest first.
 
-    keys = {job.key for job in measured.asked}
-    rows = rows_of([record for record in measured.records.values() if record.key in keys], {})
-    wanted = {(job.backend, job.image_size, batch) for job in measured.asked for batch in job.batch_sizes}
-    ok = [row for row in rows if row.status == "ok"]
-    return [row for row in ok if (row.backend, row.image_size, row.batch_size) in wanted]
-
-
-def further_jobs(asked: list[Job], rows: list, wide: list, round_: int) -> list[list[Job]]:
-    """A further round: a group for each image size that has a row too wide, the widest first.
-
-    All `rows` of the size are measured again: were each to stop as soon as its rounds agree, many would stop
+    All rows of the size are measured again: were each to stop as soon as its rounds agree, many would stop
     where they agree by chance, and 95 % intervals would hold less often.
     """
-    groups: dict[int, list[Job]] = {row.image_size: [] for row in wide}
-    for job in asked:
-        own = (row for row in rows if (row.backend, row.image_size) == (job.backend, job.image_size))
-        batches = tuple(sorted(row.batch_size for row in own))
-        if job.image_size in groups and job.round == 0 and batches:
-            groups[job.image_size].append(dataclasses.replace(job, round=round_, only=batches))
-    return list(groups.values())
+    from utils.report.rows import rows_of, width_pct
+
+    keys, groups, widest = {job.key for job in measured.asked}, {}, {}
+    rows = rows_of([record for record in measured.records.values() if record.key in keys], {})
+    ok = {(row.backend, row.image_size, row.batch_size): row for row in rows if row.status == "ok"}
+    for job in [job for job in measured.asked if job.round == 0]:
+        if only := tuple(size for size in job.batch_sizes if (job.backend, job.image_size, size) in ok):
+            groups.setdefault(job.image_size, []).append(dataclasses.replace(job, round=round_, only=only))
+            widths = [width_pct(ok[job.backend, job.image_size, size]) for size in only]
+            widest[job.image_size] = max(widest.get(job.image_size, 0), *widths)
+    wide = [size for size in widest if widest[size] > ci_width]
+    return [groups[size] for size in sorted(wide, key=lambda size: widest[size], reverse=True)]
 
 
 def sweep(asked: list[Job], timeout: float, ci_width: float, budget_minutes: float) -> None:
     """Bring every record up to date, then add rounds where intervals are too wide."""
     from utils.measure import roofline
     from utils.measure.sweep import Sweep
-    from utils.report.rows import width_pct
 
     measured, limit_s, first = Sweep(asked, timeout), budget_minutes * 60, asked[0]
     todo = measured.prepare(ci_width)
@@ -74,12 +67,11 @@ def sweep(asked: list[Job], timeout: float, ci_width: float, budget_minutes: flo
             measured.measure_round([list(group) for _, group in by_size], progress)
         rounds = first.settings.rounds
         for round_ in itertools.count(max([rounds, *(one.round + 1 for one in measured.records.values())])):
-            rows = measured_rows(measured) if rounds > 1 else []
-            wide = sorted((row for row in rows if width_pct(row) > ci_width), key=width_pct, reverse=True)
-            if not wide or measured.spent_s >= limit_s:
+            groups = further_jobs(measured, ci_width, round_) if rounds > 1 else []
+            if not groups or measured.spent_s >= limit_s:
                 break
-            groups = further_jobs(asked, rows, wide, round_)
-            progress.set_postfix_str(f"{len(wide)} rows still too wide, up to ±{width_pct(wide[0]):.1f} %")
+            sizes = ", ".join(str(group[0].image_size) for group in groups)
+            progress.set_postfix_str(f"intervals at {sizes} px are still too wide")
             progress.total += sum(map(len, groups))
             measured.measure_round(groups, progress, limit_s)
     if not progress.total:
@@ -94,8 +86,8 @@ def print_busy() -> None:
 
 
 def write_all(asked: list[Job], others: dict | None) -> int:
-    """Records -> table, charts, answers and READMEs; the exit code.  `others` are the tables of the other
-    results that README.md shows, or None to leave it alone."""
+    """Records -> table, charts, answers and READMEs; the exit code.  `others`: the tables of what else
+    README.md shows; at None it is left alone."""
     from utils import plot_utils
     from utils.report import readme, tables, words
 
@@ -117,8 +109,8 @@ def write_all(asked: list[Job], others: dict | None) -> int:
 
 
 def measure_script(description: str | None, script: str, makers: dict) -> None:
-    """What a backend's `script` does when it is run itself: measure its first backend, or those asked for of
-    its BACKENDS, the `makers`, in one round, and print the table."""
+    """What a backend's `script` does when it is run itself: measure the first of its BACKENDS, the `makers`,
+    or those asked for, in one round, and print the table."""
     from utils.report import words
     from utils.report.rows import read_rows
 

@@ -16,6 +16,7 @@ import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 
 import argparse
 import collections
+import datetime
 import itertools
 import json
 import statistics
@@ -153,7 +154,7 @@ def write_table(rows: list[dict], path: Path) -> None:
 
     from utils.report import tables
 
-    table = pd.DataFrame(rows).assign(cores=environment.cores(), date=environment.today())
+    table = pd.DataFrame(rows).assign(cores=environment.cores(), date=str(datetime.date.today()))
     keys = [name for name in ("sweep", "backend", "image_size", "decoder", "images") if name in table]
     old = tables.read_serving(path)
     if old is not None and set(keys) <= set(old):

@@ -104,10 +104,6 @@ def deciding_variables() -> dict[str, str]:
     return {name: os.environ[name] for name in sorted(names)}
 
 
-def today() -> str:
-    return datetime.date.today().isoformat()
-
-
 def keep_to_share(index: int, of: int) -> None:
     """Have this process, and those that it starts, run on its share of the cores; on Linux only."""
     if hasattr(os, "sched_setaffinity"):
@@ -222,7 +218,7 @@ def environment(device: str) -> dict:
         "packages": {name: version for name in PACKAGES if (version := package_version(name))},
         "commit": _said_by(*git, "rev-parse", "--short=12", "HEAD"),
         "clean": _said_by(*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", *MADE) == "",
-        "date": today(),
+        "date": str(datetime.date.today()),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 

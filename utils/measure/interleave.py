@@ -1,9 +1,8 @@
 """One round at one image size: processes that are alive together are timed in turn, so that a machine whose
 speed drifts drifts for all alike.
 
-Everyone is loaded, checked and warmed up at every batch size; then small blocks of runs are timed in random
-order, one process at work while the others wait, the blocks of each batch size spread over the whole time.
-A block is later compared with the baseline's of the same pass.
+All are loaded, checked and warmed up at every batch size; then small blocks of runs are timed in random
+order, one process at work while the others wait.  A block is compared with the baseline's of the same pass.
 """
 
 import contextlib
@@ -39,11 +38,10 @@ class Remote:
 
     def ask(self, step: str, *arguments):
         """What the step returns.  Raises its Problem or UserError, also where the process dies or hangs."""
-        began = time.perf_counter()
         try:
             if not self.seconds:
                 self.seconds["start"] = round(self.answer(), 2)
-                began = time.perf_counter()
+            began = time.perf_counter()
             self.pipe.send((step, arguments))
             result = self.answer()
         except (EOFError, OSError) as error:
@@ -81,11 +79,8 @@ class Remote:
 
 
 class Member:
-    """A backend in a round: where its steps happen, and the record that grows by what they return.
-
-    `record` is what the job goes on with, see sweep.resume(); it is not `recorded` of a baseline that only
-    runs beside others.
-    """
+    """A backend in a round: where its steps happen, and the record that grows by what they return; it is not
+    `recorded` of a baseline that only runs beside others."""
 
     def __init__(self, job: Job, steps: Remote, record: Record, recorded: bool = True):
         self.job, self.steps, self.record, self.recorded = job, steps, record, recorded
@@ -130,31 +125,26 @@ class InterleavedRound:
     """
 
     def __init__(self, members: list[Member], keep: Callable[[Member], object], sequential: bool = False):
-        job = members[0].job
-        self.members, self.keep, self.again = members, keep, []
-        self.sequential = sequential
-        self.job, self.rng = job, random.Random(f"{job.settings.seed} {job.image_size} {job.round}")
+        self.members, self.keep, self.sequential, self.again = members, keep, sequential, []
+        self.job = job = members[0].job
+        self.rng = random.Random(f"{job.settings.seed} {job.image_size} {job.round}")
 
     def play(self) -> None:
         """Measure every member at every batch size that its record lacks."""
-        missing = {}
+        missing, recorded = {}, [member for member in self.members if member.recorded]
         for member in self.members:
             if found := self.step(member, None, "open"):
                 vars(member.record).update(found)
                 missing[member] = member.missing()
-        opened = [member for member in missing if member.recorded]
-        sizes = self.job.batch_sizes
-        for together in [[size] for size in sizes] if self.sequential else [sizes]:
-            asked = {size: [member for member in missing if size in missing[member]] for size in together}
-            asked = {size: them for size, them in asked.items() if any(member.recorded for member in them)}
-            self.play_sizes(asked)
-            for member in opened if self.sequential else []:
+        asked = {size: [one for one in missing if size in missing[one]] for size in self.job.batch_sizes}
+        asked = {size: them for size, them in asked.items() if any(member.recorded for member in them)}
+        for together in [{size: asked[size]} for size in asked] if self.sequential else [asked]:
+            self.play_sizes(together)
+            for member in recorded if self.sequential else []:
                 self.keep(member)
-        for member in opened:
+        for member in recorded:
             member.profile(self.sequential)
-        for member in self.members:
-            if member.recorded:
-                self.keep(member)
+            self.keep(member)
 
     def play_sizes(self, asked: dict[int, list[Member]]) -> None:
         """Batch size -> members: warm all up, then time their blocks, each spread over the whole time."""
@@ -169,21 +159,18 @@ class InterleavedRound:
             schedule.end(held_back_s)
 
     def step(self, member: Member, batch_size: int | None, step: str, *arguments):
-        """What the step returns, or None where it failed, which is noted."""
+        """What the step returns, or None where it failed: then the member is tried again, or its failure is
+        noted, at one batch size or, at None, on the whole."""
         try:
             return member.steps.ask(step, *([batch_size] if batch_size else []), *arguments)
         except Problem as problem:
-            self.handle_failure(member, problem, batch_size)
-            return None
-
-    def handle_failure(self, member: Member, problem: Problem, batch_size: int | None) -> None:
-        """Have the member tried again, or note its failure: at one batch size, or on the whole at None."""
-        crowded = len(self.members) > 1 or (batch_size and not self.sequential)
-        short_of_memory = problem.status == "out_of_memory" and crowded
-        if short_of_memory or (member.steps.is_gone() and not self.sequential):
-            self.again.append(member)
-        elif not member.record.further:  # a further round that fails takes nothing away
-            member.fail(batch_size, problem)
+            crowded = len(self.members) > 1 or (batch_size and not self.sequential)
+            short_of_memory = problem.status == "out_of_memory" and crowded
+            if short_of_memory or (member.steps.is_gone() and not self.sequential):
+                self.again.append(member)
+            elif not member.record.further:  # a further round that fails takes nothing away
+                member.fail(batch_size, problem)
+        return None
 
 
 class BatchSchedule:
@@ -192,9 +179,7 @@ class BatchSchedule:
     def __init__(self, round_: InterleavedRound, batch_size: int, members: list[Member]):
         self.round, self.batch_size = round_, batch_size
         self.means = {}  # member -> milliseconds, block by block
-        for member in members:
-            if member in round_.again:
-                continue
+        for member in [one for one in members if one not in round_.again]:
             if found := round_.step(member, batch_size, "begin", round_.sequential):
                 member.begun[batch_size], self.means[member] = found, []
         self.run_ms = {member: member.begun[batch_size]["run_ms"] for member in self.means}
@@ -205,11 +190,10 @@ class BatchSchedule:
         """One block of each member, in random order."""
         for member in self.round.rng.sample(list(self.means), len(self.means)):
             asked = self.runs[member], self.run_ms[member]
-            mean = self.round.step(member, self.batch_size, "run", *asked)
-            if mean is None:
-                del self.means[member]
-            else:
+            if mean := self.round.step(member, self.batch_size, "run", *asked):
                 self.means[member].append(mean)
+            else:
+                del self.means[member]
 
     def end(self, held_back_s: float) -> None:
         """Note what the batch size gave each member, and the baseline in the blocks beside it."""
@@ -222,8 +206,8 @@ class BatchSchedule:
 
 
 def plan_blocks(run_ms: list[float], settings: Settings, device: str) -> tuple[int, list[int]]:
-    """How many blocks a round has at one batch size, and how many runs, of `run_ms` each, a member then times
-    in a block: its share of the runs and seconds asked for, within the seconds allowed."""
+    """How many blocks a round has at one batch size, and how many runs, of `run_ms` each, a member times in a
+    block: its share of the runs and seconds asked for, within the seconds allowed."""
     least, most = 1000 * settings.min_seconds / settings.rounds, 1000 * settings.max_seconds / settings.rounds
     wanted = [max(math.ceil(settings.runs / settings.rounds), math.ceil(least / ms)) for ms in run_ms]
     runs = [max(1, min(n, int(most / ms))) for n, ms in zip(wanted, run_ms, strict=True)]

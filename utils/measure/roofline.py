@@ -117,8 +117,7 @@ def limit(idle: float | None, rate: float, flops_per_byte: float, tflops: float,
     """What limits a call that reaches `rate` TFLOP/s, given the measured rates of products and copies.
 
     The roof is the lower of the two (Williams, Waterman and Patterson, Roofline, 2009).  "launch": the GPU
-    idles for most of the time.  "latency": it is busy, but far below the roof, as with kernels too small to
-    fill it.  Else "memory" or "compute", whichever the roof is of.
+    mostly idles.  "latency": far below the roof, as with small kernels.  Else "memory" or "compute".
     """
     roof = min(tflops, flops_per_byte * gb_per_s / 1000)
     if idle is not None and idle > LAUNCH_BOUND:

@@ -1,8 +1,6 @@
 """The clock and its statistics: warm-up, sampling, trimmed mean, percentiles, 95 % intervals.
 
-A run is one call of a backend on one batch that already lies on the device.  Its host time ends when the
-device has finished (`perf_counter` around the call and a synchronise); its GPU time lies between two CUDA
-events on the same stream.
+A run is one call of a backend on one batch that already lies on the device, until the device has finished.
 """
 
 import gc
@@ -63,12 +61,11 @@ def sample(call: Callable, synchronize: Callable, runs: int, new_event: Callable
 
 def ms(starts: list[float], ends: list[float]) -> list[float]:
     took = (np.array(ends) - np.array(starts)) * 1000
-    return [max(round(float(value), 4), RESOLUTION_MS) for value in took]
+    return np.maximum(took.round(4), RESOLUTION_MS).tolist()
 
 
 def core_ms() -> float:
-    """Milliseconds of a fixed piece of Python: twice as long where another program, or another machine on the
-    same host, uses the same core, as happens to rented machines for fractions of a second."""
+    """Milliseconds of a fixed piece of Python: twice as long where another program uses the core."""
     start = time.perf_counter()
     for _ in range(CORE_LOOP):
         pass
@@ -89,30 +86,19 @@ def trimmed_mean(values) -> float:
 def summarize(rounds: list[list[float]], batch_size: int) -> dict:
     """The CSV's columns of time and throughput from the host times of each round in ms."""
     runs = np.concatenate([np.asarray(values, dtype=float) for values in rounds])
-    kept = trimmed(runs)
-    p50, p95, p99 = np.percentile(runs, [50, 95, 99])
-    fps = batch_size / kept.mean() * 1000
+    kept, fps = trimmed(runs), batch_size / trimmed_mean(runs) * 1000
+    found = {"runs": len(runs), "rounds": len(rounds), "mean_ms": kept.mean(), "min_ms": runs.min()}
+    found["std_ms"] = kept.std(ddof=1) if len(kept) > 1 else None
+    found |= zip(("p50_ms", "p95_ms", "p99_ms"), np.percentile(runs, [50, 95, 99]), strict=True)
     low, high = interval(fps, [trimmed_mean(values) for values in rounds])
-    return {
-        "runs": len(runs),
-        "rounds": len(rounds),
-        "mean_ms": kept.mean(),
-        "std_ms": kept.std(ddof=1) if len(kept) > 1 else None,
-        "p50_ms": p50,
-        "p95_ms": p95,
-        "p99_ms": p99,
-        "min_ms": runs.min(),
-        "fps": fps,
-        "fps_low": low,
-        "fps_high": high,
-    }
+    return found | {"fps": fps, "fps_low": low, "fps_high": high}
 
 
 def speedup(baseline_ms: list[float], host_ms: list[float], block_runs: list[int]) -> float:
-    """How many times as fast as the baseline a measurement is within one round.
+    """How many times as fast as the baseline a measurement is within one round: while its block k was timed,
+    of block_runs[k] of the runs host_ms, the baseline's mean was baseline_ms[k].
 
-    While block k was timed, the baseline's mean was baseline_ms[k]; block_runs[k] of the runs host_ms are its
-    own.  A quarter of the blocks at either end is left out, since something may have disturbed them.
+    A quarter of the blocks at either end is left out, since something may have disturbed them.
     """
     ends = np.cumsum(block_runs)
     own = [trimmed_mean(block) for block in np.split(np.asarray(host_ms, dtype=float), ends[:-1])]

@@ -1,7 +1,6 @@
 """What happens in a worker process: load a backend, check it against PyTorch FP32, time each batch size.
 
-A Measurement is that for one Job, step by step; what a step found is what it returns.  serve() takes the
-steps through a pipe from the process that plans the round (interleave.py), which alone writes files.
+serve() takes the steps through a pipe from the process that plans the round (interleave.py).
 """
 
 import contextlib
@@ -32,8 +31,7 @@ CPU_BATCH = 16  # of the pass over the test set on a CPU; on a GPU the smallest:
 class Measurement:
     """One Job, step by step: open(); begin() each batch size; blocks of run(); end() each; busy_ms().
 
-    Between the steps other processes may be at work.  A step that fails raises what went wrong; it costs the
-    batch size that it was for, or the whole record.
+    Between the steps other processes may be at work.  A step returns what it found or raises what went wrong.
     """
 
     def __init__(self, job: Job, backend: Backend):
@@ -61,20 +59,17 @@ class Measurement:
         if self.cuda:
             self.synchronize = torch.cuda.current_stream().synchronize
             self.new_event = lambda: torch.cuda.Event(enable_timing=True)
-        artefact, known = backend.artefact, {"precision": backend.precision, "work": work, "check": check}
-        known["build"] = build = {"seconds": round(backend.build_s, 3), "from_cache": backend.from_cache}
+        artefact = backend.artefact
+        build = {"seconds": round(backend.build_s, 3), "from_cache": backend.from_cache, "load_s": load_s}
         build["artefact_mb"] = round(artefact.stat().st_size / 2**20, 1) if artefact else None
-        build["load_s"] = load_s
-        known["process"] = process = {"context_mb": context_mb, "threads": torch.get_num_threads()}
+        process = {"context_mb": context_mb, "threads": torch.get_num_threads()}
         process["cuda"] = torch.version.cuda if self.cuda else None
         process["cudnn"] = torch.backends.cudnn.version() if self.cuda else None
-        return known
+        known = {"precision": backend.precision, "work": work, "check": check}
+        return known | {"build": build, "process": process}
 
     def begin(self, batch_size: int, only: bool = False) -> dict:
-        """Check one batch size and warm it up; what is known of it then, with the milliseconds of a run.
-
-        `only`: no other batch size is held in memory meanwhile.
-        """
+        """Check a batch size and warm it up, at `only` with no other in memory; what is known of it then."""
         import torch
 
         settings, (images, expected, tolerance) = self.job.settings, self.probe
@@ -135,10 +130,7 @@ class Measurement:
 
 
 def serve(job: Job, pipe, log: Path, asked: float) -> None:
-    """What a worker process, `asked` for then, does: the steps that come by the pipe, until it is closed.
-
-    Whatever anyone says meanwhile goes to the log.
-    """
+    """What a worker process, `asked` for then, does: the steps that come by the pipe, until it is closed."""
     end_with_parent()
     write_into(log)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):  # the pipe is closed, or Ctrl-C
@@ -163,8 +155,7 @@ def serve(job: Job, pipe, log: Path, asked: float) -> None:
 def write_into(log: Path) -> None:
     """Have all that this process prints, and what libraries print past Python, go to the log's end.
 
-    The text streams are replaced, too: in a Windows console they would still write to the console, which is
-    an error once the descriptors point elsewhere, and without a console they are None.
+    The text streams are replaced, too: a Windows console's would fail, and without a console they are None.
     """
     file = log.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
     for stream in (1, 2):
@@ -188,10 +179,9 @@ def problem_of(error: Exception) -> Problem:
         return Problem("out_of_memory", words[-LONGEST_REASON:])
     if isinstance(error, OSError) and error.errno in MENDS:
         return Problem("failed", sentence(error))
+    mend = "benchmark.log beside the table says more; run the same command to try again"
     if isinstance(error, ModuleNotFoundError):
         mend = "install what is missing: pip install -r requirements.txt"
-    else:
-        mend = "benchmark.log beside the table says more; run the same command to try again"
     return Problem("failed", f"{words[-LONGEST_REASON:]}; {mend}")
 
 
@@ -239,7 +229,7 @@ def whole_test_set(job: Job, call: Callable, precision: str) -> tuple[dict | Non
 
 
 def references(jobs: list[Job]) -> None:
-    """Bring what is kept in weights/ up to date, in a process of its own before any backend is loaded."""
+    """Bring what is kept in weights/ up to date."""
     for job in jobs:
         reference(job)
 

@@ -10,7 +10,6 @@ again.  docs/method.md says how it measures.
 
 import utils  # isort: skip  # noqa: F401  (from here on Ctrl-C is quiet)
 
-import argparse
 import dataclasses
 import itertools
 import sys
@@ -114,9 +113,7 @@ def measure_script(description: str | None, script: str, makers: dict) -> None:
     from utils.report import words
     from utils.report.rows import read_rows
 
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=form)
-    jobs.add_arguments(parser, list(makers))
+    parser = jobs.make_parser(description, list(makers))
     parser.set_defaults(rounds=1, backends=[next(iter(makers))])
     args = jobs.parse(parser)
     asked = jobs.make_jobs(args, dict.fromkeys(makers, script), {})
@@ -126,9 +123,7 @@ def measure_script(description: str | None, script: str, makers: dict) -> None:
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    jobs.add_arguments(parser, list(backends.SCRIPTS))
+    parser = jobs.make_parser(__doc__, list(backends.SCRIPTS))
     width = f"half-width of a speedup's 95 %% interval to be reached, in percent; default {CI_WIDTH_PCT}"
     percent = number(float, 0.001, 1000)
     parser.add_argument("--ci-width", "--precision", type=percent, metavar="PCT", help=width)

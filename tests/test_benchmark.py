@@ -1,6 +1,5 @@
 """The real scripts from checkpoints to tables, at small sizes."""
 
-import argparse
 import functools
 import json
 import os
@@ -277,8 +276,7 @@ def test_images_that_the_network_was_not_trained_on_are_told_of(tiny, tmp_path, 
     monkeypatch.chdir(tiny)
     data = shutil.copytree(tiny / "data", tmp_path / "data")
     classes = sorted(path for path in (data / "test").iterdir() if path.is_dir())
-    parser = argparse.ArgumentParser()
-    jobs.add_arguments(parser, ["pytorch"])
+    parser = jobs.make_parser("", ["pytorch"])
     arguments = ["benchmark.py", "--quick", "--device", "cpu", "--data", str(data)]
     monkeypatch.setattr(sys, "argv", arguments)
     args = jobs.parse(parser)

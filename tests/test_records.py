@@ -46,11 +46,15 @@ def rows_of(found: list[Record], limits=None, **environment) -> list[Row]:
     return rows.rows_of(found, {"environment": ENVIRONMENT | environment}, limits)
 
 
+def write_record(path, record: Record) -> None:
+    write_json(path, dataclasses.asdict(record))
+
+
 def keep(folder, *found: Record, commands=("python benchmark.py",)) -> None:
     """Write records as a sweep does, and its sweep.json."""
     for one in found:
         name = f"{one.backend}_{one.image_size}_round{one.round}_{one.key[:3]}.json"
-        records.write_record(folder / name, one)
+        write_record(folder / name, one)
     note = {"settings": {}, "environment": ENVIRONMENT, "commands": list(commands)}
     write_json(folder / "sweep.json", {"s": note})
 
@@ -167,7 +171,7 @@ def test_records_of_other_settings_or_another_checkpoint_are_not_mixed_in(tmp_pa
 
 def test_a_record_comes_back_as_it_was_written_its_samples_on_one_line(tmp_path):
     path = tmp_path / "record.json"
-    records.write_record(path, record(host_ms=(1.5, 2.25, 3.125)))
+    write_record(path, record(host_ms=(1.5, 2.25, 3.125)))
     assert records.read_record(path) == record(host_ms=(1.5, 2.25, 3.125))
     assert '"host_ms": [1.5, 2.25, 3.125],' in path.read_text(encoding="utf-8")
     path.write_text('["of another kind"]', encoding="utf-8")
@@ -196,7 +200,7 @@ def test_a_record_that_is_damaged_but_still_json_is_none(tmp_path, damage):
 
 
 def test_a_record_is_validated_without_computing_a_statistic(tmp_path, monkeypatch):
-    records.write_record(tmp_path / "record.json", record())
+    write_record(tmp_path / "record.json", record())
     monkeypatch.delattr("utils.measure.timing.summarize")
     assert records.read_record(tmp_path / "record.json") == record()
 
@@ -236,10 +240,10 @@ def job(key: str, settings_key: str = "s") -> Job:
 def test_records_of_another_checkpoint_are_put_away_and_come_back(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = job("k1").record
-    records.write_record(path, record(key="k1"))
+    write_record(path, record(key="k1"))
     records.archive_stale_records([job("k2")])
     assert not path.is_file() and "1 records of other settings or checkpoints" in capsys.readouterr().err
-    records.write_record(path, record(key="k2"))
+    write_record(path, record(key="k2"))
     records.archive_stale_records([job("k1")])
     assert records.read_record(path) == record(key="k1")
     records.archive_stale_records([job("k3", "t")])
@@ -285,7 +289,7 @@ def test_a_packed_sweep_replaces_nothing_in_a_folder_beside_it(tmp_path):
     keep(folder, record(), record("onnx"))
     records.pack(folder)
     name = "pytorch_64_round0_k.json"
-    records.write_record(folder / name, record(runs=99))
+    write_record(folder / name, record(runs=99))
     assert rows.read_rows(tmp_path).backend.tolist() == ["pytorch"]  # the folder is newer
     records.unpack(folder)
     assert records.read_record(folder / name).runs == 99 and len(list(folder.glob("*_round*"))) == 2

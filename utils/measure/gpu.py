@@ -1,7 +1,5 @@
-"""What the driver (NVML) and the profiler (CUPTI) say of the GPU: memory, utilisation, power, busy time.
-
-Every reading that the driver does not give is None, never 0.  It is asked between timed runs, never within.
-"""
+"""What the driver (NVML) and the profiler (CUPTI) say of the GPU, asked between timed runs, never within;
+a reading that the driver does not give is None, never 0."""
 
 import contextlib
 import os

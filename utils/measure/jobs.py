@@ -33,18 +33,18 @@ MEASURING = ["accuracy", "gpu", "interleave", "roofline", "timing", "worker"]
 DECISIVE += [f"utils/measure/{name}.py" for name in MEASURING]
 
 
-def add_arguments(parser: argparse.ArgumentParser, backends: list[str]) -> None:
-    add, names = parser.add_argument, ", ".join(backends) + " or all"
+def make_parser(description: str | None, backends: list[str]) -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=form)
+    add, names, count = parser.add_argument, ", ".join(backends) + " or all", number(int, 1, 1_000_000)
     add("--backends", nargs="+", choices=[*backends, "all"], metavar="NAME", help=names)
     pixels = f"pixels; default {IMAGE_SIZES}"
     add("--image-sizes", nargs="+", type=number(int, 32, 4096), default=IMAGE_SIZES, help=pixels)
     batches = f"default {BATCH_SIZES}"
     add("--batch-sizes", nargs="+", type=number(int, 1, 65_536), default=BATCH_SIZES, help=batches)
     add("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    runs = "timed runs per configuration, over the rounds; default 100"
-    add("--runs", type=number(int, 1, 1_000_000), default=100, help=runs)
-    warmup = "untimed calls, and at least 0.3 s of them"
-    add("--warmup", type=number(int, 1, 1_000_000), default=10, help=warmup)
+    add("--runs", type=count, default=100, help="timed runs per configuration, over the rounds; default 100")
+    add("--warmup", type=count, default=10, help="untimed calls, and at least 0.3 s of them")
     add("--rounds", type=number(int, 1, 1000), default=3, help="of fresh processes, at least; default 3")
     add("--min-seconds", type=number(float, 0, DAY), help=f"of timed runs; default {MIN_SECONDS}")
     add("--max-seconds", type=number(float, 0.001, DAY), help=f"of timed runs; default {MAX_SECONDS}")
@@ -52,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser, backends: list[str]) -> None:
     add("--sustain-seconds", type=number(float, 0, DAY), default=1.5, help=watched)
     add("--seed", type=int, default=0)
     add("--sweep", default="main", help="its name: all measured in one environment here")
-    quick = "64 px, batches 1 and 4, 20 runs, into results/quick"
-    add("--quick", action="store_true", help=quick)
+    add("--quick", action="store_true", help="64 px, batches 1 and 4, 20 runs, into results/quick")
     add_path_arguments(parser)
+    return parser
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:

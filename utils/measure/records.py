@@ -38,9 +38,7 @@ def read_record(path: Path) -> Record | None:
         return None
     if not is_valid(record):
         return None
-    for batch in record.batches:
-        for old in RENAMED.keys() & batch.keys():
-            batch[RENAMED[old]] = batch.pop(old)
+    record.batches = [{RENAMED.get(k, k): value for k, value in batch.items()} for batch in record.batches]
     return record
 
 
@@ -54,10 +52,6 @@ def is_valid(record: Record) -> bool:
     parts += [(batch.keys(), TIMED if batch.get("status") == "ok" else BATCH) for batch in record.batches]
     statuses = [record.status, *(batch.get("status") for batch in record.batches)]
     return all(set(held) >= needed for held, needed in parts) and all(one in STATUSES for one in statuses)
-
-
-def write_record(path: Path, record: Record) -> None:
-    write_json(path, dataclasses.asdict(record))
 
 
 def note_sweep(asked: list[Job], **more) -> dict:
@@ -109,16 +103,13 @@ def read_sweep(folder) -> tuple[list[Record], dict, dict | None]:
 
 
 def archive_stale_records(asked: list[Job]) -> None:
-    """Put records of other settings, machines, packages or checkpoints into folders of their own, so that
-    nothing is overwritten, and the asked ones back."""
+    """Put records of other keys into folders of their own, overwriting nothing, and the asked ones back."""
     folder, settings_key, moved = asked[0].record.parent, asked[0].settings_key, set()
     keys = {job.image_size: job.key for job in asked}
     for path in folder.glob("*_round*.json"):
-        record = read_record(path)
-        if record is None:
-            continue
-        if (record.settings_key, keys.get(record.image_size, record.key)) != (settings_key, record.key):
-            aside = folder / record.key
+        one = read_record(path)
+        if one and (one.settings_key, one.key) != (settings_key, keys.get(one.image_size, one.key)):
+            aside = folder / one.key
             aside.mkdir(exist_ok=True)
             moved.add(path.replace(aside / path.name))
     for key in keys.values():

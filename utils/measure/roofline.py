@@ -57,10 +57,9 @@ def measure(device: str) -> dict:
     import torch
 
     cuda = device == "cuda"
-    precisions = ["FP32"]
-    if cuda:
-        precisions += ["TF32"] if torch.cuda.get_device_capability() >= (8, 0) else []
-        precisions += ["FP16", "INT8"]
+    precisions = ["FP32", "TF32", "FP16", "INT8"] if cuda else ["FP32"]
+    if cuda and torch.cuda.get_device_capability() < (8, 0):
+        precisions.remove("TF32")
     free = torch.cuda.mem_get_info()[0] if cuda else 2**31
     tflops = {}
     for precision in precisions:

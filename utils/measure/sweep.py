@@ -14,7 +14,7 @@ from utils.measure import records, timing
 from utils.measure.interleave import InterleavedRound, Member, Remote, new_server
 from utils.measure.schema import BASELINE, Job, Record
 from utils.measure.worker import references
-from utils.utils import in_fresh_process
+from utils.utils import in_fresh_process, write_json
 
 # What a process takes: on a GPU its context and libraries, and so many times the first layer's output in
 # FP32 (seen on an H100 and an H200 at 224 to 512 px and batches 1 to 256, within a third).
@@ -83,8 +83,7 @@ class Sweep:
     def prepare(self, ci_width: float) -> list[Job]:
         """Refuse what can't be measured, then put stale records away; what is left to do."""
         records.unpack(self.folder)
-        if todo := self.read():
-            first = {job.image_size: job for job in todo}
+        if first := {job.image_size: job for job in self.read()}:
             in_fresh_process(references, list(first.values()))
         records.archive_stale_records(self.asked)
         self.spent_s = records.note_sweep(self.asked, precision_pct=ci_width).get("spent_s", 0.0)
@@ -152,7 +151,7 @@ class Sweep:
 
     def keep(self, job: Job, record: Record) -> None:
         self.records[job.record] = record
-        records.write_record(job.record, record)
+        write_json(job.record, dataclasses.asdict(record))
 
     def play(self, part: list[Job], with_baseline: bool = True, sequential: bool = False) -> list[Job]:
         """Measure these in one round, beside the baseline; those that are to be tried again, less crowded."""
@@ -181,10 +180,9 @@ def describe(record: Record) -> str:
         return f"{head}  {record.status}: {record.reason}"
     cells = []
     for batch in record.batches:
-        size = batch["batch_size"]
+        said = f"{batch['status']} ({batch['reason'][-100:]})"
         if batch["status"] == "ok":
             mean = timing.trimmed_mean(batch["host_ms"])
-            cells.append(f"batch {size}: {mean:.3f} ms, {size / mean * 1000:,.0f} images/s")
-        else:
-            cells.append(f"batch {size}: {batch['status']} ({batch['reason'][-100:]})")
+            said = f"{mean:.3f} ms, {batch['batch_size'] / mean * 1000:,.0f} images/s"
+        cells.append(f"batch {batch['batch_size']}: {said}")
     return f"{head}  {'; '.join(cells)}"

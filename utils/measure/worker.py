@@ -89,8 +89,7 @@ class Measurement:
             x = self.backend.prepare(images)
             self.calls[batch_size] = call = functools.partial(self.backend.predict, x)
             limits = settings.warmup - 1, WARM_UP_SECONDS, settings.max_seconds / settings.rounds / 2
-            # Once at least: memory may grow till then.
-            took += timing.warm_up(call, self.synchronize, *limits)
+            took += timing.warm_up(call, self.synchronize, *limits)  # at least once: memory may still grow
         self.samples[batch_size] = dict(host_ms=[], enqueue_ms=[], gpu_ms=[], block_runs=[], core_ms=[])
         run_ms = max(float(np.median(took[len(took) // 2 :])), timing.RESOLUTION_MS)
         found = {"max_abs_diff": difference, "first_call_ms": took[0], "run_ms": run_ms, "warmup": len(took)}

@@ -100,11 +100,13 @@ def write_all(asked: list[Job], others: dict | None) -> int:
         made = readme.render(ROOT / "README.md", others | {ROOT / "results": (rows, environments)})
         write_atomic(ROOT / "README.md", made)
     print(f"written: {results / 'benchmark_results.csv'}, README.md, environment.json and charts beside it")
-    failed = rows[(rows.status == "failed") & rows.backend.isin({job.backend for job in asked})]
-    for row in failed.itertuples():
+    wanted = {(job.sweep, job.backend, job.image_size) for job in asked}
+    told = rows[rows.status == "failed"].itertuples()
+    failed = [row for row in told if (row.sweep, row.backend, row.image_size) in wanted]
+    for row in failed:
         where = f"{row.backend}, {row.image_size} px, batch {row.batch_size}"
         print(f"failed: {where}: {row.reason}", file=sys.stderr)
-    return int(len(failed) > 0 or not (rows.status == "ok").any())
+    return int(bool(failed) or not (rows.status == "ok").any())
 
 
 def measure_script(description: str | None, script: str, makers: dict) -> None:

@@ -16,7 +16,7 @@ FLOORS |= {"utils.measure": MEASURE, "utils.serve": SERVE, "utils.report": REPOR
 FLOORS |= dict.fromkeys(["train", "benchmark", "compare", "predict", "end_to_end", "install"], SCRIPT)
 LONGEST_CHAIN = 9  # files
 LONGEST_FILE = 380
-MOST_LINES = 9500  # of Python that is no test
+MOST_LINES = 8000  # of Python that is no test
 
 
 def floor(module: str) -> int:

@@ -39,8 +39,8 @@ def draw_chart(table: pd.DataFrame) -> Figure:
     made = table[["device", "precision", "train_images", "test_images"]].drop_duplicates().values
     texts = [f"{on}, {kind}; {train} training and {test} test images" for on, kind, train, test in made]
     texts += [SAMPLE.capitalize()] if table["sample"].any() else []
-    epochs = table["epoch"].max()
-    title = f"ResNet-18 classifies up to {span} % of the test images right within {epochs} epochs"
+    epochs = "one epoch" if table["epoch"].max() == 1 else f"{table['epoch'].max()} epochs"
+    title = f"ResNet-18 classifies up to {span} % of the test images right within {epochs}"
     figure, part = sheet(4.4, title, [*texts, "Solid: test set; dotted: training"])
     axes = part.subplots(1, 2)
     for ax, quantity, unit, scale in zip(axes, ("loss", "accuracy"), ("nats", "%"), (1, 100), strict=True):
@@ -48,7 +48,9 @@ def draw_chart(table: pd.DataFrame) -> Figure:
             look = {"color": PALETTE[index % len(PALETTE)]}
             ax.plot(rows["epoch"], scale * rows[f"test_{quantity}"], marker="o", label=f"{size} px", **look)
             ax.plot(rows["epoch"], scale * rows[f"train_{quantity}"], linestyle=":", **look)
-        ax.set_ylim(0)
+        ax.set_ylim(0, 1.05 * ax.dataLim.y1)
+        ax.set_xlim(0.5, table["epoch"].max() + 0.5)
+        ax.locator_params(axis="x", integer=True, min_n_ticks=1)
         dress(ax, "epoch", f"{quantity} ({unit})")
     legend(part, axes[0], columns=4)
     return figure

@@ -130,7 +130,7 @@ def draw_roofline(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure |
     if rows.empty:
         return None
     best, counts = rows.loc[rows.pct_measured_peak.idxmax()], rows["limit"].value_counts()
-    share = f"{figure(best.pct_measured_peak)} % of the rate of a matrix product"
+    share = f"{figure(best.pct_measured_peak)} % of the rate of PyTorch's matrix product"
     title = f"{best.label} reaches {share} at {best.image_size} px, batch {best.batch_size}"
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.sort_index().items())
     note = f"Larger marks: larger batches.  Rows by bottleneck: {kinds}"
@@ -144,7 +144,7 @@ def draw_roofline(rows: pd.DataFrame, environments: dict[str, dict]) -> Figure |
     for name, peak in roofs.items():
         line = [left * bandwidth, peak, peak]
         ax.plot([left, peak / bandwidth, right], line, color=GREY, linewidth=1.2, zorder=1)
-        text = f"{name} matrix product: {figure(peak)} TFLOP/s"
+        text = f"PyTorch's {name} matrix product: {figure(peak)} TFLOP/s"
         ax.annotate(text, (right, peak * 1.05), ha="right", va="bottom", fontsize=9)
     ax.text(0.02, 0.94, f"slope: copy at {figure(bandwidth * 1000)} GB/s", transform=ax.transAxes, fontsize=9)
     for name, look in looks_of(rows, "tflops").items():

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 import venv
 from pathlib import Path
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 STAMP = VENV / "installed"
+NVIDIA_INDEX = "https://pypi.nvidia.com/"  # TensorRT's libraries are here only
 SMI = shutil.which("nvidia-smi") or r"C:\Windows\System32\nvidia-smi.exe"
 
 
@@ -91,8 +93,13 @@ def install(file: str, has_gpu: bool, with_tensorrt: bool) -> str:
         fail(f"pip could not install {file}, its reason stands above; mend that, then: python install.py")
     if not with_tensorrt:
         return "TensorRT is not installed, since it would not run here."
-    if not pip("-r", "requirements-tensorrt.txt", "-r", file):  # from NVIDIA's index, if it can be reached
-        return f"TensorRT is not installed (see above); to try again: remove {STAMP}, then python install.py"
+    again = f"to try again, remove {STAMP} and run: python install.py"
+    try:
+        urllib.request.urlopen(NVIDIA_INDEX, timeout=15).close()
+    except OSError:
+        return f"TensorRT is not installed, since {NVIDIA_INDEX} can't be reached; {again}"
+    if not pip("-r", "requirements-tensorrt.txt", "-r", file):
+        return f"TensorRT is not installed, since pip failed (its reason stands above); {again}"
     return "TensorRT is installed from NVIDIA's index."
 
 

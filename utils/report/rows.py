@@ -27,19 +27,9 @@ WARNINGS = {  # what makes a row less sure than the others, and what to do about
 }
 
 COLUMNS = ["sweep", "backend", "precision", "device", "image_size", "batch_size", "status", "reason"]
-COLUMNS += [
-    "runs",
-    "rounds",
-    "mean_ms",
-    "std_ms",
-    "p50_ms",
-    "p95_ms",
-    "p99_ms",
-    "min_ms",
-    "gpu_ms",
-    "busy_ms",
-]
-COLUMNS += ["fps", "fps_low", "fps_high", "sustained_fps", "speedup", "speedup_low", "speedup_high"]
+COLUMNS += ["runs", "rounds", "mean_ms", "std_ms", "p50_ms", "p95_ms", "p99_ms", "min_ms"]
+COLUMNS += ["gpu_ms", "busy_ms", "fps", "fps_low", "fps_high", "sustained_fps"]
+COLUMNS += ["speedup", "speedup_low", "speedup_high"]
 COLUMNS += ["build_s", "load_s", "first_call_ms", "gpu_memory_mb", "torch_memory_mb", "host_memory_mb"]
 COLUMNS += ["gpu_util_pct", "power_w", "mj_per_image", "sm_clock_mhz", "temperature_c", "throttled"]
 COLUMNS += ["tflops", "pct_peak", "pct_measured_peak", "flops_per_byte", "limit"]

@@ -71,7 +71,7 @@ def warnings(row) -> dict[str, str]:
 
 def whole_command(row) -> str:
     """How long `python predict.py` took in all, known of a user's photos."""
-    if row.get("images") != "photos":
+    if row.get("images") != "photos" or pd.isna(row.whole_s):
         return ""
     return f"{figure(row.files)} files in {row.whole_s:.1f} s, of which {row.start_s:.1f} s to start"
 

@@ -120,6 +120,8 @@ class Run:
         rows = labels.merge(out, key, images, header, self.args.excel)
         for told in everybody:
             problems |= told["problems"]
+        lost = {path for path in images if path not in rows} - problems.keys()
+        problems |= dict.fromkeys(lost, "its row is gone; run the same command again")
         return report(everybody, len(rows), problems, out, self.args.timings)
 
     def label(self, paths: list[str], part: Path, progress: tqdm) -> dict:
@@ -242,11 +244,13 @@ def classify_all(args: argparse.Namespace, images: list[str], problems: dict, ou
 def main() -> None:
     args = parse()
     keep_to_share(LOCAL_RANK, LOCAL_WORLD_SIZE)
-    (images, problems), out = choices.find_images(args.source), labels.check_out(args.out)
+    (images, problems, others), out = choices.find_images(args.source), labels.check_out(args.out)
     alone = labels.alone_at(out) if RANK == 0 else contextlib.nullcontext()
     tqdm.set_lock(threading.RLock())  # its own is made for several processes, which takes a while
     shown = tqdm(total=len(images), desc="starting", unit="image", disable=True if RANK else None)
     with alone, shown as progress:
+        if others:
+            say(f"{others:,} files in {args.source} are no pictures")
         code = classify_all(args, images, problems, out, progress)
     sys.stdout.flush()
     sys.stderr.flush()

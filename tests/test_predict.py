@@ -286,6 +286,20 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does(project, 
     assert done.returncode == 2 and re.match(said, done.stderr)
 
 
+def test_a_row_that_went_missing_on_the_way_is_said(project, photos, monkeypatch):
+    write_rows, lost = labels.write_rows, []
+
+    def lose_one(path, rows, mode="w"):
+        rows = list(rows)
+        lost.extend(rows[:1] if mode == "a" and not lost else [])
+        write_rows(path, [row for row in rows if row not in lost], mode)
+
+    monkeypatch.setattr(labels, "write_rows", lose_one)
+    done, rows = label(photos, project, ok=False)
+    assert done.returncode == 1 and len(rows) == 24
+    assert f"{lost[0][0]}: its row is gone; run the same command again" in done.stderr
+
+
 def test_what_is_no_picture_or_can_not_be_read_is_said(project, photos, monkeypatch):
     shutil.copy(next(photos.rglob("*.jpg")), photos / "without suffix")
     for name in ("a.CR2", "b.jxl", "notes.txt", ".hidden.jpg"):  # of these only pictures are named
@@ -293,6 +307,7 @@ def test_what_is_no_picture_or_can_not_be_read_is_said(project, photos, monkeypa
     done, rows = label(photos, project, ok=False)
     assert done.returncode == 1 and len(rows) == 26
     assert "2 files or folders can't be read" in done.stderr
+    assert "1 files in" in done.stdout and "are no pictures" in done.stdout
     assert "a.CR2: pictures of this format are not read here" in done.stderr and "b.jxl: " in done.stderr
     denied = photos / "closed"
     denied.mkdir()

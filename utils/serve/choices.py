@@ -17,22 +17,23 @@ from utils.utils import UserError, checkpoint_path, read_dict
 BATCH_SIZE = {"cuda": 256, "cpu": 16}  # where none was measured
 
 
-def find_images(source: Path) -> tuple[list[str], dict[str, str]]:
-    """All images of a folder in order, or the one file; why others can't be read.  UserError without any."""
+def find_images(source: Path) -> tuple[list[str], dict[str, str], int]:
+    """All images below, or the one file; why others can't be read; how many are no pictures.  UserError."""
     if not source.exists():
         raise UserError(f"{source} is not there; name a folder of images: python predict.py FOLDER")
     if source.is_file():
-        return [str(source)], {}
+        return [str(source)], {}, 0
     denied = []
     found = files_below(source, denied)
     images = list(filter(is_image, found))
+    others = set(found) - set(images)
     problems = dict.fromkeys(denied, "this folder can't be listed; change its permissions")
     unread = "pictures of this format are not read here; convert it to JPEG (HEIC: pip install pillow-heif)"
-    problems |= {path: unread for path in set(found) - set(images) if Path(path).suffix.lower() in UNREAD}
+    problems |= {path: unread for path in others if Path(path).suffix.lower() in UNREAD}
     if not images:
         some = "".join(f"\n  {path}: {why}" for path, why in sorted(problems.items())[:20])
         raise UserError(f"{source} holds no images in its {len(found)} files; name another folder{some}")
-    return images, problems
+    return images, problems, sum(not Path(path).name.startswith(".") for path in others - problems.keys())
 
 
 class FactsReader(pickle.Unpickler):

@@ -87,7 +87,7 @@ class Record:
     further: bool = False  # a round beyond those asked for: what it lacks is no failure
     build: dict | None = None  # seconds, from_cache, artefact_mb, load_s
     process: dict | None = None  # threads, cuda, cudnn, context_mb
-    work: dict | None = None  # model.count_work(), in round 0
+    work: dict | None = None  # model.count_work()
     check: dict | None = None  # worker.whole_test_set(), in round 0
     wall: dict | None = None  # seconds that its process took to start and for each step
     batches: list[dict] = dataclasses.field(default_factory=list)

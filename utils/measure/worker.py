@@ -42,19 +42,15 @@ class Measurement:
         """Load; in round 0 classify the whole test set.  The fields of the record that this fills."""
         import torch
 
-        import model
-
-        job, backend, work = self.job, self.backend, None
+        job, backend = self.job, self.backend
         if reason := backend.why_unavailable(job.device):
             raise Problem("unavailable", reason)
-        if job.round == 0:
-            work = model.count_work(job.image_size, len(model.load_facts(job.checkpoint)["classes"]))
         context_mb = gpu.context_mb() if self.cuda else None
         with gpu.own_phase():
             backend.data, begin = job.data, time.perf_counter()
             backend.load(job.checkpoint, job.image_size, list(job.batch_sizes), job.device)
             load_s = round(time.perf_counter() - begin, 4)
-            check, self.probe = whole_test_set(job, whole_call(backend), backend.precision)
+            check, work, self.probe = whole_test_set(job, whole_call(backend), backend.precision)
         self.synchronize, self.new_event = (lambda: None), None
         if self.cuda:
             self.synchronize = torch.cuda.current_stream().synchronize
@@ -205,11 +201,11 @@ def logits_on_test_set(job: Job, call: Callable) -> tuple[np.ndarray, np.ndarray
     return np.concatenate(logits), np.concatenate(labels)
 
 
-def whole_test_set(job: Job, call: Callable, precision: str) -> tuple[dict | None, tuple]:
-    """In round 0 the record of a pass over the test set (None later), and what batch sizes are tried with:
-    images float32 (N, 3, S, S) on the CPU, PyTorch FP32's logits (N, classes) and the largest difference
-    that passes; N is the largest batch."""
-    expected, labels = reference(job)
+def whole_test_set(job: Job, call: Callable, precision: str) -> tuple[dict | None, dict, tuple]:
+    """In round 0 the record of a pass over the test set (None later), an image's work, and what batch sizes
+    are tried with: images float32 (N, 3, S, S) on the CPU, PyTorch FP32's logits (N, classes) and the largest
+    difference that passes; N is the largest batch."""
+    expected, labels, work = reference(job)
     tolerance, found = accuracy.TOLERANCE[precision] * float(np.abs(expected).max()), None
     if job.round == 0:
         logits = expected if job.backend == BASELINE else logits_on_test_set(job, call)[0]
@@ -224,7 +220,8 @@ def whole_test_set(job: Job, call: Callable, precision: str) -> tuple[dict | Non
     first, largest = next(iter(test_loader(job)))[0], job.batch_sizes[-1]
     times = math.ceil(largest / len(first))
     images = first.repeat(times, 1, 1, 1)[:largest]
-    return found, (images, np.tile(expected[: len(first)], (times, 1))[:largest], tolerance)
+    expected = np.tile(expected[: len(first)], (times, 1))[:largest]
+    return found, work, (images, expected, tolerance)
 
 
 def references(jobs: list[Job]) -> None:
@@ -233,8 +230,9 @@ def references(jobs: list[Job]) -> None:
         reference(job)
 
 
-def reference(job: Job) -> tuple[np.ndarray, np.ndarray]:
-    """PyTorch FP32's logits (N, classes) and the labels (N,) of the test set, kept in weights/.
+def reference(job: Job) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """PyTorch FP32's logits (N, classes) and the labels (N,) of the test set, kept in weights/, and with
+    them model.count_work(): importing what counts takes a second, or on a slow disk five.
 
     Raises UserError where a logit is not a finite number: such a network is the reference of nothing.
     """
@@ -244,7 +242,7 @@ def reference(job: Job) -> tuple[np.ndarray, np.ndarray]:
 
     path = job.checkpoint.with_name(f"reference_{job.image_size}_{job.device}.npz")
     facts = {name: job.environment[name] for name in ("data", "packages", "gpu")}
-    facts |= {"checkpoint": sha256(job.checkpoint), "device": job.device}
+    facts |= {"checkpoint": sha256(job.checkpoint), "device": job.device, "version": 2}
     if not is_fresh(path, facts):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         network, _ = model.load(job.checkpoint, job.device)
@@ -253,6 +251,8 @@ def reference(job: Job) -> tuple[np.ndarray, np.ndarray]:
         if not np.isfinite(logits).all():
             mend = f"train it again: python train.py --force --image-sizes {job.image_size}"
             raise UserError(f"{job.checkpoint} gives logits that are not finite numbers; {mend}")
-        store(path, facts, lambda file: np.savez(file, logits=logits, labels=labels))
+        kept = {"logits": logits, "labels": labels, **model.count_work(job.image_size, logits.shape[1])}
+        store(path, facts, lambda file: np.savez(file, **kept))
     with np.load(path) as stored:
-        return stored["logits"], stored["labels"]
+        work = {name: int(stored[name]) for name in ("flops", "activations", "weights")}
+        return stored["logits"], stored["labels"], work

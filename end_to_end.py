@@ -69,11 +69,18 @@ def make_asked(args: argparse.Namespace) -> list:
         raise UserError(f"{path} has no measured row of {wanted}; make it with: python benchmark.py")
     for device in sorted(set(chosen.device)):
         choose_device(device)
-    sizes, asked = tuple(sorted(set(rows.batch_size.tolist()))), []
+    sizes, asked = rows.groupby(["backend", "image_size"]).batch_size.agg(sorted), []
     for row in chosen.itertuples():
         decoders = args.decoders or (["pillow", "dali"] if row.device == "cuda" else ["pillow"])
         what = row.sweep, row.backend, row.precision, int(row.image_size), int(row.batch_size), row.device
-        how = sizes, tuple(decoders), args.data, args.weights, args.results, args.seconds
+        how = (
+            tuple(sizes[row.backend, row.image_size]),
+            tuple(decoders),
+            args.data,
+            args.weights,
+            args.results,
+            args.seconds,
+        )
         asked += [Asked(*what, *how, photos) for photos in dict.fromkeys([None, args.images])]
     return asked
 

@@ -38,14 +38,14 @@ class TensorRT(Backend):
         self.build_s, self.from_cache, self.engines = 0.0, True, {}
         for file in self.kind.files(checkpoint, image_size, batch_sizes, self.data, **self.options):
             engine, seconds, from_cache = file.load_or_build()
-            self.artefact = file.path
+            self.file, self.artefact = file, file.path
             self.build_s += seconds
             self.from_cache &= from_cache
-            for batch in file.batch_sizes:
-                anew = self.apart and batch != file.batch_sizes[0]
-                self.engines[batch] = file.open() if anew else engine
+            self.engines |= dict.fromkeys(file.batch_sizes[:1] if self.apart else file.batch_sizes, engine)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        if self.apart and len(images) not in self.engines:
+            self.engines[len(images)] = self.file.open()
         return images.half().contiguous()
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Which images are classified, by which checkpoint, backend and batch size.  Needs no PyTorch."""
 
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -118,8 +119,8 @@ class Choice:
 def measured_here(results: Path, device: str, image_size: int) -> list[dict]:
     """The rows of the table with figures of this machine with these packages.  Raises UserError.
 
-    Each has backend, sweep, batch_size, fps (images/s), load_s and first_call_ms (not known: infinite).
-    """
+    Each has backend, batch_size, fps (images/s), load_s and first_call_ms (not known: infinite), and all
+    batch_sizes of its backend in its sweep, whatever they gave: an engine may be for just these."""
     path, gpu = results / "benchmark_results.csv", read_driver("nvmlDeviceGetName")
     packages = {name: version for name in PACKAGES if (version := package_version(name))}
     here = {"gpu": gpu if device == "cuda" else None, "cpu": cpu_name(), "packages": packages}
@@ -127,13 +128,14 @@ def measured_here(results: Path, device: str, image_size: int) -> list[dict]:
     try:
         same = {sweep for sweep, facts in environments.items() if here.items() <= facts.items()}
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [
-                {"backend": row["backend"], "sweep": row["sweep"], "batch_size": int(row["batch_size"])}
-                | {name: float(row[name] or "inf") for name in ("fps", "load_s", "first_call_ms")}
-                for row in csv.DictReader(file)
-                if (row["status"], row["device"], row["image_size"]) == ("ok", device, str(image_size))
-                and row["sweep"] in same
-            ]
+            table = [row for row in csv.DictReader(file) if row["sweep"] in same]
+        table = [row for row in table if (row["device"], row["image_size"]) == (device, str(image_size))]
+        rows, together = [], collections.defaultdict(set)
+        for row in table:
+            (sizes := together[row["sweep"], row["backend"]]).add(size := int(row["batch_size"]))
+            if row["status"] == "ok":
+                rows.append({"backend": row["backend"], "batch_size": size, "batch_sizes": sizes})
+                rows[-1] |= {name: float(row[name] or "inf") for name in ("fps", "load_s", "first_call_ms")}
         if not all(0 < row["fps"] < float("inf") and row["batch_size"] > 0 for row in rows):
             raise ValueError("a row that is ok has no images/s in column fps")
     except FileNotFoundError:
@@ -157,9 +159,8 @@ def choose_backends(name: str | None, rows: list[dict], count: int, device: str)
     for backend in [name] if name else backends.SCRIPTS:
         if own := [row for row in rows if row["backend"] == backend]:
             best = min(own, key=inference_s)
-            sizes = {row["batch_size"] for row in rows if row["sweep"] == best["sweep"]}
             first_call_s = max(row["first_call_ms"] for row in own) / 1000
-            choice = Choice(backend, best["batch_size"], tuple(sorted(sizes)))
+            choice = Choice(backend, best["batch_size"], tuple(sorted(best["batch_sizes"])))
             found[choice] = best["load_s"] + first_call_s + inference_s(best)
     size = -(-count // -(-count // BATCH_SIZE[device]))  # so that the last batch is as large as the others
     return sorted(found, key=found.__getitem__) or [Choice(name or "pytorch", size, (size,), measured=False)]

@@ -25,9 +25,10 @@ class Network:
         self.backend, self.batch_sizes, self.device = backend, sorted(batch_sizes), device
         moments = [torch.tensor([255 * value for value in of]) for of in (MEAN, STD)]
         self.mean, self.std = (values.view(1, 3, 1, 1).to(device) for values in moments)
-        for size in self.batch_sizes if device == "cuda" else ():  # captures CUDA graphs, if it has any,
-            pixels = torch.zeros(size, image_size, image_size, 3, dtype=torch.uint8)  # before DALI's threads
-            backend.prepare(self.normalise(pixels))  # use the GPU
+        for size in self.batch_sizes:  # CUDA graphs are captured before DALI's threads use the GPU
+            pixels = torch.zeros(size, image_size, image_size, 3, dtype=torch.uint8)
+            backend.prepare(self.normalise(pixels))
+        if device == "cuda":
             torch.cuda.current_stream().synchronize()
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ class Asked:
     image_size: int
     batch_size: int
     device: str
-    batch_sizes: tuple[int, ...]  # of the table, so that the engine that was measured is the one that serves
+    batch_sizes: tuple[int, ...]  # that it was measured with, so that the same engine serves
     decoders: tuple[str, ...]
     data: Path
     weights: Path
@@ -46,16 +46,17 @@ class Asked:
 
 
 def open_network(asked: Asked, under_load: bool = False) -> Network:
-    """The backend, loaded for the table's batch sizes; under load it serves all of these and, if its engine
-    takes any, powers of two as well, so that 2 images don't cost as much as 8."""
-    backend, sizes = backends.make(asked.backend), set(asked.batch_sizes)
+    """The backend, loaded as it was measured; under load it serves all batch sizes up to the fastest and, if
+    its engine takes any, powers of two as well, so that 2 images don't cost as much as 8."""
+    backend, serving = backends.make(asked.backend), {asked.batch_size}
     backend.data = asked.data  # to calibrate with
-    if under_load and backend.any_batch:
-        sizes |= {2**k for k in range(asked.batch_size.bit_length())}
     checkpoint = checkpoint_path(asked.weights, asked.image_size)
-    backend.load(checkpoint, asked.image_size, sorted(sizes), asked.device)
-    serving = [size for size in sizes if size <= asked.batch_size] if under_load else [asked.batch_size]
-    return Network(backend, serving, asked.image_size, asked.device)
+    backend.load(checkpoint, asked.image_size, list(asked.batch_sizes), asked.device)
+    if under_load:
+        serving |= {size for size in asked.batch_sizes if size < asked.batch_size}
+    if under_load and backend.any_batch:
+        serving |= {2**k for k in range(asked.batch_size.bit_length())}
+    return Network(backend, list(serving), asked.image_size, asked.device)
 
 
 def read_test_set(asked: Asked) -> tuple:

@@ -121,7 +121,7 @@ def network_flags(tensorrt) -> int:
     return 1 << int(kinds.STRONGLY_TYPED if is_strongly_typed(tensorrt) else kinds.EXPLICIT_BATCH)
 
 
-def configure(tensorrt, config) -> None:
+def configure(tensorrt, config, network, ranges) -> None:
     config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, workspace_bytes())
     if is_strongly_typed(tensorrt):
         return
@@ -133,12 +133,13 @@ def configure(tensorrt, config) -> None:
     for gone in ("CUBLAS", "CUBLAS_LT", "CUDNN"):  # not in 10 any more
         sources &= ~(1 << int(getattr(tensorrt.TacticSource, gone)))
     config.set_tactic_sources(sources)
+    set_precisions(tensorrt, config, network, ranges)
 
 
 def build_plan(model: bytes, profiles, image_size: int, timings: bytes, ranges=None) -> tuple[bytes, bytes]:
     """A serialised engine for `profiles` of batch sizes, and the timing cache.
 
-    `ranges`: of TensorRT 8.6's INT8, see set_ranges().  Raises RuntimeError with all reasons.
+    `ranges`: of TensorRT 8.6's INT8, see set_precisions().  Raises RuntimeError with all reasons.
     """
     import tensorrt
 
@@ -150,13 +151,11 @@ def build_plan(model: bytes, profiles, image_size: int, timings: bytes, ranges=N
         errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
         raise failed("\n".join(["TensorRT can't read the ONNX file:", *errors]))
     config = builder.create_builder_config()
-    configure(tensorrt, config)
+    configure(tensorrt, config, network, ranges)
     for batches in profiles if network.get_input(0).shape[0] == -1 else []:
         profile = builder.create_optimization_profile()
         profile.set_shape("input", *[(batch, 3, image_size, image_size) for batch in batches])
         config.add_optimization_profile(profile)
-    if ranges is not None:
-        set_ranges(tensorrt, config, network, ranges)
     cache = config.create_timing_cache(timings)
     if cache is None or not config.set_timing_cache(cache, False):  # unreadable: start from nothing
         cache = config.create_timing_cache(b"")
@@ -167,25 +166,27 @@ def build_plan(model: bytes, profiles, image_size: int, timings: bytes, ranges=N
     return bytes(plan), bytes(config.get_timing_cache().serialize())
 
 
-def set_ranges(tensorrt, config, network, ranges: dict[str, float]) -> None:
-    """Have TensorRT 8.6 round tensors to 127 steps a side of the largest value, wherever that is faster.
-
-    Input and output are half, and so is all that follows the last convolution.
-    """
-    config.set_flag(tensorrt.BuilderFlag.INT8)
+def set_precisions(tensorrt, config, network, ranges: dict[str, float] | None) -> None:
+    """Tell TensorRT 8.6 each layer's precision, so that it times no kernels of others: half, or INT8 up to
+    the last convolution, with 127 steps a side of the largest value; then input and output are half."""
     config.set_flag(tensorrt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
-    network.get_input(0).dtype = network.get_output(0).dtype = tensorrt.DataType.HALF
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    outputs = [layer.get_output(0) for layer in layers]
-    tensors = {tensor.name: tensor for tensor in [network.get_input(0), *outputs]}
-    for name, largest in ranges.items():
-        tensors[name].set_dynamic_range(-(largest or 1), largest or 1)
-    kinds = tensorrt.LayerType
-    start = next(i for i, layer in enumerate(layers) if layer.type == kinds.REDUCE)
-    for layer in layers[start:]:
-        if layer.type in (kinds.REDUCE, kinds.MATRIX_MULTIPLY, kinds.ELEMENTWISE):
-            layer.precision = tensorrt.DataType.HALF
-            layer.set_output_type(0, tensorrt.DataType.HALF)
+    k, half = tensorrt.LayerType, tensorrt.DataType.HALF
+    computing = [k.CONVOLUTION, k.ACTIVATION, k.POOLING, k.ELEMENTWISE, k.REDUCE, k.MATRIX_MULTIPLY]
+    precision = half if ranges is None else tensorrt.DataType.INT8
+    if ranges is not None:
+        config.set_flag(tensorrt.BuilderFlag.INT8)
+        network.get_input(0).dtype = network.get_output(0).dtype = half
+        outputs = [layer.get_output(0) for layer in layers]
+        tensors = {tensor.name: tensor for tensor in [network.get_input(0), *outputs]}
+        for name, largest in ranges.items():
+            tensors[name].set_dynamic_range(-(largest or 1), largest or 1)
+    for layer in [layer for layer in layers if layer.type in computing]:
+        if layer.type == k.REDUCE:  # the mean, which the classifier follows
+            precision = half
+        layer.precision = precision
+        if precision == half:
+            layer.set_output_type(0, half)
 
 
 # ---- running

@@ -147,12 +147,15 @@ def test_each_tensorrt_is_told_the_precision_in_its_own_way(version, flags, prec
     tensorrt, config = fake_tensorrt(version), Config()
     assert trt.network_flags(tensorrt) == flags
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 30, 4 << 30))
-    trt.configure(tensorrt, config)
+    told = Mock()
+    monkeypatch.setattr(trt, "set_precisions", told)
+    trt.configure(tensorrt, config, "network", "ranges")
+    assert told.call_args_list == [((tensorrt, config, "network", "ranges"),)] * (version == 8)
     assert config.told.get("flag") == precision and config.told.get("sharing", False) == (version == 8)
     assert config.sources == sources
     assert config.told["workspace"] == 3 << 28  # a quarter of what is free
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (140 << 30, 141 << 30))
-    trt.configure(tensorrt, config)
+    trt.configure(tensorrt, config, None, None)
     assert config.told["workspace"] == 1 << 30
 
 

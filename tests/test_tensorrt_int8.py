@@ -13,7 +13,9 @@ from utils import onnx_export
 
 FLAGS = SimpleNamespace(INT8="INT8", PREFER_PRECISION_CONSTRAINTS="prefer")
 KINDS = SimpleNamespace(REDUCE="reduce", MATRIX_MULTIPLY="product", ELEMENTWISE="sum")
-TENSORRT = SimpleNamespace(BuilderFlag=FLAGS, LayerType=KINDS, DataType=SimpleNamespace(HALF="half"))
+vars(KINDS).update(CONVOLUTION="convolution", ACTIVATION="relu", POOLING="pooling")
+TYPES = SimpleNamespace(HALF="half", INT8="int8")
+TENSORRT = SimpleNamespace(BuilderFlag=FLAGS, LayerType=KINDS, DataType=TYPES)
 
 
 class Tensor:
@@ -45,18 +47,28 @@ class Network:
 def test_tensors_get_their_ranges_and_the_classifier_stays_half():
     network, flags = Network(), []
     ranges = {"input": 2.0, "convolution_0": 0.0, "sum_1": 5.5}
-    trt.set_ranges(TENSORRT, SimpleNamespace(set_flag=flags.append), network, ranges)
-    assert flags == ["INT8", "prefer"] and network.input.dtype == network.output.dtype == "half"
+    trt.set_precisions(TENSORRT, SimpleNamespace(set_flag=flags.append), network, ranges)
+    assert flags == ["prefer", "INT8"] and network.input.dtype == network.output.dtype == "half"
     told = {name: tensor.range for name, tensor in network.tensors.items() if tensor.range}
     assert told == {"convolution_0": (-1, 1), "sum_1": (-5.5, 5.5)} and network.input.range == (-2.0, 2.0)
     asked = [(layer.type, layer.precision, layer.outputs) for layer in network.layers if layer.precision]
-    assert asked == [(kind, "half", {0: "half"}) for kind in ("reduce", "product", "sum")]
-    assert network.layers[1].precision is None  # a shortcut's sum
+    halves = [(kind, "half", {0: "half"}) for kind in ("reduce", "product", "sum")]
+    assert asked == [("convolution", "int8", {}), ("sum", "int8", {}), *halves]  # a shortcut's sum
+
+
+def test_in_fp16_every_layer_that_computes_is_half():
+    network, flags = Network(), []
+    trt.set_precisions(TENSORRT, SimpleNamespace(set_flag=flags.append), network, None)
+    assert flags == ["prefer"] and network.input.dtype == "float"  # as it is in the file
+    told = [layer.precision for layer in network.layers]
+    assert told == ["half", "half", "half", None, None, "half", "half"]
+    assert all(layer.outputs == ({0: "half"} if layer.precision else {}) for layer in network.layers)
+    assert all(tensor.range is None for tensor in network.tensors.values())
 
 
 def test_a_range_of_a_tensor_that_tensorrt_does_not_know_is_an_error():
     with pytest.raises(KeyError, match="elsewhere"):
-        trt.set_ranges(TENSORRT, SimpleNamespace(set_flag=print), Network(), {"elsewhere": 1.0})
+        trt.set_precisions(TENSORRT, SimpleNamespace(set_flag=print), Network(), {"elsewhere": 1.0})
 
 
 def test_ranges_are_those_of_the_network_itself(project, exported):

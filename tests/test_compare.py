@@ -119,7 +119,7 @@ def test_the_readme_is_what_the_committed_results_render_to():
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
     found = readme.read_folders(path)
-    shown = ["results", "results/published/h100", "results/published/h200"]
+    shown = ["results", "results/published/h200"]
     assert [folder.relative_to(ROOT).as_posix() for folder in found] == shown
     assert readme.render(path, found) == text, "stale: python compare.py --write-readme"
     for folder, known in found.items():

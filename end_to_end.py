@@ -45,7 +45,6 @@ from utils.utils import (
 COLUMNS = ["sweep", "backend", "precision", "image_size", "batch_size", "decoder"]  # of end_to_end.csv
 COLUMNS += ["images_per_s", "images_per_s_low", "images_per_s_high"]  # from files to labels, once running
 COLUMNS += ["decode_images_per_s", "infer_images_per_s"]  # with copying to the device, or from it; alone
-COLUMNS += ["serial_images_per_s"]  # one step after another; of earlier versions
 COLUMNS += ["overlap"]  # pipeline over its slower half; on a CPU over both sharing the cores
 COLUMNS += ["limit"]  # decode or inference
 COLUMNS += ["agreement", "max_abs_diff"]  # with the test set as training reads it, on the same backend

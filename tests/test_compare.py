@@ -312,23 +312,3 @@ def test_damaged_published_results_are_found_before_measuring_with_what_brings_t
             (published / "gpu" / "benchmark_results.csv").write_bytes(damage)
         with pytest.raises(UserError, match="restore it: git checkout results/published$"):
             readme.read_folders(path, measuring=tmp_path / "results")
-
-
-def test_a_figure_made_on_the_cpu_names_no_gpu_that_stood_beside(tmp_path):
-    """As earlier versions recorded it: the driver's GPU in the environment of a run on the CPU."""
-    facts = {"gpu": "NVIDIA GeForce GTX 1650", "driver": "581.15", "gpu_memory_mb": 4096, "cpu": "an i5"}
-    facts |= {"threads": 8, "packages": {"torch": "2.14.1+cpu"}, "date": "2026-11-28"}
-    facts["short"] = "NVIDIA GeForce GTX 1650, driver 581.15, torch 2.14.1, 2026-11-28"
-    rows = table(("pytorch", 64, 1, 100.0), ("onnx", 64, 1, 150.0))
-    folder = write(tmp_path / "a", rows, **facts)
-    read, environments = tables.read_table(folder)
-    assert environments["main"]["short"] == "an i5, 8 threads, torch 2.14.1+cpu, 2026-11-28"
-    made = readme.folder_readme(folder, read, environments)
-    feet = plot_utils.draw(
-        plot_utils.CHARTS["fps_vs_image_size.png"], read, environments
-    )._supxlabel.get_text()
-    assert "GTX" not in made + feet and "581" not in made + feet and "an i5" in feet
-    (folder / "benchmark_results.csv").write_text(
-        (folder / "benchmark_results.csv").read_text("utf-8").replace(",cpu,", ",cuda,"), encoding="utf-8"
-    )
-    assert "GTX 1650" in tables.read_table(folder)[1]["main"]["short"]

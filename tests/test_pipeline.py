@@ -291,7 +291,7 @@ def test_rates_and_overlap_are_put_together_by_round():
         "main", "onnx", "FP32", 64, 4, "cpu", (4,), ("pillow",), Path(), Path(), Path(), 1.0
     )
     one = {"images_per_s": 50.0, "decode_images_per_s": 100.0, "infer_images_per_s": 100.0, "overlap": 1.0}
-    one |= {"limit": "decode", "serial_images_per_s": 40.0, "precision": "FP32", "agreement": 1.0}
+    one |= {"limit": "decode", "precision": "FP32", "agreement": 1.0}
     one |= {"decoder": "pillow"}
     two = one | {"images_per_s": 100.0, "overlap": 0.9, "limit": "inference"}
     row = end_to_end.row_of(asked, [one, two, two])

@@ -51,9 +51,10 @@ def served(**changes) -> pandas.DataFrame:
     rows = []
     for decoder, decode in (("pillow", 2000.0), ("dali", 20000.0)):
         row = dict(sweep="a", backend="tensorrt", precision="FP16", image_size=224, batch_size=256)
+        row |= dict(images="test set")
         row |= dict(decoder=decoder, images_per_s=decode * 0.9, decode_images_per_s=decode)
         row |= dict(images_per_s_low=decode * 0.88, images_per_s_high=decode * 0.92, overlap=0.9)
-        row |= dict(infer_images_per_s=90000.0, serial_images_per_s=decode / 2, limit="decode")
+        row |= dict(infer_images_per_s=90000.0, limit="decode")
         row |= dict(agreement=1.0, max_abs_diff=0.01, status="ok", reason="", cores=16, date="2026-11-26")
         rows.append(row)
     return pandas.DataFrame(rows).assign(**changes)
@@ -75,14 +76,14 @@ def test_from_files_to_labels_shows_the_pipeline_and_its_halves():
 
 
 def loaded() -> pandas.DataFrame:
-    """load.csv: three rates of two backends, the last beyond the limit or invalid; one offline row."""
+    """load.csv: three rates of two backends, the last beyond the limit or invalid."""
     rows = []
     for backend, rates in (("pytorch", (100, 200, 400)), ("tensorrt", (1000, 2000, 4000))):
         for rate, p99, valid in zip(rates, (3.0, 9.0, 40.0), (True, backend == "pytorch", True), strict=True):
-            row = dict(sweep="a", backend=backend, precision="FP16", image_size=224, scenario="server")
+            row = dict(sweep="a", backend=backend, precision="FP16", image_size=224)
             row |= dict(rate=rate, achieved=rate, p50_ms=1.0, p90_ms=2.0, p99_ms=p99, valid=valid)
-            rows.append(row | dict(max_latency_ms=15.0, fps=None, cores=16, date="2026-11-26"))
-    return pandas.DataFrame([*rows, {**rows[0], "scenario": "offline", "rate": None, "p99_ms": None}])
+            rows.append(row | dict(max_latency_ms=15.0, cores=16, date="2026-11-26"))
+    return pandas.DataFrame(rows)
 
 
 def test_latency_under_load_is_drawn_against_the_rate_with_its_limit():
@@ -104,8 +105,10 @@ def test_serving_is_drawn_and_told_only_where_it_was_measured(tmp_path, monkeypa
     loaded().to_csv(tmp_path / "load.csv", index=False)
     assert names <= {path.name for path in draw_all(table(), ENVIRONMENT, tmp_path)}
     text = readme.folder_readme(tmp_path, table(), ENVIRONMENT)
-    assert "| TensorRT FP16 | 224 | 256 | dali | 18,000 | 17,600-18,400 | 20,000 | 90,000 |" in text
-    assert "| TensorRT FP16 | 224 | server | 1,000 | 1,000 | 1 | 2 | 3 | yes |" in text
+    assert (
+        "| TensorRT FP16 | 224 | 256 | dali | test set | 18,000 | 17,600-18,400 | 20,000 | 90,000 |" in text
+    )
+    assert "| TensorRT FP16 | 224 | 1,000 | 1,000 | 1 | 2 | 3 | yes |" in text
     assert "![end to end](end_to_end.png)" in text and "![load](load.png)" in text
     served().drop(columns="decoder").to_csv(tmp_path / "end_to_end.csv", index=False)
     assert "end_to_end.png" not in {path.name for path in draw_all(table(), ENVIRONMENT, tmp_path)}

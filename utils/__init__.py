@@ -31,9 +31,7 @@ def prepare_process() -> None:
     # Charts go into files; the value that notebooks set names a package that this environment lacks.
     os.environ["MPLBACKEND"] = "agg"
     for name in ("stdin", "stdout", "stderr"):
-        if (
-            getattr(sys, name) is None
-        ):  # it was closed (2>&-): its number is taken before the next file gets it
+        if getattr(sys, name) is None:  # closed (2>&-): its number is taken before the next file gets it
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
 
 

@@ -183,7 +183,7 @@ def draw_end_to_end(table: pd.DataFrame, environments: dict[str, dict]) -> Figur
         text = f"{figure(row.images_per_s)} images/s, {row.overlap:.0%} of what its parts allow"
         text += f"\nalone: decoding {decoding}, inference {inference}"
         texts.append(text if row.status == "ok" else textwrap.fill(f"{row.status}: {row.reason}", 70))
-        decoder = ", ".join(filter(None, [row.decoder, getattr(row, "images", "")]))
+        decoder = ", ".join(filter(None, [row.decoder, row.images]))
         names.append(f"{row.label}, batch {row.batch_size}\n{decoder}; bottleneck: {row.limit}")
     note = f"{where}.  The percentages are of what decoding and inference allow together."
     bars = without_figures(table).assign(name=names, text=texts)
@@ -192,7 +192,7 @@ def draw_end_to_end(table: pd.DataFrame, environments: dict[str, dict]) -> Figur
 
 def draw_load(load: pd.DataFrame, environments: dict[str, dict]) -> Figure:
     """The 99th percentile of the latency against the rate offered, with the limit."""
-    load, where, feet = at_usual_size(load.dropna(subset=["rate", "p99_ms"]), environments)
+    load, where, feet = at_usual_size(load, environments)
     limit = load.max_latency_ms.iloc[0]
     title = f"No rate tried keeps 99 % of the answers within {figure(limit)} ms"
     kept = load[load.valid & (load.p99_ms <= load.max_latency_ms)]

@@ -13,16 +13,15 @@ from utils.report.rows import COLUMNS, read_rows
 from utils.utils import UserError, write_atomic, write_json
 
 TEXTS = ["sweep", "backend", "precision", "device", "status", "reason", "throttled", "limit", "adds", "notes"]
-TEXTS += ["decoder", "images", "scenario", "date", "data"]
+TEXTS += ["decoder", "images", "date", "data"]
 COUNTS = ["image_size", "batch_size", "cores", "epoch", "train_images", "test_images"]
 KINDS = dict.fromkeys(TEXTS, str) | dict.fromkeys(COUNTS, int) | {"valid": bool, "sample": bool}  # else float
-GPU_FACTS = ["gpu", "driver", "gpu_memory_mb", "power_limit_w", "cuda", "cudnn"]
 SERVING = {  # the columns that are needed of what python end_to_end.py writes
     "end_to_end.csv": "sweep backend precision image_size batch_size decoder images_per_s images_per_s_low "
-    "images_per_s_high decode_images_per_s infer_images_per_s serial_images_per_s overlap limit agreement "
-    "status reason cores date",
-    "load.csv": "sweep backend precision image_size scenario rate achieved p50_ms p90_ms p99_ms valid "
-    "max_latency_ms fps cores date",
+    "images_per_s_high decode_images_per_s infer_images_per_s overlap limit agreement status reason images "
+    "cores date",
+    "load.csv": "sweep backend precision image_size rate achieved p50_ms p90_ms p99_ms valid max_latency_ms "
+    "cores date",
 }
 
 
@@ -49,14 +48,6 @@ def environment_of(folder: Path) -> dict:
     spent = {"timed_s": round(sum(timed) / 1000, 1), "total_s": note.get("spent_s")}
     facts |= {"sweep": {"processes": len(found), **spent}, "short": short(facts), "ceilings": limits}
     return facts | {"settings": note.get("settings")}
-
-
-def signed(facts: dict, device: str) -> dict:
-    """The facts of a sweep as its device signs them: a CPU's figures name no GPU, though one was there."""
-    if not facts.get("gpu") or device == "cuda":
-        return facts
-    own = facts | {name: None for name in GPU_FACTS if name in facts}
-    return own | {"short": short(own)}
 
 
 def short(facts: dict) -> str:
@@ -107,12 +98,13 @@ def read_table(results: Path) -> tuple[pd.DataFrame, dict]:
         what = "no rows, an unknown status, or a row that is ok without images/s"
         raise UserError(f"{path} is no table as it was written ({what}); {mend}")
     rows = rows.assign(notes=rows.notes.map(lambda text: text.split("; ") if text else []))
-    devices = dict(zip(rows.sweep, rows.device, strict=True))
     try:
         known = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-        return rows, {sweep: signed(facts, devices.get(sweep, "cuda")) for sweep, facts in known.items()}
+        if all(isinstance(facts, dict) for facts in known.values()):
+            return rows, known
     except (OSError, ValueError, AttributeError):  # the last: of what is no dict
-        raise UserError(f"{beside} does not say what a sweep was measured with; {mend}") from None
+        pass
+    raise UserError(f"{beside} does not say what a sweep was measured with; {mend}")
 
 
 def read_serving(path: Path) -> pd.DataFrame | None:

@@ -102,8 +102,8 @@ def batch_s(network: Network, pixels: torch.Tensor) -> float:
 def measure(where: dict, network: Network, pixels: torch.Tensor, max_latency_ms: float) -> list[dict]:
     """Rates: upwards while VALID, then halving what lies between VALID and INVALID.
 
-    The rows of load.csv (`fps` is of earlier versions); `where` has the first columns.  Where a batch of one
-    takes longer than the limit, one rate shows it.
+    The rows of load.csv; `where` has the first columns.  Where a batch of one takes longer than the limit,
+    one rate shows it.
     """
     sys.setswitchinterval(0.0005)  # s; generator and worker share Python: neither shall keep the other
     hopeless = batch_s(network, pixels[:1]) * 1000 > max_latency_ms
@@ -114,9 +114,9 @@ def measure(where: dict, network: Network, pixels: torch.Tensor, max_latency_ms:
     for _ in range(tries):
         told = server(network, pixels, rate, max_latency_ms, queries)
         achieved, valid = told["result_completed_samples_per_sec"], told["result_validity"] == "VALID"
-        row = {**where, "scenario": "server", "rate": rate, "achieved": achieved}  # images/s
+        row = {**where, "rate": rate, "achieved": achieved}  # images/s
         row |= {f"p{k}_ms": told[f"result_{k}.00_percentile_latency_ns"] / 1e6 for k in (50, 90, 99)}
-        rows.append(row | {"valid": valid, "max_latency_ms": max_latency_ms, "fps": None})
+        rows.append(row | {"valid": valid, "max_latency_ms": max_latency_ms})
         low, high = (rate, high) if valid else (low, rate)
         rate = (low + high) / 2
         if time.perf_counter() - start > seconds:

@@ -53,9 +53,8 @@ def open_network(asked: Asked, under_load: bool = False) -> Network:
     checkpoint = checkpoint_path(asked.weights, asked.image_size)
     backend.load(checkpoint, asked.image_size, list(asked.batch_sizes), asked.device)
     if under_load:
-        serving |= {size for size in asked.batch_sizes if size < asked.batch_size}
-    if under_load and backend.any_batch:
-        serving |= {2**k for k in range(asked.batch_size.bit_length())}
+        powers = {2**k for k in range(asked.batch_size.bit_length())} if backend.any_batch else set()
+        serving |= {size for size in powers.union(asked.batch_sizes) if size < asked.batch_size}
     return Network(backend, list(serving), asked.image_size, asked.device)
 
 

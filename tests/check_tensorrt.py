@@ -1,5 +1,5 @@
 """What only a GPU with TensorRT can tell: whether engines are right; whether one engine with a profile for
-each batch size is as fast as one built for that batch size alone; INT8 by a QDQ network and by ranges.
+each batch size is as fast as one built for that batch size alone.
 
 Run by hand, in the repo's root, on a machine that does nothing else: some minutes, most of them building.
 Every line that begins with FAIL is an error; the exit code is 1 then.  Engines lie in a temporary folder.
@@ -27,7 +27,6 @@ from conftest import load_test_images
 import backends
 import model
 import trt
-from utils import onnx_export
 from utils.backend import inference
 from utils.measure import accuracy
 from utils.utils import add_path_arguments, checkpoint_path, run_main
@@ -84,24 +83,12 @@ class Check:
         for batch in [*batches, *batches[::-1]]:
             self.logits(name, made.precision, lambda x: made.predict(made.prepare(x)), batch)
 
-    def engine(self, batches: list[int], qdq: bool = False, **options) -> trt.Engine:
-        """A native engine, built in this process, with the seconds.  `qdq`: INT8 as TensorRT 10 has it."""
-        file = trt.NativeEngine(self.checkpoint, self.size, batches, self.data, **options)
+    def engine(self, batches: list[int]) -> trt.Engine:
+        """A native engine, built in this process, with the seconds."""
+        file = trt.NativeEngine(self.checkpoint, self.size, batches, self.data)
         timings, start = self.checkpoint.with_name("check.timings"), time.perf_counter()
-        known = timings.read_bytes() if timings.is_file() else b""
-        if qdq:
-            import tensorrt
-
-            source = onnx_export.export(self.checkpoint, self.size, "INT8_TENSORRT", self.data)[0]
-            network = trt.onnx_for(tensorrt.__version__, source, batches[0])
-            plan, known = trt.build_plan(network, file.profiles, self.size, known, ranges={})
-            file.path.write_bytes(plan)
-        else:
-            known = file.make(file.path, known)
-        timings.write_bytes(known)
-        print(
-            f"engine for {batches} {options or ''}: {time.perf_counter() - start:.1f} s to build", flush=True
-        )
+        timings.write_bytes(file.make(file.path, timings.read_bytes() if timings.is_file() else b""))
+        print(f"engine for {batches}: {time.perf_counter() - start:.1f} s to build", flush=True)
         return file.open()
 
     def profiles(self) -> None:
@@ -115,15 +102,6 @@ class Check:
             self.speeds(f"FP16 batch {batch}, CUDA graph", graphs, batch)
         megabytes = shared.memory.numel() / 2**20
         print(f"{len(shared.bound)} contexts of one engine compute in the same {megabytes:.0f} MB")
-
-    def int8(self, batch: int) -> None:
-        """INT8 by the QDQ network against TensorRT 8.6's own way."""
-        graphs = {}
-        for name, qdq in (("by ranges", False), ("by QDQ network", True)):
-            engine = self.engine([batch], qdq, static=True, int8=True)
-            self.logits(f"INT8 {name}", "INT8", lambda x, engine=engine: engine(x.half()), batch)
-            graphs[name] = graph_of(engine, self.batch_of(batch))
-        self.speeds(f"INT8 batch {batch}, static shape, CUDA graph", graphs, batch)
 
     def batch_of(self, batch: int) -> torch.Tensor:
         return torch.randn(batch, 3, self.size, self.size, device="cuda").half()
@@ -171,10 +149,8 @@ def main() -> None:
             check = Check(checkpoint, size, args.data)
             for name in args.backends:
                 check.attempt(check.backend, name, [1, 8, 16])
-            check.attempt(check.int8, 16)
             if size == args.image_sizes[0]:
                 check.attempt(check.profiles)
-                check.attempt(check.int8, 256)
             failures += check.failures
     sys.exit(failures > 0)
 

@@ -194,7 +194,8 @@ def which(ok: pd.DataFrame) -> str:
     if not wins:
         return f"In none {grid} is one method clearly faster than all others"
     (first, count), *others = wins.most_common()
-    texts = [f"In {count} {grid} {first} is the fastest", *(f"in {n} {other}" for other, n in others)]
+    there = " of those measured there" * (len({frozenset(group.backend) for group in groups}) > 1)
+    texts = [f"In {count} {grid} {first} is the fastest{there}", *(f"in {n} {other}" for other, n in others)]
     return ", ".join(texts) + (f"; {ties} {'is' if ties == 1 else 'are'} too close to call" if ties else "")
 
 

@@ -71,15 +71,9 @@ def make_asked(args: argparse.Namespace) -> list:
     sizes, asked = rows.groupby(["backend", "image_size"]).batch_size.agg(sorted), []
     for row in chosen.itertuples():
         decoders = args.decoders or (["pillow", "dali"] if row.device == "cuda" else ["pillow"])
+        own = tuple(sizes[row.backend, row.image_size])
         what = row.sweep, row.backend, row.precision, int(row.image_size), int(row.batch_size), row.device
-        how = (
-            tuple(sizes[row.backend, row.image_size]),
-            tuple(decoders),
-            args.data,
-            args.weights,
-            args.results,
-            args.seconds,
-        )
+        how = own, tuple(decoders), args.data, args.weights, args.results, args.seconds
         asked += [Asked(*what, *how, photos) for photos in dict.fromkeys([None, args.images])]
     return asked
 

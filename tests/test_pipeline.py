@@ -10,11 +10,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import test_compare
 import torch
 from conftest import load_test_images, noise, run_here, run_script
 from PIL import Image
@@ -284,6 +287,27 @@ def test_end_to_end_writes_a_row_for_every_backend_and_decoder(measured, tmp_pat
     assert table[table.backend == "pytorch"].images_per_s_low.isna().all()  # one round has no interval
     row = table[table.images == "photos"].iloc[0]
     assert row.files == 25 and 0 < row.start_s < row.whole_s and row.images_per_s > 0
+
+
+@pytest.mark.parametrize(("any_batch", "serving"), [(True, [1, 2, 4, 8, 16, 24]), (False, [1, 24])])
+def test_what_serves_is_loaded_for_the_batch_sizes_it_was_measured_with(
+    any_batch, serving, tmp_path, monkeypatch
+):
+    """An engine has a profile for each of these: another list is another engine, which takes minutes."""
+    cells = [("pytorch", 64, batch, 1.0) for batch in (1, 4)]
+    cells += [("tensorrt", 64, 1, 9.0), ("tensorrt", 64, 24, 99.0), ("tensorrt", 64, 96, 98.0)]
+    rows = test_compare.table(*cells, ("tensorrt", 128, 8, 5.0))
+    results = test_compare.write(tmp_path / "results", rows)
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", "--results", str(results), "--image-sizes", "64"])
+    one, other = end_to_end.make_asked(end_to_end.parse())
+    asked = one if one.backend == "tensorrt" else other
+    assert {one.batch_sizes, other.batch_sizes} == {(1, 4), (1, 24, 96)} and asked.batch_size == 24
+    backend = SimpleNamespace(any_batch=any_batch, load=Mock())
+    monkeypatch.setattr(backends, "make", lambda name: backend)
+    monkeypatch.setattr(throughput, "Network", lambda backend, sizes, *others: sorted(sizes))
+    assert throughput.open_network(asked) == [24]
+    assert throughput.open_network(asked, under_load=True) == serving
+    assert [call.args[2] for call in backend.load.call_args_list] == [[1, 24, 96]] * 2
 
 
 def test_rates_and_overlap_are_put_together_by_round():

@@ -41,6 +41,23 @@ def test_every_batch_up_to_the_largest_has_a_profile_and_those_asked_for_are_its
     assert kind(CHECKPOINT, 64, batches, None, static=static).profiles == expected
 
 
+@pytest.mark.parametrize(("apart", "modules"), [(True, 3), (False, 1)])
+def test_a_module_whose_state_a_graph_captures_serves_one_batch_size(apart, modules):
+    opened = []
+
+    def open_module():
+        opened.append(Mock(side_effect=lambda x: x.sum((1, 2, 3))))
+        return opened[-1]
+
+    file = SimpleNamespace(path=Path("module"), batch_sizes=[1, 4], open=open_module)
+    file.load_or_build = lambda: (file.open(), 0.1, True)
+    backend = tensorrt_inference.TensorRT(SimpleNamespace(files=lambda *asked: [file]), apart=apart)
+    backend.load(CHECKPOINT, 64, [1, 4], "cuda")
+    for batch in (1, 4, 2, 4, 1):  # 2 was not asked for: it is served all the same
+        assert backend.predict(backend.prepare(torch.ones(batch, 3, 4, 4))).tolist() == [48.0] * batch
+    assert len(opened) == modules and sum(module.call_count for module in opened) == 5
+
+
 def test_a_batch_takes_the_profile_that_it_falls_into():
     engine = trt.Engine.__new__(trt.Engine)
     profiles = [[(low, 3, 4, 4), (best, 3, 4, 4), (best, 3, 4, 4)] for low, best in ((1, 1), (2, 8), (9, 16))]

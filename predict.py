@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import backends
 from utils.backend import Backend, Unavailable, inference
-from utils.devices import choose_device, torchrun_number
+from utils.devices import choose_device, leave_processes, torchrun_number
 from utils.environment import is_out_of_memory, keep_to_share, read_driver
 from utils.serve import choices, labels
 from utils.serve.dali import open_decoder
@@ -87,7 +87,7 @@ def gather(value) -> list:
         undo.enter_context(torch.inference_mode(False))  # torch 2.2 can't exchange anything within it
         if not dist.is_initialized():  # Gloo: no GPU has anything to exchange
             dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-            atexit.register(dist.destroy_process_group)  # else Gloo's threads may abort the process
+            atexit.register(leave_processes)
         dist.all_gather_object(values, value)
     return values
 

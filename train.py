@@ -262,9 +262,7 @@ def main() -> None:
             if RANK == 0:
                 training_log.write_results(results, rows)
     if devices.PROCESSES > 1:
-        import torch.distributed
-
-        torch.distributed.destroy_process_group()
+        devices.leave_processes()
 
 
 if __name__ == "__main__":

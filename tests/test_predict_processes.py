@@ -69,3 +69,24 @@ def test_a_process_that_waits_for_the_others_ends_when_told(tmp_path, how):
         assert started.wait(timeout=15) != 0
     finally:
         started.kill()
+
+
+def test_processes_that_exchanged_something_can_leave(tmp_path):
+    """Twenty times, as PyTorch before 2.8 hung in one of a few."""
+    script = tmp_path / "leaves.py"
+    script.write_text(
+        f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch.distributed as dist\nfrom utils import devices\n\n"
+        "for number in range(20):\n"
+        f"    store = dist.FileStore({str(tmp_path)!r} + f'/store{{number}}', 2)\n"
+        "    dist.init_process_group('gloo', store=store, rank=int(sys.argv[1]), world_size=2)\n"
+        "    dist.all_gather_object([None, None], 'x')\n"
+        "    devices.leave_processes()\n",
+        encoding="utf-8",
+    )
+    started = [start_script(script, str(rank)) for rank in range(2)]
+    try:
+        assert [one.wait(timeout=60) for one in started] == [0, 0]
+    finally:
+        for one in started:
+            one.kill()

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 
 from utils.environment import cpu_name, nvml, read_driver, torch_is_at_least
 from utils.utils import UserError
@@ -92,6 +93,15 @@ def start_processes(wanted: str):
         known: dict = {"device_id": device} if told else {}
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **known)
     return device
+
+
+def leave_processes() -> None:
+    """End what this process exchanged through, else Gloo's threads may abort it while it ends."""
+    import torch.distributed
+
+    if not torch_is_at_least(2, 8):
+        time.sleep(0.1)  # the next line keeps the GIL until Gloo's threads end, and one may still want it
+    torch.distributed.destroy_process_group()
 
 
 def print_rank0(text: str) -> None:

@@ -96,11 +96,11 @@ def start_processes(wanted: str):
 
 
 def leave_processes() -> None:
-    """End what this process exchanged through, else Gloo's threads may abort it while it ends."""
+    """Destroy the process group, else Gloo's threads may abort this process while it ends."""
     import torch.distributed
 
     if not torch_is_at_least(2, 8):
-        time.sleep(0.1)  # the next line keeps the GIL until Gloo's threads end, and one may still want it
+        time.sleep(0.1)  # lets Gloo's threads take the GIL: the next line holds it until they have ended
     torch.distributed.destroy_process_group()
 
 
